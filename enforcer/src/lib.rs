@@ -1,0 +1,6 @@
+//! The enforcer: policy, compiler, dataplane, daemon and command line.
+//!
+//! Layers, lowest first; each may use those before it and none after it:
+//! `policy` → `compile` → `dataplane` → `daemon` → `cli`. See `docs/ARCHITECTURE.md`.
+
+pub mod policy;

@@ -1,0 +1,364 @@
+//! The checked policy: what a set of YAML files means once every name is resolved and every
+//! value is in range. Pure data.
+//!
+//! Must not know: YAML, files on disk (beyond their names), the image format, the kernel.
+//! A value of [`Policy`] is valid by construction: the parser is the only producer besides tests.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+};
+
+/// How strongly a segment's denials bite. Ordered: `Off < Observe < Enforce`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Mode {
+    /// Judged denied, passes, not recorded.
+    Off,
+    /// Judged denied, passes, recorded as WOULD_DENY.
+    Observe,
+    /// Judged denied, dropped, recorded as DENIED.
+    Enforce,
+}
+
+/// Which directions of traffic a segment guards by default-deny.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protect {
+    /// Flows to and from the segment need a rule (the default).
+    Both,
+    /// Only flows opened towards the segment need a rule.
+    Inbound,
+    /// Only flows opened by the segment need a rule.
+    Outbound,
+}
+
+impl Protect {
+    /// Whether flows opened towards the segment are guarded.
+    pub fn inbound(self) -> bool {
+        matches!(self, Self::Both | Self::Inbound)
+    }
+
+    /// Whether flows opened by the segment are guarded.
+    pub fn outbound(self) -> bool {
+        matches!(self, Self::Both | Self::Outbound)
+    }
+}
+
+/// What happens to flows that no segment guards and no rule names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Unsegmented {
+    /// They pass.
+    Allow,
+    /// They are judged denied with strength [`Defaults::mode`].
+    Deny,
+}
+
+/// `defaults:` of the policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Defaults {
+    /// Mode of segments that name none; strength of denials no segment speaks for.
+    pub mode: Mode,
+    /// Fate of flows between addresses that no segment guards.
+    pub unsegmented: Unsegmented,
+}
+
+/// Where a thing was written: for denials, explanations and diagnostics.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Origin {
+    /// File name as the user would write it (relative to the segments directory's argument).
+    pub file: Arc<str>,
+    /// 1-based line.
+    pub line: u32,
+    /// 1-based column, in characters.
+    pub column: u32,
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.file, self.line)
+    }
+}
+
+/// An inclusive range of addresses of one family. A prefix is the range it covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum AddrRange {
+    /// IPv4, `first <= last`.
+    V4 {
+        /// Lowest address.
+        first: Ipv4Addr,
+        /// Highest address, included.
+        last: Ipv4Addr,
+    },
+    /// IPv6, `first <= last`; never inside `::ffff:0:0/96`.
+    V6 {
+        /// Lowest address.
+        first: Ipv6Addr,
+        /// Highest address, included.
+        last: Ipv6Addr,
+    },
+}
+
+impl AddrRange {
+    /// Whether `ip` lies in the range; `false` for the other family.
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        match (self, ip) {
+            (Self::V4 { first, last }, IpAddr::V4(ip)) => *first <= ip && ip <= *last,
+            (Self::V6 { first, last }, IpAddr::V6(ip)) => *first <= ip && ip <= *last,
+            _ => false,
+        }
+    }
+
+    /// Whether every address of `other` lies in the range; `false` across families.
+    pub fn contains_range(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::V4 { first, last }, Self::V4 { first: f, last: l }) => first <= f && l <= last,
+            (Self::V6 { first, last }, Self::V6 { first: f, last: l }) => first <= f && l <= last,
+            _ => false,
+        }
+    }
+}
+
+impl From<ipnet::IpNet> for AddrRange {
+    fn from(net: ipnet::IpNet) -> Self {
+        match net {
+            ipnet::IpNet::V4(n) => Self::V4 { first: n.network(), last: n.broadcast() },
+            ipnet::IpNet::V6(n) => Self::V6 { first: n.network(), last: n.broadcast() },
+        }
+    }
+}
+
+/// One member of a segment: a range minus its own exceptions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Addresses the member matches …
+    pub range: AddrRange,
+    /// … except these (each inside `range`).
+    pub except: Vec<AddrRange>,
+    /// Where the member is written.
+    pub origin: Origin,
+}
+
+impl Member {
+    /// Whether `ip` is matched: in the range and in no exception.
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        self.range.contains(ip) && !self.except.iter().any(|e| e.contains(ip))
+    }
+}
+
+/// Index into [`Policy::segments`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SegmentId(pub u32);
+
+/// Index into [`Policy::rules`]: file order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RuleId(pub u32);
+
+/// A named set of addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Unique name, `[a-z0-9][a-z0-9-]{0,62}`.
+    pub name: String,
+    /// Free text, possibly empty.
+    pub description: String,
+    /// An address is in the segment when any member matches it.
+    pub members: Vec<Member>,
+    /// Already defaulted.
+    pub mode: Mode,
+    /// Already defaulted.
+    pub protect: Protect,
+    /// Where the segment's name is written.
+    pub origin: Origin,
+}
+
+/// One side of a rule, with groups expanded. Matches an address when any part does.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Endpoints {
+    /// Segments named, directly or through groups.
+    pub segments: BTreeSet<SegmentId>,
+    /// `any`: every address.
+    pub any: bool,
+    /// `unsegmented`: addresses in no segment of the policy.
+    pub unsegmented: bool,
+    /// `host`: this host's own addresses ([`Environment::host_addresses`]).
+    pub host: bool,
+    /// `multicast`: multicast and limited broadcast.
+    pub multicast: bool,
+}
+
+/// Transport protocols with ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Transport {
+    /// Protocol 6.
+    Tcp,
+    /// Protocol 17.
+    Udp,
+    /// Protocol 132.
+    Sctp,
+}
+
+impl Transport {
+    /// IANA protocol number.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+            Self::Sctp => 132,
+        }
+    }
+}
+
+/// One service as a rule names it, catalogue names resolved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Service {
+    /// Everything; in an allow rule all but [`TUNNEL_PROTOCOLS`].
+    Any,
+    /// Destination ports `first..=last`, IPv4 and IPv6.
+    Ports {
+        /// The protocol.
+        transport: Transport,
+        /// Lowest destination port.
+        first: u16,
+        /// Highest destination port, included.
+        last: u16,
+    },
+    /// ICMP over IPv4 with this type (any code).
+    Icmp {
+        /// ICMP type.
+        kind: u8,
+    },
+    /// ICMPv6 over IPv6 with this type (any code).
+    Icmpv6 {
+        /// ICMPv6 type.
+        kind: u8,
+    },
+    /// A protocol by number. Never 1, 6, 17, 58 or 132: those have words of their own.
+    Protocol(u8),
+}
+
+/// IP protocols that carry other packets; `any` in an allow rule leaves them out:
+/// IPIP, 6in4, GRE, ESP, AH, EtherIP, L2TP, MPLS-in-IP.
+pub const TUNNEL_PROTOCOLS: [u8; 8] = [4, 41, 47, 50, 51, 97, 115, 137];
+
+/// What a matching rule says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// The flow is allowed unless a deny rule matches too.
+    Allow,
+    /// The flow is judged denied.
+    Deny,
+}
+
+/// `from` × `to` × `services`: who may, or may not, open which flow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// Unique name.
+    pub name: String,
+    /// Who opens the flow.
+    pub from: Endpoints,
+    /// To whom.
+    pub to: Endpoints,
+    /// Never empty.
+    pub services: Vec<Service>,
+    /// Allow or deny.
+    pub action: Action,
+    /// Where the rule starts.
+    pub origin: Origin,
+}
+
+/// A flow to be opened, as tests and explanations ask about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlowQuery {
+    /// Who opens it.
+    pub src: IpAddr,
+    /// To whom; same family as `src`.
+    pub dst: IpAddr,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Destination port for TCP, UDP and SCTP; `type << 8 | code` for ICMP and ICMPv6; else 0.
+    pub selector: u16,
+}
+
+/// What a policy test expects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// The flow is allowed by a rule, or passes as unsegmented.
+    Allow,
+    /// The flow is judged denied (whatever the strength).
+    Deny,
+}
+
+/// One entry of `tests:`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyTest {
+    /// The flow.
+    pub query: FlowQuery,
+    /// `service` as written.
+    pub service: String,
+    /// The expectation.
+    pub expect: Expect,
+    /// Where the test starts.
+    pub origin: Origin,
+}
+
+/// A named set of segments. Kept for listings; rules have it expanded already.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// Unique name, distinct from every segment's.
+    pub name: String,
+    /// The segments it stands for.
+    pub members: BTreeSet<SegmentId>,
+    /// Where the group's name is written.
+    pub origin: Origin,
+}
+
+/// The whole policy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// `defaults:`.
+    pub defaults: Defaults,
+    /// In file order; [`SegmentId`] indexes it.
+    pub segments: Vec<Segment>,
+    /// In file order.
+    pub groups: Vec<Group>,
+    /// In file order; [`RuleId`] indexes it.
+    pub rules: Vec<Rule>,
+    /// In file order.
+    pub tests: Vec<PolicyTest>,
+}
+
+/// What the policy's meaning depends on besides its text.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Environment {
+    /// Addresses of this host (all of the network namespace), for the built-in `host`.
+    pub host_addresses: BTreeSet<IpAddr>,
+}
+
+impl Policy {
+    /// Every segment that `ip` is in.
+    pub fn segments_of(&self, ip: IpAddr) -> BTreeSet<SegmentId> {
+        self.segments
+            .iter()
+            .zip(0u32..)
+            .filter(|(segment, _)| segment.members.iter().any(|m| m.contains(ip)))
+            .map(|(_, i)| SegmentId(i))
+            .collect()
+    }
+
+    /// The segment behind an id of this policy.
+    pub fn segment(&self, id: SegmentId) -> Option<&Segment> {
+        self.segments.get(usize::try_from(id.0).ok()?)
+    }
+
+    /// The rule behind an id of this policy.
+    pub fn rule(&self, id: RuleId) -> Option<&Rule> {
+        self.rules.get(usize::try_from(id.0).ok()?)
+    }
+}
+
+/// Whether `ip` is in the built-in `multicast`: 224.0.0.0/4, 255.255.255.255 or ff00::/8.
+pub fn is_multicast(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_multicast() || ip.is_broadcast(),
+        IpAddr::V6(ip) => ip.is_multicast(),
+    }
+}
