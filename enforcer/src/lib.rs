@@ -3,4 +3,6 @@
 //! Layers, lowest first; each may use those before it and none after it:
 //! `policy` → `compile` → `dataplane` → `daemon` → `cli`. See `docs/ARCHITECTURE.md`.
 
+pub mod compile;
+pub mod dataplane;
 pub mod policy;

@@ -1,0 +1,387 @@
+//! The policy image: one flat array of 32-bit words, written by the compiler, read by the kernel
+//! programs and by userspace through the same functions.
+//!
+//! ```text
+//! source address ─► address class ─┐
+//! destination    ─► address class ─┼─► row ─┐
+//! protocol+port  ─► service class ─┴────────┴─► verdict
+//! ```
+//!
+//! Classification by equivalence classes (P. Gupta, N. McKeown, "Packet Classification on
+//! Multiple Fields", SIGCOMM 1999). All offsets are word indices from the start of the image.
+//! Every read is masked to the image's size class, so no image, however broken, reads elsewhere.
+
+/// `ENFI`, little endian: the first word of every image.
+pub const MAGIC: u32 = 0x4946_4e45;
+
+/// Header words, by index.
+pub mod header {
+    /// [`super::MAGIC`].
+    pub const MAGIC: u32 = 0;
+    /// [`crate::ABI_VERSION`].
+    pub const ABI: u32 = 1;
+    /// Generation: compared with `!=`, never 0, never used twice.
+    pub const GENERATION: u32 = 2;
+    /// Words in use, header included.
+    pub const LENGTH: u32 = 3;
+    /// Low half of the content hash (all words but generation and hash).
+    pub const HASH_LO: u32 = 4;
+    /// High half of the content hash.
+    pub const HASH_HI: u32 = 5;
+    /// Bits of [`super::essential`] that pass before any rule.
+    pub const ESSENTIALS: u32 = 6;
+    /// [`super::VERDICT_WORDS`]-style word: outcome of denials of form without readable addresses.
+    pub const FORM_UNREADABLE: u32 = 7;
+    /// 65 536 trie entries, indexed by the upper half of an IPv4 address.
+    pub const V4_ROOT: u32 = 8;
+    /// Buckets of single IPv4 hosts; 0 when there are none.
+    pub const V4_HOSTS: u32 = 9;
+    /// Number of IPv4 host buckets minus one (a power of two minus one).
+    pub const V4_HOSTS_MASK: u32 = 10;
+    /// A trie entry: where IPv6 look-ups start.
+    pub const V6_ROOT: u32 = 11;
+    /// Buckets of single IPv6 hosts; 0 when there are none.
+    pub const V6_HOSTS: u32 = 12;
+    /// Number of IPv6 host buckets minus one.
+    pub const V6_HOSTS_MASK: u32 = 13;
+    /// Low half of the hash seed of every bucketed table.
+    pub const SEED_LO: u32 = 14;
+    /// High half of the hash seed.
+    pub const SEED_HI: u32 = 15;
+    /// [`super::PROTOCOLS`] service trie entries, indexed by protocol.
+    pub const SERVICES: u32 = 16;
+    /// `CLASSES` × `CLASSES` row numbers, source class major.
+    pub const PAIRS: u32 = 17;
+    /// Number of address classes.
+    pub const CLASSES: u32 = 18;
+    /// Rows of [`super::ROW_WORDS`] words.
+    pub const ROWS: u32 = 19;
+    /// Buckets of exceptions; 0 when there are none.
+    pub const EXCEPTIONS: u32 = 20;
+    /// Number of exception buckets minus one.
+    pub const EXCEPTIONS_MASK: u32 = 21;
+    /// This host's IPv4 addresses, one word each.
+    pub const LOCAL4: u32 = 22;
+    /// How many (at most [`super::MAX_LOCAL`]; [`super::LOCAL_UNKNOWN`] when there are more).
+    pub const LOCAL4_COUNT: u32 = 23;
+    /// This host's IPv6 addresses, four words each.
+    pub const LOCAL6: u32 = 24;
+    /// How many, as for IPv4.
+    pub const LOCAL6_COUNT: u32 = 25;
+    /// Number of rules, for the reader's information.
+    pub const RULES: u32 = 26;
+    /// Number of segments, for the reader's information.
+    pub const SEGMENTS: u32 = 27;
+    /// Length of the header; the tables follow.
+    pub const WORDS: u32 = 64;
+}
+
+/// Bits of [`header::ESSENTIALS`].
+pub mod essential {
+    /// ARP (0x0806).
+    pub const ARP: u32 = 1;
+    /// IPv6 neighbour and router discovery, hop limit 255 (RFC 4861 §7.1).
+    pub const ND: u32 = 1 << 1;
+    /// DHCP and DHCPv6, the client's part.
+    pub const DHCP: u32 = 1 << 2;
+    /// IGMP and MLD.
+    pub const MULTICAST_MEMBERSHIP: u32 = 1 << 3;
+    /// LLDP (0x88cc).
+    pub const LLDP: u32 = 1 << 4;
+    /// Spanning tree (LLC 0x42 to 01:80:c2:00:00:00).
+    pub const STP: u32 = 1 << 5;
+    /// EAPOL (0x888e).
+    pub const EAPOL: u32 = 1 << 6;
+    /// Slow protocols, LACP among them (0x8809).
+    pub const SLOW: u32 = 1 << 7;
+    /// PTP (0x88f7).
+    pub const PTP: u32 = 1 << 8;
+    /// All of them, the default.
+    pub const ALL: u32 = (1 << 9) - 1;
+}
+
+/// Set in a trie entry that is a class; clear in one that is the offset of a node.
+pub const LEAF: u32 = 1 << 31;
+/// Entries of the IPv4 root.
+pub const V4_ROOT_WORDS: u32 = 1 << 16;
+/// Children of an IPv4 node, indexed by one address byte; also of a service node.
+pub const BYTE_NODE_WORDS: u32 = 256;
+/// An IPv6 node: depth in nibbles, background class, 4 words of path (big end first), 16 children.
+pub const V6_NODE_WORDS: u32 = 22;
+/// Offset of the path in an IPv6 node.
+pub const V6_NODE_PATH: u32 = 2;
+/// Offset of the children in an IPv6 node.
+pub const V6_NODE_CHILDREN: u32 = 6;
+/// An IPv4 host bucket: 4 × (address, class), 32 bytes.
+pub const V4_BUCKET_WORDS: u32 = 8;
+/// Slots of an IPv4 host bucket.
+pub const V4_BUCKET_SLOTS: u32 = 4;
+/// An IPv6 host bucket: 3 × (4 words of address, class) and one unused word, 64 bytes.
+pub const V6_BUCKET_WORDS: u32 = 16;
+/// Slots of an IPv6 host bucket.
+pub const V6_BUCKET_SLOTS: u32 = 3;
+/// An exception bucket: 4 × (row, service class, 2 verdict words), 64 bytes.
+pub const EXCEPTION_BUCKET_WORDS: u32 = 16;
+/// Slots of an exception bucket.
+pub const EXCEPTION_BUCKET_SLOTS: u32 = 4;
+/// Class (hosts) or row (exceptions) of an empty slot.
+pub const EMPTY: u32 = u32::MAX;
+/// A row: default verdict (2 words), verdict of denials of form (2 words).
+pub const ROW_WORDS: u32 = 4;
+/// A verdict: `outcome | reason << 8 | flags << 16`, then a rule number (rule reasons), a segment
+/// number (default deny) or [`EMPTY`].
+pub const VERDICT_WORDS: u32 = 2;
+/// Flag of a row's default verdict: some service classes have exceptions.
+pub const ROW_HAS_EXCEPTIONS: u32 = 1 << 16;
+/// Indices of the service table: protocol numbers, then [`ICMP_OF_OTHER_FAMILY`].
+pub const PROTOCOLS: u32 = 257;
+/// Stands for protocol 58 in IPv4 and protocol 1 in IPv6, which no ICMP service names.
+pub const ICMP_OF_OTHER_FAMILY: u32 = 256;
+/// Local addresses per family that the socket hooks go through.
+pub const MAX_LOCAL: u32 = 16;
+/// Count of local addresses when there are more than [`MAX_LOCAL`]: the hooks must not refuse.
+pub const LOCAL_UNKNOWN: u32 = u32::MAX;
+
+/// Size classes of an image, in words: 1, 16 and 64 MiB. One kernel object each.
+pub const SIZE_CLASSES: [u32; 3] = [1 << 18, 1 << 22, 1 << 24];
+
+/// An image that can be read. `word` returns 0 past the end and never panics.
+pub trait Words {
+    /// The word at `index`, masked to the size of the image.
+    fn word(&self, index: u32) -> u32;
+}
+
+impl Words for [u32] {
+    #[inline(always)]
+    fn word(&self, index: u32) -> u32 {
+        match self.get(index as usize) {
+            Some(word) => *word,
+            None => 0,
+        }
+    }
+}
+
+/// An address as the image sees it. IPv4 and IPv6 are disjoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// Host byte order.
+    V4(u32),
+    /// Upper and lower half, host byte order.
+    V6(u64, u64),
+}
+
+/// Mixes a 64-bit key with the image's seed. The seed is not a secret: an image is built from
+/// its own keys, which the compiler places, so nobody can crowd a bucket from outside.
+#[inline(always)]
+pub const fn mix(key: u64, seed: u64) -> u64 {
+    let a = (key ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let b = (a ^ (a >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    b ^ (b >> 32)
+}
+
+/// The two buckets of a key.
+#[inline(always)]
+pub const fn buckets(hash: u64, mask: u32) -> (u32, u32) {
+    (hash as u32 & mask, (hash >> 32) as u32 & mask)
+}
+
+/// Hash of an IPv4 host.
+#[inline(always)]
+pub const fn hash_v4(address: u32, seed: u64) -> u64 {
+    mix(address as u64, seed)
+}
+
+/// Hash of an IPv6 host.
+#[inline(always)]
+pub const fn hash_v6(hi: u64, lo: u64, seed: u64) -> u64 {
+    mix(lo, mix(hi, seed))
+}
+
+/// Hash of an exception.
+#[inline(always)]
+pub const fn hash_exception(row: u32, service: u32, seed: u64) -> u64 {
+    mix(((row as u64) << 32) | service as u64, seed)
+}
+
+/// The image's hash seed.
+#[inline(always)]
+pub fn seed<W: Words + ?Sized>(image: &W) -> u64 {
+    u64::from(image.word(header::SEED_LO)) | (u64::from(image.word(header::SEED_HI)) << 32)
+}
+
+/// The class of an address: the set of segments (and built-ins) it is in.
+#[inline(always)]
+pub fn address_class<W: Words + ?Sized>(image: &W, address: Address) -> u32 {
+    match address {
+        Address::V4(a) => class_v4(image, a),
+        Address::V6(hi, lo) => class_v6(image, hi, lo),
+    }
+}
+
+#[inline(always)]
+fn class_v4<W: Words + ?Sized>(image: &W, address: u32) -> u32 {
+    let hosts = image.word(header::V4_HOSTS);
+    if hosts != 0 {
+        let hash = hash_v4(address, seed(image));
+        let (first, second) = buckets(hash, image.word(header::V4_HOSTS_MASK));
+        let mut probe = 0;
+        while probe < 2 {
+            let bucket = if probe == 0 { first } else { second };
+            let base = hosts.wrapping_add(bucket.wrapping_mul(V4_BUCKET_WORDS));
+            let mut slot = 0;
+            while slot < V4_BUCKET_SLOTS {
+                let at = base.wrapping_add(slot * 2);
+                let class = image.word(at.wrapping_add(1));
+                if image.word(at) == address && class != EMPTY {
+                    return class;
+                }
+                slot += 1;
+            }
+            probe += 1;
+        }
+    }
+    let root = image.word(header::V4_ROOT);
+    let mut entry = image.word(root.wrapping_add(address >> 16));
+    if entry & LEAF == 0 {
+        entry = image.word(entry.wrapping_add((address >> 8) & 0xff));
+        if entry & LEAF == 0 {
+            entry = image.word(entry.wrapping_add(address & 0xff));
+        }
+    }
+    entry & !LEAF
+}
+
+#[inline(always)]
+fn class_v6<W: Words + ?Sized>(image: &W, hi: u64, lo: u64) -> u32 {
+    let hosts = image.word(header::V6_HOSTS);
+    if hosts != 0 {
+        let hash = hash_v6(hi, lo, seed(image));
+        let (first, second) = buckets(hash, image.word(header::V6_HOSTS_MASK));
+        let mut probe = 0;
+        while probe < 2 {
+            let bucket = if probe == 0 { first } else { second };
+            let base = hosts.wrapping_add(bucket.wrapping_mul(V6_BUCKET_WORDS));
+            let mut slot = 0;
+            while slot < V6_BUCKET_SLOTS {
+                let at = base.wrapping_add(slot * 5);
+                let class = image.word(at.wrapping_add(4));
+                if class != EMPTY && pair(image, at) == hi && pair(image, at.wrapping_add(2)) == lo
+                {
+                    return class;
+                }
+                slot += 1;
+            }
+            probe += 1;
+        }
+    }
+    let mut entry = image.word(header::V6_ROOT);
+    let mut level = 0;
+    // 32 nibbles: no path is longer.
+    while level < 33 {
+        if entry & LEAF != 0 {
+            return entry & !LEAF;
+        }
+        let node = entry;
+        let depth = image.word(node) & 31;
+        let path = node.wrapping_add(V6_NODE_PATH);
+        if !same_path(
+            hi ^ pair(image, path),
+            lo ^ pair(image, path.wrapping_add(2)),
+            depth,
+        ) {
+            return image.word(node.wrapping_add(1));
+        }
+        let half = if depth < 16 { hi } else { lo };
+        let nibble = (half >> (60 - 4 * (depth & 15))) as u32 & 15;
+        entry = image.word(node.wrapping_add(V6_NODE_CHILDREN).wrapping_add(nibble));
+        level += 1;
+    }
+    entry & !LEAF
+}
+
+/// Two words as one number, the first word upper.
+#[inline(always)]
+fn pair<W: Words + ?Sized>(image: &W, at: u32) -> u64 {
+    (u64::from(image.word(at)) << 32) | u64::from(image.word(at.wrapping_add(1)))
+}
+
+/// Whether the first `nibbles` (0 to 31) of a 128-bit difference are zero.
+#[inline(always)]
+const fn same_path(hi: u64, lo: u64, nibbles: u32) -> bool {
+    if nibbles == 0 {
+        true
+    } else if nibbles <= 16 {
+        (hi >> (64 - 4 * nibbles)) == 0
+    } else {
+        hi == 0 && (lo >> (128 - 4 * nibbles)) == 0
+    }
+}
+
+/// The service class of (protocol, selector): services that no rule tells apart.
+///
+/// `selector` is the destination port of TCP, UDP and SCTP, `type << 8 | code` of ICMP and
+/// ICMPv6, else 0.
+#[inline(always)]
+pub fn service_class<W: Words + ?Sized>(image: &W, v6: bool, protocol: u8, selector: u16) -> u32 {
+    let index = match (v6, protocol) {
+        (false, 58) | (true, 1) => ICMP_OF_OTHER_FAMILY,
+        _ => protocol as u32,
+    };
+    let table = image.word(header::SERVICES);
+    let mut entry = image.word(table.wrapping_add(index));
+    if entry & LEAF == 0 {
+        entry = image.word(entry.wrapping_add(u32::from(selector >> 8)));
+        if entry & LEAF == 0 {
+            entry = image.word(entry.wrapping_add(u32::from(selector & 0xff)));
+        }
+    }
+    entry & !LEAF
+}
+
+/// Offset of the row of a class pair.
+#[inline(always)]
+pub fn row_of<W: Words + ?Sized>(image: &W, source: u32, destination: u32) -> (u32, u32) {
+    let classes = image.word(header::CLASSES);
+    let pairs = image.word(header::PAIRS);
+    let row = image.word(
+        pairs
+            .wrapping_add(source.wrapping_mul(classes))
+            .wrapping_add(destination),
+    );
+    (
+        row,
+        image
+            .word(header::ROWS)
+            .wrapping_add(row.wrapping_mul(ROW_WORDS)),
+    )
+}
+
+/// The verdict words of (row, service class).
+#[inline(always)]
+pub fn verdict_of<W: Words + ?Sized>(image: &W, row: u32, offset: u32, service: u32) -> (u32, u32) {
+    let default = (image.word(offset), image.word(offset.wrapping_add(1)));
+    if default.0 & ROW_HAS_EXCEPTIONS == 0 {
+        return default;
+    }
+    let table = image.word(header::EXCEPTIONS);
+    let hash = hash_exception(row, service, seed(image));
+    let (first, second) = buckets(hash, image.word(header::EXCEPTIONS_MASK));
+    let mut probe = 0;
+    while probe < 2 {
+        let bucket = if probe == 0 { first } else { second };
+        let base = table.wrapping_add(bucket.wrapping_mul(EXCEPTION_BUCKET_WORDS));
+        let mut slot = 0;
+        while slot < EXCEPTION_BUCKET_SLOTS {
+            let at = base.wrapping_add(slot * 4);
+            if image.word(at) == row && image.word(at.wrapping_add(1)) == service {
+                return (
+                    image.word(at.wrapping_add(2)),
+                    image.word(at.wrapping_add(3)),
+                );
+            }
+            slot += 1;
+        }
+        probe += 1;
+    }
+    default
+}

@@ -1,0 +1,565 @@
+//! Frame → [`Packet`]: the one parser, for the kernel and for tests.
+//!
+//! Whatever cannot be read to its end is an error with its own reason, never a pass: addresses of
+//! the wire are judged only after every length has been checked against the packet's.
+//! Must not know: policy, flow state, who reads the bytes.
+
+use crate::{
+    image::{Address, essential},
+    verdict::Reason,
+};
+
+/// The bytes of a packet.
+pub trait Bytes {
+    /// `N` bytes at `offset`, or `None` when they are not all there.
+    fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+    /// Length of the packet in bytes.
+    fn length(&self) -> u32;
+}
+
+impl Bytes for [u8] {
+    fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let start = offset as usize;
+        self.get(start..start.checked_add(N)?)?.try_into().ok()
+    }
+
+    fn length(&self) -> u32 {
+        self.len() as u32
+    }
+}
+
+/// What is known of a packet besides its bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// Whether the bytes start with an Ethernet header; else with the IP header.
+    pub ethernet: bool,
+    /// Ethertype by the metadata, for links without Ethernet header. Host byte order.
+    pub protocol: u16,
+    /// VLAN tag that the driver or the kernel has moved into metadata.
+    pub vlan: Option<u16>,
+    /// Whether the packet comes into the host.
+    pub ingress: bool,
+    /// The interface, which scopes link-local addresses.
+    pub ifindex: u32,
+}
+
+/// How the transport header takes part in flows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// No ports known: one flow per address pair and protocol.
+    Other,
+    /// TCP: flags decide what opens a flow.
+    Tcp,
+    /// UDP, SCTP: the first packet opens the flow.
+    Ports,
+    /// ICMP(v6) echo or timestamp request: opens a flow.
+    IcmpRequest,
+    /// The answer to one.
+    IcmpReply,
+    /// An error about another packet.
+    IcmpError,
+    /// Any other ICMP message: judged, opens nothing.
+    IcmpOther,
+}
+
+/// Addresses and ports of a packet, in its own direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuple {
+    /// Source, big-endian words as numbers; IPv4 in the last.
+    pub source: [u32; 4],
+    /// Destination, likewise.
+    pub destination: [u32; 4],
+    /// Source port; identifier of ICMP requests and replies; else 0.
+    pub source_port: u16,
+    /// Destination port; identifier of ICMP requests and replies; else 0.
+    pub destination_port: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// Whether the addresses are IPv6.
+    pub v6: bool,
+    /// How the transport takes part in flows.
+    pub kind: Kind,
+    /// TCP flags, else 0.
+    pub tcp_flags: u8,
+    /// What a rule's service is compared with: see [`crate::decide::Query::selector`].
+    pub selector: u16,
+}
+
+impl Tuple {
+    /// All zeros.
+    pub const EMPTY: Self = Self {
+        source: [0; 4],
+        destination: [0; 4],
+        source_port: 0,
+        destination_port: 0,
+        protocol: 0,
+        v6: false,
+        kind: Kind::Other,
+        tcp_flags: 0,
+        selector: 0,
+    };
+
+    /// The source as the image sees it.
+    #[inline(always)]
+    pub fn source_address(&self) -> Address {
+        address(&self.source, self.v6)
+    }
+
+    /// The destination as the image sees it.
+    #[inline(always)]
+    pub fn destination_address(&self) -> Address {
+        address(&self.destination, self.v6)
+    }
+}
+
+#[inline(always)]
+fn address(words: &[u32; 4], v6: bool) -> Address {
+    if v6 {
+        Address::V6(
+            (u64::from(words[0]) << 32) | u64::from(words[1]),
+            (u64::from(words[2]) << 32) | u64::from(words[3]),
+        )
+    } else {
+        Address::V4(words[3])
+    }
+}
+
+/// A packet, as far as it could be read.
+#[derive(Clone, Copy, Debug)]
+pub struct Packet {
+    /// Addresses and ports; meaningful if `addresses`.
+    pub tuple: Tuple,
+    /// The packet that an ICMP error speaks of; meaningful if `has_inner`.
+    pub inner: Tuple,
+    /// Whether `inner` was read.
+    pub has_inner: bool,
+    /// Whether the addresses in `tuple` were read.
+    pub addresses: bool,
+    /// Bit of [`essential`] that the packet falls under, else 0.
+    pub essential: u32,
+    /// Ethertype after all VLAN tags, 0 if not read.
+    pub ethertype: u16,
+}
+
+impl Packet {
+    /// A packet of which nothing was read.
+    pub const EMPTY: Self = Self {
+        tuple: Tuple::EMPTY,
+        inner: Tuple::EMPTY,
+        has_inner: false,
+        addresses: false,
+        essential: 0,
+        ethertype: 0,
+    };
+}
+
+/// TCP flag bits.
+pub mod tcp {
+    /// FIN.
+    pub const FIN: u8 = 0x01;
+    /// SYN.
+    pub const SYN: u8 = 0x02;
+    /// RST.
+    pub const RST: u8 = 0x04;
+    /// ACK.
+    pub const ACK: u8 = 0x10;
+}
+
+const ETHERNET: u32 = 14;
+const IPV4: u16 = 0x0800;
+const IPV6: u16 = 0x86dd;
+const VLAN: u16 = 0x8100;
+const QINQ: u16 = 0x88a8;
+const MAX_VLAN_TAGS: u32 = 2;
+/// DESIGN: fail closed past six; Linux itself accepts 120 [measured on 6.18].
+const MAX_EXTENSION_HEADERS: u32 = 6;
+
+const ICMP: u8 = 1;
+const IGMP: u8 = 2;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+const ICMPV6: u8 = 58;
+const SCTP: u8 = 132;
+
+#[inline(always)]
+fn be16(bytes: [u8; 2]) -> u16 {
+    u16::from_be_bytes(bytes)
+}
+
+#[inline(always)]
+fn be32(a: u8, b: u8, c: u8, d: u8) -> u32 {
+    u32::from_be_bytes([a, b, c, d])
+}
+
+/// Reads a packet. On error `packet` holds what was read until then.
+///
+/// # Errors
+/// The reason of form: malformed, fragment, extension header, VLAN nesting or ethertype.
+#[inline(always)]
+pub fn parse<B: Bytes + ?Sized>(bytes: &B, link: &Link, packet: &mut Packet) -> Result<(), Reason> {
+    let mut offset = 0;
+    let mut ethertype = link.protocol;
+    if link.ethernet {
+        let header: [u8; 14] = bytes.read(0).ok_or(Reason::Malformed)?;
+        ethertype = be16([header[12], header[13]]);
+        offset = ETHERNET;
+        let mut tags = 0;
+        let mut priority_tags = 0;
+        if let Some(tci) = link.vlan {
+            tags += 1;
+            priority_tags += u32::from(tci & 0xfff == 0);
+        }
+        let mut walked = 0;
+        // One turn more than tags are allowed, to see the one too many.
+        while walked <= MAX_VLAN_TAGS {
+            if ethertype != VLAN && ethertype != QINQ {
+                break;
+            }
+            let tag: [u8; 4] = bytes.read(offset).ok_or(Reason::Malformed)?;
+            tags += 1;
+            priority_tags += u32::from(be16([tag[0], tag[1]]) & 0xfff == 0);
+            if tags > MAX_VLAN_TAGS || priority_tags > 1 {
+                return Err(Reason::VlanNested);
+            }
+            ethertype = be16([tag[2], tag[3]]);
+            offset += 4;
+            walked += 1;
+        }
+        packet.ethertype = ethertype;
+        packet.essential = essential_frame(bytes, &header, ethertype, offset);
+    } else {
+        packet.ethertype = ethertype;
+    }
+    match ethertype {
+        IPV4 => ipv4(bytes, link, offset, packet),
+        IPV6 => ipv6(bytes, link, offset, packet),
+        _ => Err(Reason::Ethertype),
+    }
+}
+
+/// The essential protocols below IP.
+#[inline(always)]
+fn essential_frame<B: Bytes + ?Sized>(
+    bytes: &B,
+    header: &[u8; 14],
+    ethertype: u16,
+    offset: u32,
+) -> u32 {
+    match ethertype {
+        0x0806 => essential::ARP,
+        0x88cc => essential::LLDP,
+        0x888e => essential::EAPOL,
+        0x8809 => essential::SLOW,
+        0x88f7 => essential::PTP,
+        // IEEE 802.3 length: LLC follows. Spanning tree is SAP 0x42 to its reserved group.
+        0..=1535
+            if [header[0], header[1], header[2]] == [0x01, 0x80, 0xc2]
+                && [header[3], header[4], header[5]] == [0, 0, 0] =>
+        {
+            match bytes.read::<2>(offset) {
+                Some([0x42, 0x42]) => essential::STP,
+                _ => 0,
+            }
+        }
+        _ => 0,
+    }
+}
+
+#[inline(always)]
+fn ipv4<B: Bytes + ?Sized>(
+    bytes: &B,
+    link: &Link,
+    offset: u32,
+    packet: &mut Packet,
+) -> Result<(), Reason> {
+    let h: [u8; 20] = bytes.read(offset).ok_or(Reason::Malformed)?;
+    let header_length = u32::from(h[0] & 0x0f) * 4;
+    if h[0] >> 4 != 4 {
+        return Err(Reason::Malformed);
+    }
+    let tuple = &mut packet.tuple;
+    tuple.source = [0, 0, 0, be32(h[12], h[13], h[14], h[15])];
+    tuple.destination = [0, 0, 0, be32(h[16], h[17], h[18], h[19])];
+    tuple.protocol = h[9];
+    packet.addresses = true;
+    let total = u32::from(be16([h[2], h[3]]));
+    let end = offset + total;
+    if header_length < 20 || total < header_length || end > bytes.length() {
+        return Err(Reason::Malformed);
+    }
+    let fragment = be16([h[6], h[7]]);
+    if fragment & 0x1fff != 0 {
+        return Err(Reason::Fragment);
+    }
+    let first_fragment = fragment & 0x2000 != 0;
+    transport(bytes, offset + header_length, end, packet)?;
+    let tuple = &packet.tuple;
+    let destination = tuple.destination[3];
+    if first_fragment {
+        return Ok(());
+    }
+    if tuple.protocol == UDP && dhcp_v4(link, tuple) {
+        packet.essential = essential::DHCP;
+    } else if tuple.protocol == IGMP && destination >> 28 == 0xe {
+        packet.essential = essential::MULTICAST_MEMBERSHIP;
+    }
+    Ok(())
+}
+
+/// The DHCP client's part (RFC 2131 §4.1): what it sends, what it receives, broadcasts of both.
+/// A unicast message that is only forwarded is judged at one of its two hooks.
+#[inline(always)]
+fn dhcp_v4(link: &Link, tuple: &Tuple) -> bool {
+    let broadcast = tuple.destination[3] == u32::MAX;
+    match (tuple.source_port, tuple.destination_port) {
+        (68, 67) => !link.ingress || broadcast,
+        (67, 68) => link.ingress || broadcast,
+        _ => false,
+    }
+}
+
+#[inline(always)]
+fn link_local_v6(address: &[u32; 4]) -> bool {
+    address[0] >> 22 == 0xfe80 >> 6
+}
+
+#[inline(always)]
+fn mapped(address: &[u32; 4]) -> bool {
+    address[0] == 0 && address[1] == 0 && address[2] == 0xffff
+}
+
+#[inline(always)]
+fn ipv6<B: Bytes + ?Sized>(
+    bytes: &B,
+    link: &Link,
+    offset: u32,
+    packet: &mut Packet,
+) -> Result<(), Reason> {
+    let h: [u8; 40] = bytes.read(offset).ok_or(Reason::Malformed)?;
+    if h[0] >> 4 != 6 {
+        return Err(Reason::Malformed);
+    }
+    let tuple = &mut packet.tuple;
+    tuple.v6 = true;
+    tuple.source = [
+        be32(h[8], h[9], h[10], h[11]),
+        be32(h[12], h[13], h[14], h[15]),
+        be32(h[16], h[17], h[18], h[19]),
+        be32(h[20], h[21], h[22], h[23]),
+    ];
+    tuple.destination = [
+        be32(h[24], h[25], h[26], h[27]),
+        be32(h[28], h[29], h[30], h[31]),
+        be32(h[32], h[33], h[34], h[35]),
+        be32(h[36], h[37], h[38], h[39]),
+    ];
+    packet.addresses = true;
+    let end = offset + 40 + u32::from(be16([h[4], h[5]]));
+    if end > bytes.length() || mapped(&tuple.source) || mapped(&tuple.destination) {
+        return Err(Reason::Malformed);
+    }
+    let mut next = h[6];
+    let hop_limit = h[7];
+    let mut at = offset + 40;
+    let mut fragmented = false;
+    let mut walked = 0;
+    // One turn more than headers are allowed, to see the one too many.
+    while walked <= MAX_EXTENSION_HEADERS {
+        if !matches!(next, 0 | 43 | 44 | 60) {
+            break;
+        }
+        if walked == MAX_EXTENSION_HEADERS || (next == 0 && walked > 0) {
+            tuple.protocol = next;
+            return Err(Reason::ExtensionHeader);
+        }
+        let e: [u8; 8] = bytes.read(at).ok_or(Reason::Malformed)?;
+        let length = match next {
+            44 => {
+                let field = be16([e[2], e[3]]);
+                if field & 0xfff8 != 0 {
+                    tuple.protocol = e[0];
+                    return Err(Reason::Fragment);
+                }
+                // Offset 0 without "more": an atomic fragment (RFC 6946) is a whole packet.
+                fragmented |= field & 1 != 0;
+                8
+            }
+            43 if e[3] != 0 => {
+                // Segments left: the final destination is not the one that would be judged.
+                tuple.protocol = next;
+                return Err(Reason::ExtensionHeader);
+            }
+            _ => (u32::from(e[1]) + 1) * 8,
+        };
+        next = e[0];
+        at += length;
+        if at > end {
+            return Err(Reason::Malformed);
+        }
+        walked += 1;
+    }
+    tuple.protocol = next;
+    transport(bytes, at, end, packet)?;
+    let tuple = &packet.tuple;
+    if fragmented {
+        // RFC 6980: neighbour discovery is never fragmented, so nothing here is essential.
+        return Ok(());
+    }
+    packet.essential = match tuple.protocol {
+        ICMPV6 => match (tuple.selector >> 8, hop_limit) {
+            (133..=136, 255) => essential::ND,
+            (130 | 131 | 132 | 143, 1)
+                if link_local_v6(&tuple.source) || tuple.source == [0; 4] =>
+            {
+                essential::MULTICAST_MEMBERSHIP
+            }
+            _ => 0,
+        },
+        UDP if dhcp_v6(link, tuple) => essential::DHCP,
+        _ => 0,
+    };
+    Ok(())
+}
+
+/// The DHCPv6 client's part (RFC 8415 §7): to ff02::1:2 or out of this host; from link-local.
+#[inline(always)]
+fn dhcp_v6(link: &Link, tuple: &Tuple) -> bool {
+    match (tuple.source_port, tuple.destination_port) {
+        (546, 547) => !link.ingress || tuple.destination == [0xff02_0000, 0, 0, 0x0001_0002],
+        (547, 546) => link.ingress && link_local_v6(&tuple.source),
+        _ => false,
+    }
+}
+
+/// Reads the transport header at `at` of a packet that ends at `end`.
+#[inline(always)]
+fn transport<B: Bytes + ?Sized>(
+    bytes: &B,
+    at: u32,
+    end: u32,
+    packet: &mut Packet,
+) -> Result<(), Reason> {
+    let tuple = &mut packet.tuple;
+    let v6 = tuple.v6;
+    match tuple.protocol {
+        TCP => {
+            // The whole header, so that no tiny fragment hides its flags (RFC 1858).
+            if at + 20 > end {
+                return Err(Reason::Malformed);
+            }
+            let h: [u8; 14] = bytes.read(at).ok_or(Reason::Malformed)?;
+            ports(tuple, Kind::Tcp, [h[0], h[1], h[2], h[3]]);
+            tuple.tcp_flags = h[13];
+            if u32::from(h[12] >> 4) * 4 < 20 {
+                return Err(Reason::Malformed);
+            }
+        }
+        UDP | SCTP => {
+            let minimum = if tuple.protocol == UDP { 8 } else { 12 };
+            if at + minimum > end {
+                return Err(Reason::Malformed);
+            }
+            let h: [u8; 4] = bytes.read(at).ok_or(Reason::Malformed)?;
+            ports(tuple, Kind::Ports, h);
+        }
+        ICMP | ICMPV6 if (tuple.protocol == ICMPV6) == v6 => {
+            if at + 8 > end {
+                return Err(Reason::Malformed);
+            }
+            let h: [u8; 6] = bytes.read(at).ok_or(Reason::Malformed)?;
+            icmp(tuple, h);
+            if tuple.kind == Kind::IcmpError {
+                packet.has_inner = inner(bytes, at + 8, end, v6, &mut packet.inner).is_some();
+            }
+        }
+        _ => tuple.kind = Kind::Other,
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn ports(tuple: &mut Tuple, kind: Kind, h: [u8; 4]) {
+    tuple.kind = kind;
+    tuple.source_port = be16([h[0], h[1]]);
+    tuple.destination_port = be16([h[2], h[3]]);
+    tuple.selector = tuple.destination_port;
+}
+
+/// Fills in an ICMP or ICMPv6 header's first six bytes: type, code, checksum, identifier.
+#[inline(always)]
+fn icmp(tuple: &mut Tuple, h: [u8; 6]) {
+    tuple.selector = be16([h[0], h[1]]);
+    tuple.kind = match (tuple.v6, h[0]) {
+        (false, 8 | 13) | (true, 128) => Kind::IcmpRequest,
+        (false, 0 | 14) | (true, 129) => Kind::IcmpReply,
+        // RFC 792, RFC 4443. Redirects are advice, not errors: they are judged by rules.
+        (false, 3 | 4 | 11 | 12) | (true, 1..=4) => Kind::IcmpError,
+        _ => Kind::IcmpOther,
+    };
+    if matches!(tuple.kind, Kind::IcmpRequest | Kind::IcmpReply) {
+        let identifier = be16([h[4], h[5]]);
+        tuple.source_port = identifier;
+        tuple.destination_port = identifier;
+    }
+}
+
+/// Reads the packet that an ICMP error quotes: at least 8 bytes of its transport (RFC 792).
+#[inline(always)]
+fn inner<B: Bytes + ?Sized>(
+    bytes: &B,
+    at: u32,
+    end: u32,
+    v6: bool,
+    tuple: &mut Tuple,
+) -> Option<()> {
+    let transport_at;
+    if v6 {
+        let h: [u8; 40] = bytes.read(at)?;
+        if h[0] >> 4 != 6 {
+            return None;
+        }
+        tuple.source = [
+            be32(h[8], h[9], h[10], h[11]),
+            be32(h[12], h[13], h[14], h[15]),
+            be32(h[16], h[17], h[18], h[19]),
+            be32(h[20], h[21], h[22], h[23]),
+        ];
+        tuple.destination = [
+            be32(h[24], h[25], h[26], h[27]),
+            be32(h[28], h[29], h[30], h[31]),
+            be32(h[32], h[33], h[34], h[35]),
+            be32(h[36], h[37], h[38], h[39]),
+        ];
+        tuple.protocol = h[6];
+        transport_at = at + 40;
+    } else {
+        let h: [u8; 20] = bytes.read(at)?;
+        let header_length = u32::from(h[0] & 0x0f) * 4;
+        if h[0] >> 4 != 4 || header_length < 20 || be16([h[6], h[7]]) & 0x1fff != 0 {
+            return None;
+        }
+        tuple.source = [0, 0, 0, be32(h[12], h[13], h[14], h[15])];
+        tuple.destination = [0, 0, 0, be32(h[16], h[17], h[18], h[19])];
+        tuple.protocol = h[9];
+        transport_at = at + header_length;
+    }
+    tuple.v6 = v6;
+    if transport_at + 8 > end {
+        return None;
+    }
+    let h: [u8; 6] = bytes.read(transport_at)?;
+    match tuple.protocol {
+        TCP => ports(tuple, Kind::Tcp, [h[0], h[1], h[2], h[3]]),
+        UDP | SCTP => ports(tuple, Kind::Ports, [h[0], h[1], h[2], h[3]]),
+        ICMP | ICMPV6 if (tuple.protocol == ICMPV6) == v6 => {
+            icmp(tuple, h);
+            // No error answers an error (RFC 1122 §3.2.2), and nothing else has a flow.
+            if !matches!(tuple.kind, Kind::IcmpRequest | Kind::IcmpReply) {
+                return None;
+            }
+        }
+        _ => tuple.kind = Kind::Other,
+    }
+    Some(())
+}

@@ -1,0 +1,19 @@
+//! The only unsafe code of the crate: aya's `Pod`, for the types of `wire`.
+#![allow(
+    unsafe_code,
+    reason = "aya::Pod is an unsafe trait; the orphan rule puts it here"
+)]
+
+use crate::wire::{Control, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, Interface, Process};
+
+macro_rules! pod {
+    ($($type:ty),*) => { $(
+        // SAFETY: repr(C), Copy, 'static, no padding (asserted in `wire`), and every bit pattern
+        // is a value: the fields are integers and arrays of integers.
+        unsafe impl aya::Pod for $type {}
+    )* };
+}
+
+pod!(
+    FlowKey, FlowKey4, FlowEntry, Control, Interface, Process, Event, DeniedSlot
+);

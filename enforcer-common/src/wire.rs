@@ -1,0 +1,245 @@
+//! What crosses the boundary between kernel and userspace, byte for byte: map keys and values,
+//! event records. No padding, no enum, no bool, no Option; every layout is asserted.
+
+use core::mem::{align_of, offset_of, size_of};
+
+use crate::verdict::{Hook, Outcome, Reason};
+
+/// The key of a flow, the same for both directions: two ends in a canonical order. Used as such
+/// for IPv6 (`FLOWS6`); IPv4 uses [`FlowKey4`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(C)]
+pub struct FlowKey {
+    low: [u32; 4],
+    high: [u32; 4],
+    /// Low end's port in the upper half.
+    ports: u32,
+    /// `ifindex` of link-local addresses (0 otherwise) `<< 9 | v6 << 8 | protocol`.
+    rest: u32,
+}
+
+impl FlowKey {
+    /// A key from its parts; ports in host byte order.
+    #[inline(always)]
+    pub const fn new(
+        low: [u32; 4],
+        high: [u32; 4],
+        low_port: u16,
+        high_port: u16,
+        protocol: u8,
+        v6: bool,
+        scope: u32,
+    ) -> Self {
+        Self {
+            low,
+            high,
+            ports: (low_port as u32) << 16 | high_port as u32,
+            rest: scope << 9 | (v6 as u32) << 8 | protocol as u32,
+        }
+    }
+
+    /// Whether the flow is IPv6.
+    #[inline(always)]
+    pub const fn is_v6(&self) -> bool {
+        self.rest & 0x100 != 0
+    }
+
+    /// The 16-byte key of an IPv4 flow.
+    #[inline(always)]
+    pub const fn v4(&self) -> FlowKey4 {
+        FlowKey4 {
+            low: self.low[3],
+            high: self.high[3],
+            ports: self.ports,
+            rest: self.rest,
+        }
+    }
+}
+
+/// The key of an IPv4 flow (`FLOWS4`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct FlowKey4 {
+    low: u32,
+    high: u32,
+    ports: u32,
+    rest: u32,
+}
+
+/// A flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct FlowEntry {
+    /// Jiffies of the last packet that passed.
+    pub last_seen: u64,
+    /// Generation of the policy that admitted the flow.
+    pub generation: u32,
+    /// Rule that admitted it, or `u32::MAX`.
+    pub rule: u32,
+    /// See `flow::{OPENER_IS_LOW, REPLIED, CLOSING}`.
+    pub flags: u32,
+    /// Selector of the opener's query, which ports alone do not give (ICMP).
+    pub selector: u32,
+}
+
+/// The single value of `CONTROL`, written by the daemon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Control {
+    /// Network namespace whose processes the socket hooks may refuse (`SO_NETNS_COOKIE`).
+    pub netns_cookie: u64,
+    /// Kernel ticks a second.
+    pub hz: u32,
+    /// See the `CONTROL_*` bits.
+    pub flags: u32,
+}
+
+/// The socket hooks refuse; without it they attribute only.
+pub const CONTROL_SOCKET_REFUSE: u32 = 1;
+/// Rare debug messages through aya-log.
+pub const CONTROL_DEBUG: u32 = 1 << 1;
+
+/// The value of `INTERFACES`, by ifindex.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Interface {
+    /// See the `INTERFACE_*` bits.
+    pub flags: u32,
+}
+
+/// Packets start with the IP header (tun, GRE).
+pub const INTERFACE_L3: u32 = 1;
+
+/// A process, as the socket hooks saw it: the value of `SOCKETS`, by socket cookie.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Process {
+    /// cgroup v2 id (inode number).
+    pub cgroup: u64,
+    /// Process (thread group) id in the initial pid namespace; 0 means unknown.
+    pub pid: u32,
+    /// User id in the initial user namespace.
+    pub uid: u32,
+    /// Command name, NUL padded.
+    pub comm: [u8; 16],
+}
+
+/// A record of the ring buffer: a denied or would-be-denied packet or call, with its count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Event {
+    /// Nanoseconds since boot, suspend included (`CLOCK_BOOTTIME`).
+    pub time: u64,
+    /// Packets of this flow and verdict so far, this one included, since `epoch` began. A
+    /// difference between two records (or scans) of one epoch is a number of packets, so a record
+    /// that was lost is made good by the next.
+    pub total: u64,
+    /// Socket cookie, 0 if none.
+    pub cookie: u64,
+    /// The process, `pid` 0 if unknown.
+    pub process: Process,
+    /// Source, big-endian words as numbers; IPv4 in the last.
+    pub source: [u32; 4],
+    /// Destination, likewise.
+    pub destination: [u32; 4],
+    /// Rule, or `u32::MAX`.
+    pub rule: u32,
+    /// Guarding segment, or `u32::MAX`.
+    pub segment: u32,
+    /// Generation of the image that judged.
+    pub generation: u32,
+    /// Interface, 0 for the socket hooks.
+    pub ifindex: u32,
+    /// Aggregation slot the packet was counted in; `u32::MAX` for the socket hooks.
+    pub slot: u32,
+    /// CPU of the slot.
+    pub cpu: u32,
+    /// Times the slot was taken over by another flow before this one.
+    pub epoch: u32,
+    /// Source port, ICMP identifier, or 0.
+    pub source_port: u16,
+    /// Destination port, ICMP identifier, or 0.
+    pub destination_port: u16,
+    /// See [`crate::decide::Query::selector`].
+    pub selector: u16,
+    /// Ethertype after VLAN tags, 0 if not read.
+    pub ethertype: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// 4, 6, or 0 when the addresses were not read.
+    pub family: u8,
+    /// [`Hook`].
+    pub hook: u8,
+    /// [`Outcome`].
+    pub outcome: u8,
+    /// [`Reason`].
+    pub reason: u8,
+    /// TCP flags.
+    pub tcp_flags: u8,
+    /// Always 0.
+    pub reserved: [u8; 6],
+}
+
+impl Event {
+    /// The hook, or `None` for a number of another ABI.
+    pub fn hook(&self) -> Option<Hook> {
+        Hook::from_bits(self.hook)
+    }
+
+    /// The outcome.
+    pub fn outcome(&self) -> Outcome {
+        Outcome::from_bits(u32::from(self.outcome))
+    }
+
+    /// The reason.
+    pub fn reason(&self) -> Reason {
+        Reason::from_bits(u32::from(self.reason))
+    }
+}
+
+/// One slot of the per-CPU aggregation table `DENIED`. A reader that finds `epoch` and
+/// `epoch_end` equal before and after has a consistent copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct DeniedSlot {
+    /// Times the slot was taken over; written before the rest.
+    pub epoch: u32,
+    /// Copy of `epoch`, written after the rest; 0 in a slot never used.
+    pub epoch_end: u32,
+    /// Jiffies of the last record.
+    pub emitted_at: u64,
+    /// Packets counted since the last record of this slot was written.
+    pub pending: u64,
+    /// The flow and its `total`, as of the slot's first packet but for `total` and `time`.
+    pub event: Event,
+}
+
+/// Slots of `DENIED` per CPU; a power of two.
+pub const DENIED_SLOTS: u32 = 4096;
+
+/// Slots of `POLICY`.
+pub mod slot {
+    /// The image that judges.
+    pub const LIVE: u32 = 0;
+    /// The image before it.
+    pub const PREVIOUS: u32 = 1;
+    /// A candidate that is evaluated beside the live one.
+    pub const SHADOW: u32 = 2;
+    /// Number of slots.
+    pub const COUNT: u32 = 3;
+}
+
+const _: () = {
+    assert!(size_of::<FlowKey>() == 40 && align_of::<FlowKey>() == 4);
+    assert!(size_of::<FlowKey4>() == 16 && align_of::<FlowKey4>() == 4);
+    assert!(size_of::<FlowEntry>() == 24 && align_of::<FlowEntry>() == 8);
+    assert!(offset_of!(FlowEntry, generation) == 8 && offset_of!(FlowEntry, flags) == 16);
+    assert!(size_of::<Control>() == 16 && offset_of!(Control, hz) == 8);
+    assert!(size_of::<Interface>() == 4);
+    assert!(size_of::<Process>() == 32 && offset_of!(Process, comm) == 16);
+    assert!(size_of::<Event>() == 136 && align_of::<Event>() == 8);
+    assert!(offset_of!(Event, process) == 24 && offset_of!(Event, source) == 56);
+    assert!(offset_of!(Event, rule) == 88 && offset_of!(Event, source_port) == 116);
+    assert!(offset_of!(Event, protocol) == 124 && offset_of!(Event, reserved) == 130);
+    assert!(size_of::<DeniedSlot>() == 160 && offset_of!(DeniedSlot, event) == 24);
+};

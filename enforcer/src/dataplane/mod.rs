@@ -1,0 +1,186 @@
+//! The boundary to the kernel: what the daemon may ask of it, and the types of the answers.
+//!
+//! [`kernel`] is the only module (with its children) that imports aya or makes bpf(2) calls.
+//! Must not know: YAML, segment names, tokio, the control socket.
+
+use enforcer_common::{
+    verdict::{Hook, Outcome, Reason},
+    wire::Event,
+};
+
+use crate::compile::Image;
+
+/// What the socket hooks do with a call that TC would deny for every local source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SocketHooks {
+    /// Refuse it with EPERM and record who asked (the default).
+    #[default]
+    Refuse,
+    /// Let it go on to TC, which names the process.
+    Observe,
+    /// Do not attach them.
+    Off,
+}
+
+/// How packets on an interface start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkType {
+    /// With an Ethernet header.
+    Ethernet,
+    /// With the IP header (tun, GRE).
+    Ip,
+}
+
+/// An interface to enforce on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Kernel index, never reused while the interface lives.
+    pub ifindex: u32,
+    /// Name at the time of attaching.
+    pub name: String,
+    /// How its packets start.
+    pub link: LinkType,
+}
+
+/// A packet counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PacketCount {
+    /// Where.
+    pub hook: Hook,
+    /// What happened.
+    pub outcome: Outcome,
+    /// Why.
+    pub reason: Reason,
+    /// Packets (socket hooks: calls) since the programs were loaded, summed over CPUs.
+    pub packets: u64,
+}
+
+/// What became of records of denied packets, per hook. `emitted + suppressed + lost` is the
+/// number of packets denied or would-be denied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordCount {
+    /// Where.
+    pub hook: Hook,
+    /// Packets with a record of their own.
+    pub emitted: u64,
+    /// Packets added to a running count.
+    pub suppressed: u64,
+    /// Packets of which the counters alone know.
+    pub lost: u64,
+    /// Flows the flow table took no entry for.
+    pub flow_insert_failed: u64,
+}
+
+/// All counters at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Those above zero.
+    pub packets: Vec<PacketCount>,
+    /// One per hook.
+    pub records: Vec<RecordCount>,
+}
+
+/// What the kernel, or this process, said no to. Nothing was changed unless said otherwise.
+#[derive(Debug, thiserror::Error)]
+pub enum DataplaneError {
+    /// Something that the machine must have is missing: exit code 3.
+    #[error("{what}\n  help: {help}")]
+    Environment {
+        /// What is missing.
+        what: String,
+        /// What to do about it.
+        help: String,
+    },
+    /// The kernel refused a program or map.
+    #[error("cannot load the kernel programs: {message}")]
+    Load {
+        /// The loader's chain of errors; the verifier's last lines if it was the verifier.
+        message: String,
+    },
+    /// An image larger than the loaded size class.
+    #[error("the policy image needs {needed} words; the loaded programs take {limit}")]
+    ImageTooLarge {
+        /// Words of the image.
+        needed: usize,
+        /// Words of the loaded size class.
+        limit: usize,
+    },
+    /// One system call failed.
+    #[error("{call}: {source}")]
+    Syscall {
+        /// What was attempted, in words.
+        call: String,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// A program could not be attached.
+    #[error("cannot attach {hook} to {target}: {message}")]
+    Attach {
+        /// Program.
+        hook: &'static str,
+        /// Interface name or cgroup path.
+        target: String,
+        /// The kernel's answer.
+        message: String,
+    },
+}
+
+/// What the daemon asks of the kernel. Order: [`Dataplane::apply`] first, then attach; programs
+/// without an image drop everything.
+pub trait Dataplane: Send {
+    /// Makes `image` the live policy by one pointer write. Every packet is judged wholly by the
+    /// old or wholly by the new image; on error the old one stays.
+    ///
+    /// # Errors
+    /// [`DataplaneError`]; nothing has changed then.
+    fn apply(&mut self, image: &Image) -> Result<(), DataplaneError>;
+
+    /// Attaches `tc_ingress` and `tc_egress`; a no-op on an interface that has them.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Attach`]; neither hook stays attached then.
+    fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError>;
+
+    /// Forgets an interface that is gone, or takes the programs off one that is there.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn detach(&mut self, ifindex: u32) -> Result<(), DataplaneError>;
+
+    /// Attaches the socket hooks to the root cgroup, or changes what they do. `Refuse` is the
+    /// caller's promise that every interface but loopback is enforced.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Attach`].
+    fn socket_hooks(&mut self, mode: SocketHooks) -> Result<(), DataplaneError>;
+
+    /// Reads all counters.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn counters(&self) -> Result<Counters, DataplaneError>;
+
+    /// Running counts of denied flows (at most one per CPU and slot): picks up packets that no
+    /// ring buffer record has carried yet. `Event::total` is the count so far.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn running_counts(&self) -> Result<Vec<Event>, DataplaneError>;
+
+    /// The stream of records; `None` when it was taken before.
+    fn take_events(&mut self) -> Option<Box<dyn EventSource>>;
+
+    /// Takes every program off. Enforcement ends.
+    ///
+    /// # Errors
+    /// The first [`DataplaneError::Syscall`]; the rest is attempted all the same.
+    fn detach_all(&mut self) -> Result<(), DataplaneError>;
+}
+
+/// A stream of records from the kernel.
+pub trait EventSource: Send {
+    /// The next record that is there, without waiting.
+    fn next(&mut self) -> Option<Event>;
+    /// A descriptor that polls readable when there are records.
+    fn fd(&self) -> std::os::fd::BorrowedFd<'_>;
+}
