@@ -121,14 +121,8 @@ impl AddrRange {
 impl From<ipnet::IpNet> for AddrRange {
     fn from(net: ipnet::IpNet) -> Self {
         match net {
-            ipnet::IpNet::V4(n) => Self::V4 {
-                first: n.network(),
-                last: n.broadcast(),
-            },
-            ipnet::IpNet::V6(n) => Self::V6 {
-                first: n.network(),
-                last: n.broadcast(),
-            },
+            ipnet::IpNet::V4(n) => Self::V4 { first: n.network(), last: n.broadcast() },
+            ipnet::IpNet::V6(n) => Self::V6 { first: n.network(), last: n.broadcast() },
         }
     }
 }
