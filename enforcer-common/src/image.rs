@@ -80,6 +80,16 @@ pub mod header {
     pub const LOCAL6_CLASSES: u32 = 30;
     /// How many, as for IPv4.
     pub const LOCAL6_CLASSES_COUNT: u32 = 31;
+    /// Number of service classes, for the reader's information.
+    pub const SERVICE_CLASSES: u32 = 32;
+    /// Number of distinct rows, for the reader's information.
+    pub const ROW_COUNT: u32 = 33;
+    /// Number of exceptions, for the reader's information.
+    pub const EXCEPTION_COUNT: u32 = 34;
+    /// Number of single IPv4 hosts, for the reader's information.
+    pub const V4_HOST_COUNT: u32 = 35;
+    /// Number of single IPv6 hosts, for the reader's information.
+    pub const V6_HOST_COUNT: u32 = 36;
     /// Length of the header; the tables follow.
     pub const WORDS: u32 = 64;
 }
