@@ -83,8 +83,9 @@ pub fn generation<W: Words + ?Sized>(image: &W) -> u32 {
 }
 
 /// Judges a flow that is about to be opened. Calls nothing but loads: 10 to 20 of them, whatever
-/// the number of rules and members (IPv6: up to 32 trie nodes, in practice 2 to 5).
-#[inline(always)]
+/// the number of rules and members (IPv6: up to 32 trie nodes, in practice 2 to 5). Not inlined:
+/// see [`image::address_class`].
+#[inline(never)]
 pub fn decide<W: Words + ?Sized>(image: &W, query: &Query) -> Decision {
     let source = image::address_class(image, query.source);
     let destination = image::address_class(image, query.destination);
@@ -96,7 +97,7 @@ pub fn decide<W: Words + ?Sized>(image: &W, query: &Query) -> Decision {
 }
 
 /// The verdict of a denial of form: no rule is asked, only who guards the addresses.
-#[inline(always)]
+#[inline(never)]
 pub fn decide_form<W: Words + ?Sized>(
     image: &W,
     addresses: Option<(Address, Address)>,

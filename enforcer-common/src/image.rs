@@ -210,7 +210,10 @@ pub fn seed<W: Words + ?Sized>(image: &W) -> u64 {
 }
 
 /// The class of an address: the set of segments (and built-ins) it is in.
-#[inline(always)]
+///
+/// Not inlined: in the kernel it is a subprogram of its own, or a judgement would hold a dozen
+/// copies (51 000 instructions a program instead of 3 000).
+#[inline(never)]
 pub fn address_class<W: Words + ?Sized>(image: &W, address: Address) -> u32 {
     match address {
         Address::V4(a) => class_v4(image, a),

@@ -173,10 +173,13 @@ pub enum Record {
     Lost = 2,
     /// The flow table refused an entry: the packet passed, its replies may be judged anew.
     FlowInsertFailed = 3,
+    /// Suppressed packets whose slot another flow took over while the ring buffer was full: unless
+    /// a scan saw them before, no record names their flow. Also among `Suppressed`.
+    Displaced = 4,
 }
 
 /// Counters per hook besides outcomes.
-pub const RECORDS: u32 = 4;
+pub const RECORDS: u32 = 8;
 
 /// Elements of the `COUNTERS` map.
 pub const COUNTERS: u32 = HOOKS * OUTCOMES * REASONS + HOOKS * RECORDS;
