@@ -11,7 +11,8 @@ pub fn run() -> Result<()> {
     let start = Instant::now();
     // The host side embeds the objects, so clippy cannot look at it without them.
     build::objects()?;
-    let checks: [(&str, fn() -> Result<()>); 5] = [
+    type Check = fn() -> Result<()>;
+    let checks: [(&str, Check); 5] = [
         ("Formatting of the workspace", || {
             ui::run(env::cargo().args(["fmt", "--all", "--check"]))
         }),

@@ -6,6 +6,7 @@
 )]
 
 mod build;
+mod demo;
 mod dist;
 mod env;
 mod lint;
@@ -54,6 +55,8 @@ enum Verb {
         /// Only tests whose name contains this
         filter: Option<String>,
     },
+    /// From a bare machine to a running hospital: enforce, try, deny, revoke
+    Demo(demo::Options),
     /// Build the static binary into dist/
     Dist,
 }
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Verb::Build { release, .. } => build::binary(release).map(drop),
         Verb::Lint => lint::run(),
         Verb::Test { quick, filter } => test::run(&test::Options { quick, filter }),
+        Verb::Demo(options) => demo::run(&options),
         Verb::Dist => dist::run(),
     };
     match result {

@@ -46,10 +46,6 @@ impl Paint {
         self.wrap("1", text)
     }
 
-    pub fn dim(self, text: &str) -> String {
-        self.wrap("2", text)
-    }
-
     fn wrap(self, code: &str, text: &str) -> String {
         if self.on {
             format!("\x1b[{code}m{text}\x1b[0m")
