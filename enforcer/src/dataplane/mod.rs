@@ -10,6 +10,8 @@ use enforcer_common::{
 
 use crate::compile::Image;
 
+pub mod cgroup;
+
 /// What the socket hooks do with a call that TC would deny for every local source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SocketHooks {
