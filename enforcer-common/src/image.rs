@@ -72,6 +72,16 @@ pub mod header {
     pub const RULES: u32 = 26;
     /// Number of segments, for the reader's information.
     pub const SEGMENTS: u32 = 27;
+    /// Number of service classes, for the reader's information.
+    pub const SERVICE_CLASSES: u32 = 28;
+    /// Number of distinct rows, for the reader's information.
+    pub const ROW_COUNT: u32 = 29;
+    /// Number of exceptions, for the reader's information.
+    pub const EXCEPTION_COUNT: u32 = 30;
+    /// Number of single IPv4 hosts, for the reader's information.
+    pub const V4_HOST_COUNT: u32 = 31;
+    /// Number of single IPv6 hosts, for the reader's information.
+    pub const V6_HOST_COUNT: u32 = 32;
     /// Length of the header; the tables follow.
     pub const WORDS: u32 = 64;
 }

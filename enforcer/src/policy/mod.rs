@@ -15,4 +15,4 @@ pub mod parse;
 pub mod reference;
 
 pub use diag::{Diagnostic, Severity};
-pub use parse::SourceFile;
+pub use parse::{ParseOutcome, SourceFile, parse, parse_with_warnings};

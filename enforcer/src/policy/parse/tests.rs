@@ -1,0 +1,3 @@
+//! The parser on whole files.
+
+use super::*;
