@@ -6,6 +6,8 @@
 
 pub mod api;
 pub mod compile;
+pub mod daemon;
 pub mod dataplane;
 pub mod events;
 pub mod policy;
+mod poll;

@@ -1,16 +1,12 @@
 //! The task that takes records from the kernel.
 
 use std::{
-    os::fd::{AsRawFd, RawFd},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use enforcer_common::wire::Event;
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    time::{Instant, MissedTickBehavior, interval_at},
-};
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 use super::{
     Store,
@@ -20,6 +16,7 @@ use super::{
 use crate::{
     api::types::{Lost, LostCause, LostVerdict, Record, Time},
     dataplane::{Counters, Dataplane, DataplaneError, EventSource},
+    poll::Readable,
 };
 
 /// How often running counts and losses are picked up.
@@ -32,17 +29,10 @@ const BATCHES: usize = 64;
 /// The dataplane as the daemon's tasks share it.
 pub type SharedDataplane = Arc<Mutex<Box<dyn Dataplane>>>;
 
-struct Source(Box<dyn EventSource>);
-
-impl AsRawFd for Source {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.fd().as_raw_fd()
-    }
-}
-
 /// Carries records from the kernel to a store.
 pub struct Reader {
-    source: AsyncFd<Source>,
+    readable: Readable,
+    source: Box<dyn EventSource>,
     dataplane: SharedDataplane,
     enricher: Enricher,
     store: Arc<Store>,
@@ -63,7 +53,8 @@ impl Reader {
         store: Arc<Store>,
     ) -> std::io::Result<Self> {
         Ok(Self {
-            source: AsyncFd::with_interest(Source(source), Interest::READABLE)?,
+            readable: Readable::new(&source.fd())?,
+            source,
             dataplane,
             enricher,
             store,
@@ -80,9 +71,9 @@ impl Reader {
         let mut batch = Vec::with_capacity(BATCH);
         loop {
             let due = tokio::select! {
-                ready = self.source.readable_mut() => {
+                ready = self.readable.ready() => {
                     if let Ok(mut guard) = ready
-                        && take(&mut batch, &mut *guard.get_inner_mut().0)
+                        && take(&mut batch, &mut *self.source)
                     {
                         // Keeps its readiness if a record came since the last look.
                         guard.clear_ready();
@@ -108,7 +99,7 @@ impl Reader {
         // The tally wants every record that was there before the scan ended; see there. It is
         // also the safety net under a missed wake-up.
         for _ in 0..BATCHES {
-            let empty = take(batch, &mut *self.source.get_mut().0);
+            let empty = take(batch, &mut *self.source);
             self.record(batch);
             if empty {
                 break;
