@@ -5,6 +5,7 @@
 //! See `docs/ARCHITECTURE.md`.
 
 pub mod api;
+pub mod cli;
 pub mod compile;
 pub mod daemon;
 pub mod dataplane;

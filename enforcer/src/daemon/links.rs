@@ -143,7 +143,7 @@ impl Links {
             .collect();
         let mode = match self.hooks_wanted {
             SocketHooks::Refuse if !open.is_empty() => SocketHooks::Observe,
-            wanted => wanted,
+            SocketHooks::Refuse | SocketHooks::Observe | SocketHooks::Off => self.hooks_wanted,
         };
         if self.hooks_now == Some(mode) {
             return Ok(());

@@ -4,15 +4,13 @@ use std::{fs, path::Path};
 
 use nix::{
     mount::{MsFlags, mount},
-    sys::statfs::statfs,
+    sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
 use crate::dataplane::{DataplaneError, SocketHooks, cgroup::cgroup2_root};
 
 const BPFFS: &str = "/sys/fs/bpf";
 const BTF: &str = "/sys/kernel/btf/vmlinux";
-/// linux/magic.h.
-const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
 /// linux/capability.h.
 const CAP_NET_ADMIN: u32 = 12;
@@ -100,8 +98,7 @@ fn btf() -> Result<(), DataplaneError> {
 }
 
 fn bpffs() -> Result<(), DataplaneError> {
-    let is_bpffs =
-        || statfs(BPFFS).is_ok_and(|fs| i64::from(fs.filesystem_type().0) == BPF_FS_MAGIC);
+    let is_bpffs = || statfs(BPFFS).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
     if is_bpffs() {
         return Ok(());
     }

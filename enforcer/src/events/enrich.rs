@@ -400,7 +400,7 @@ pub(crate) mod tests {
         Enricher::new(generations, Box::new(name), Cgroups::new(None))
     }
 
-    fn denial(event: &Event) -> Denial {
+    pub(crate) fn denial(event: &Event) -> Denial {
         enricher().denial(event, 14, Clock::sample().unwrap())
     }
 
