@@ -116,12 +116,12 @@ impl Tuple {
 #[inline(always)]
 fn address(words: &[u32; 4], v6: bool) -> Address {
     if v6 {
-        Address::V6(
+        Address::v6(
             (u64::from(words[0]) << 32) | u64::from(words[1]),
             (u64::from(words[2]) << 32) | u64::from(words[3]),
         )
     } else {
-        Address::V4(words[3])
+        Address::v4(words[3])
     }
 }
 

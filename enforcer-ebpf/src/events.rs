@@ -28,14 +28,21 @@ pub struct Judged {
 /// Counts a judged packet and, if it was denied or would have been, records it.
 #[inline(never)]
 pub fn account(ctx: &TcContext, packet: &Packet, judged: &Judged) {
-    let Judged { hook, decision, clock, .. } = judged;
+    let Judged {
+        hook,
+        decision,
+        clock,
+        ..
+    } = judged;
     maps::count(packet_counter(*hook, decision.outcome, decision.reason), 1);
     match decision.outcome {
         Outcome::Denied | Outcome::WouldDeny => {}
         Outcome::Allowed | Outcome::Off => return,
     }
     let index = hash(packet, decision) & (DENIED_SLOTS - 1);
-    let Some(slot) = DENIED.get_ptr_mut(index) else { return };
+    let Some(slot) = DENIED.get_ptr_mut(index) else {
+        return;
+    };
     // SAFETY: this CPU's own element of a live array map. TC programs do not nest on a CPU: both
     // hooks run with bottom halves disabled.
     let slot = unsafe { &mut *slot };
@@ -83,14 +90,13 @@ fn output(slot: &mut DeniedSlot) -> bool {
     clippy::too_many_arguments,
     reason = "inlined; a struct would go over the stack"
 )]
-fn take_over(
-    ctx: &TcContext,
-    slot: &mut DeniedSlot,
-    index: u32,
-    packet: &Packet,
-    judged: &Judged,
-) {
-    let Judged { hook, decision, generation, .. } = judged;
+fn take_over(ctx: &TcContext, slot: &mut DeniedSlot, index: u32, packet: &Packet, judged: &Judged) {
+    let Judged {
+        hook,
+        decision,
+        generation,
+        ..
+    } = judged;
     let epoch = slot.epoch.wrapping_add(1);
     slot.epoch = epoch;
     slot.pending = 1;
@@ -154,7 +160,12 @@ fn family(packet: &Packet) -> u8 {
 /// one for each attempt, and each attempt is worth a record of its own.
 #[inline(always)]
 fn same(slot: &DeniedSlot, packet: &Packet, judged: &Judged) -> bool {
-    let Judged { hook, decision, generation, .. } = judged;
+    let Judged {
+        hook,
+        decision,
+        generation,
+        ..
+    } = judged;
     let event = &slot.event;
     let tuple = &packet.tuple;
     slot.epoch_end != 0

@@ -10,7 +10,6 @@ mod events;
 mod maps;
 mod socket;
 
-use events::Judged;
 use aya_ebpf::{
     bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::generated::bpf_jiffies64,
@@ -25,17 +24,18 @@ use enforcer_common::{
     verdict::{Hook, Record, record_counter},
     wire::CONTROL_DEBUG,
 };
+use events::Judged;
 
 /// Packets coming into the host.
 #[classifier]
 pub fn tc_ingress(ctx: TcContext) -> i32 {
-    action(&judge(&ctx, Hook::TcIngress))
+    judge(&ctx, Hook::TcIngress)
 }
 
 /// Packets going out of the host.
 #[classifier]
 pub fn tc_egress(ctx: TcContext) -> i32 {
-    action(&judge(&ctx, Hook::TcEgress))
+    judge(&ctx, Hook::TcEgress)
 }
 
 /// Returns the low half of jiffies, for the daemon to measure ticks a second. Never attached.
@@ -91,19 +91,29 @@ fn now() -> u64 {
 }
 
 #[inline(always)]
-fn judge(ctx: &TcContext, hook: Hook) -> Decision {
+fn judge(ctx: &TcContext, hook: Hook) -> i32 {
     let control = maps::control();
-    let clock = Clock { now: now(), hz: control.hz };
+    let clock = Clock {
+        now: now(),
+        hz: control.hz,
+    };
     let link = ctx::link(ctx, matches!(hook, Hook::TcIngress));
     // An array map of one element: the look-up cannot fail.
-    let Some(packet) = maps::scratch() else { return Decision::NO_POLICY };
-    packet.ifindex = link.ifindex;
-    let mut judged = Judged { hook, decision: Decision::NO_POLICY, generation: 0, clock };
+    let Some(work) = maps::work() else {
+        return TC_ACT_SHOT as i32;
+    };
+    work.packet.ifindex = link.ifindex;
+    work.judged = Judged {
+        hook,
+        decision: Decision::NO_POLICY,
+        generation: 0,
+        clock,
+    };
     if let Some(image) = maps::live() {
-        judged.generation = generation(&image);
-        judged.decision = match packet::parse(&ctx::Skb(ctx), &link, packet) {
+        work.judged.generation = generation(&image);
+        work.judged.decision = match packet::parse(&ctx::Skb(ctx), &link, &mut work.packet) {
             Ok(()) => {
-                let judgement = flow::judge(&image, &maps::LruFlows, packet, &clock);
+                let judgement = flow::judge(&image, &maps::LruFlows, &work.packet, &clock);
                 if judgement.insert_failed {
                     maps::count(record_counter(hook, Record::FlowInsertFailed), 1);
                     if control.flags & CONTROL_DEBUG != 0 {
@@ -112,11 +122,11 @@ fn judge(ctx: &TcContext, hook: Hook) -> Decision {
                 }
                 judgement.decision
             }
-            Err(reason) => flow::judge_form(&image, packet, reason),
+            Err(reason) => flow::judge_form(&image, &work.packet, reason),
         };
     }
-    events::account(ctx, packet, &judged);
-    judged.decision
+    events::account(ctx, &work.packet, &work.judged);
+    action(&work.judged.decision)
 }
 
 #[cfg(target_arch = "bpf")]

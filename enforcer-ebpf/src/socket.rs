@@ -17,9 +17,9 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use enforcer_common::{
-    decide::{Decision, Query, decide, generation},
+    decide::{Decision, Query, Target, decide_class, generation},
     flow::{self, FlowTable as _},
-    image::{LOCAL_UNKNOWN, MAX_LOCAL, Words as _, header},
+    image::{LOCAL_UNKNOWN, MAX_LOCAL, MAX_LOCAL_CLASSES, Words as _, address_class, header},
     packet::{Kind, Tuple},
     verdict::{Hook, Outcome, Record, packet_counter, record_counter},
     wire::{CONTROL_SOCKET_REFUSE, Control, Event, Process},
@@ -162,29 +162,37 @@ fn judge(
     if unjudged(&image, &tuple) {
         return true;
     }
-    let decision = if bound == [0; 4] {
-        every_source(&image, &mut tuple)
+    let target = Target::of(
+        &image,
+        &Query {
+            source: tuple.source_address(),
+            destination: tuple.destination_address(),
+            protocol: tuple.protocol,
+            selector: tuple.selector,
+        },
+    );
+    let words = if bound == [0; 4] {
+        every_class(&image, v6, &target)
     } else {
-        Some(one_source(&image, &tuple))
+        let class = address_class(&image, &tuple.source_address());
+        denied(&image, class, &target)
     };
-    let Some(decision) = decision else {
+    let Some(words) = words else { return true };
+    if answers_a_flow(&image, &mut tuple) {
         return true;
-    };
-    if matches!(decision.outcome, Outcome::Denied) {
-        maps::count(packet_counter(hook, Outcome::Denied, decision.reason), 1);
-        let record = record(
-            hook,
-            &tuple,
-            &decision,
-            generation(&image),
-            cookie,
-            &process,
-        );
-        maps::count(record_counter(hook, record), 1);
-        return false;
     }
-    maps::count(packet_counter(hook, Outcome::Allowed, decision.reason), 1);
-    true
+    let decision = Decision::unpack(words);
+    maps::count(packet_counter(hook, Outcome::Denied, decision.reason), 1);
+    let record = record(
+        hook,
+        &tuple,
+        &decision,
+        generation(&image),
+        cookie,
+        &process,
+    );
+    maps::count(record_counter(hook, record), 1);
+    false
 }
 
 #[inline(always)]
@@ -275,61 +283,71 @@ fn local(image: &Image, v6: bool, i: u32) -> [u32; 4] {
     }
 }
 
-/// The verdict if every local address, taken as the source, is denied; `None` when one is not
-/// (or there is none to try). `tuple` is left with the last source tried.
+/// The verdict words if TC would deny a packet from this source class; `None` if not.
 #[inline(always)]
-fn every_source(image: &Image, tuple: &mut Tuple) -> Option<Decision> {
+fn denied(image: &Image, class: u32, target: &Target) -> Option<u64> {
+    let words = decide_class(image, class, target);
+    if Outcome::from_bits(words as u32).passes() {
+        None
+    } else {
+        Some(words)
+    }
+}
+
+/// The verdict words if every local address, taken as the source, is denied; `None` when one is
+/// not, or the image names none.
+#[inline(always)]
+fn every_class(image: &Image, v6: bool, target: &Target) -> Option<u64> {
+    let (base, count) = if v6 {
+        (
+            image.word(header::LOCAL6_CLASSES),
+            image.word(header::LOCAL6_CLASSES_COUNT),
+        )
+    } else {
+        (
+            image.word(header::LOCAL4_CLASSES),
+            image.word(header::LOCAL4_CLASSES_COUNT),
+        )
+    };
+    if count > MAX_LOCAL_CLASSES {
+        return None;
+    }
+    let mut words = None;
+    let mut i = 0;
+    while i < MAX_LOCAL_CLASSES {
+        if i >= count {
+            break;
+        }
+        words = denied(image, image.word(base.wrapping_add(i)), target);
+        words?;
+        i += 1;
+    }
+    words
+}
+
+/// Whether a datagram may be the answer to a flow that the other end opened. TC knows whether
+/// that entry is current; here it is enough that there is one.
+#[inline(always)]
+fn answers_a_flow(image: &Image, tuple: &mut Tuple) -> bool {
+    if !matches!(tuple.kind, Kind::Ports) {
+        return false;
+    }
+    if tuple.source != [0; 4] {
+        return LruFlows.find(&flow::key_of(tuple, 0).0).is_some();
+    }
     let (_, count) = locals(image, tuple.v6);
-    let mut denied = None;
     let mut i = 0;
     while i < MAX_LOCAL {
         if i >= count {
             break;
         }
-        let source = local(image, tuple.v6, i);
+        tuple.source = local(image, tuple.v6, i);
+        if LruFlows.find(&flow::key_of(tuple, 0).0).is_some() {
+            return true;
+        }
         i += 1;
-        let loopback = if tuple.v6 {
-            source == [0, 0, 0, 1]
-        } else {
-            source[3] >> 24 == 127
-        };
-        if loopback {
-            continue;
-        }
-        tuple.source = source;
-        let decision = one_source(image, tuple);
-        if !matches!(decision.outcome, Outcome::Denied) {
-            return Some(decision);
-        }
-        denied = Some(decision);
     }
-    denied
-}
-
-/// What TC would say of a packet with this source: a datagram may be the answer to a flow that
-/// the other end opened.
-#[inline(always)]
-fn one_source(image: &Image, tuple: &Tuple) -> Decision {
-    let decision = decide(
-        image,
-        &Query {
-            source: tuple.source_address(),
-            destination: tuple.destination_address(),
-            protocol: tuple.protocol,
-            selector: tuple.selector,
-        },
-    );
-    if matches!(decision.outcome, Outcome::Denied)
-        && matches!(tuple.kind, Kind::Ports)
-        && tuple.source_port != 0
-    {
-        let (key, _) = flow::key_of(tuple, 0);
-        if LruFlows.find(&key).is_some() {
-            // TC knows whether the entry is current; here it is enough that there is one.
-            return Decision::pass(enforcer_common::verdict::Reason::Established);
-        }
-    }
-    decision
+    false
 }
 
 #[inline(always)]

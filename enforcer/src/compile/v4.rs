@@ -1,0 +1,191 @@
+//! IPv4 intervals → a 16-8-8 trie, and single hosts for the host table.
+
+use std::collections::HashMap;
+
+use enforcer_common::image::{BYTE_NODE_WORDS, LEAF, V4_ROOT_WORDS};
+
+use super::{
+    intervals::Intervals,
+    writer::{Full, Writer},
+};
+
+/// Words that one host costs in the host table: two, at a load of about two thirds.
+const HOST_WORDS: usize = 3;
+/// Addresses of a /24, words of a node.
+const BLOCK: u32 = BYTE_NODE_WORDS;
+
+/// The trie's offset, and the hosts that are to be found in the host table instead.
+pub(super) struct Trie {
+    pub(super) root: u32,
+    pub(super) hosts: Vec<(u32, u32)>,
+}
+
+/// What a /24 holds: first last-bytes, ascending from 0, and their class. Equal ones share a node.
+type Pattern = Vec<(u8, u32)>;
+
+/// How a pattern is written.
+#[derive(Default)]
+struct Plan {
+    shared: usize,
+    /// The class of most addresses.
+    background: u32,
+    /// Addresses of other classes.
+    hosts: Vec<(u8, u32)>,
+}
+
+/// A stretch of the address space, first and last.
+#[derive(Clone, Copy)]
+struct Block {
+    first: u32,
+    last: u32,
+}
+
+/// Moves through the intervals in ascending order of address.
+struct Cursor<'a> {
+    intervals: &'a [(u128, u32)],
+}
+
+impl<'a> Cursor<'a> {
+    /// The intervals that reach into the block, the first of which may start before it.
+    fn within(&mut self, block: Block) -> &'a [(u128, u32)] {
+        while let [_, second, ..] = self.intervals
+            && second.0 <= u128::from(block.first)
+        {
+            self.intervals = &self.intervals[1..];
+        }
+        let reach = self
+            .intervals
+            .iter()
+            .take_while(|(start, _)| *start <= u128::from(block.last))
+            .count();
+        &self.intervals[..reach]
+    }
+}
+
+fn pattern(intervals: &[(u128, u32)], block: Block) -> Pattern {
+    intervals
+        .iter()
+        .map(|(start, class)| {
+            let offset = start.saturating_sub(u128::from(block.first));
+            (u8::try_from(offset).unwrap_or(u8::MAX), *class)
+        })
+        .collect()
+}
+
+fn flatten(pattern: &[(u8, u32)]) -> Vec<u32> {
+    let mut flat = Vec::with_capacity(BLOCK as usize);
+    let ends = pattern.iter().skip(1).map(|(start, _)| usize::from(*start));
+    for ((_, class), end) in pattern.iter().zip(ends.chain([BLOCK as usize])) {
+        flat.resize(end, *class);
+    }
+    flat
+}
+
+impl Plan {
+    fn new(pattern: &[(u8, u32)]) -> Self {
+        let flat = flatten(pattern);
+        let mut sorted = flat.clone();
+        sorted.sort_unstable();
+        let mut background = (0, 0);
+        for run in sorted.chunk_by(|a, b| a == b) {
+            if run.len() > background.0 {
+                background = (run.len(), run[0]);
+            }
+        }
+        let hosts = (0..=u8::MAX).zip(flat);
+        Self {
+            shared: 0,
+            background: background.1,
+            hosts: hosts.filter(|(_, class)| *class != background.1).collect(),
+        }
+    }
+
+    /// Whether hosts cost less than a node, which all /24s of the pattern share.
+    fn as_hosts(&self) -> bool {
+        self.hosts.len() * HOST_WORDS * self.shared <= BLOCK as usize
+    }
+}
+
+/// A part of the address space, as the trie sees it.
+enum Found {
+    /// A /16 of one class.
+    Wide(u32),
+    /// A /24 of one class, in a /16 of several.
+    Uniform(u32),
+    /// A /24 of several classes.
+    Mixed(Pattern, Block),
+}
+
+/// Goes through the whole address space in ascending order.
+fn for_each_block(
+    intervals: &Intervals,
+    mut act: impl FnMut(Found) -> Result<(), Full>,
+) -> Result<(), Full> {
+    let mut cursor = Cursor { intervals };
+    for upper in 0..V4_ROOT_WORDS {
+        let wide = Block {
+            first: upper << 16,
+            last: upper << 16 | 0xffff,
+        };
+        if let [(_, class)] = cursor.within(wide) {
+            act(Found::Wide(*class))?;
+            continue;
+        }
+        for byte in 0..BLOCK {
+            let first = wide.first | byte << 8;
+            let block = Block {
+                first,
+                last: first | 0xff,
+            };
+            act(match cursor.within(block) {
+                [(_, class)] => Found::Uniform(*class),
+                several => Found::Mixed(pattern(several, block), block),
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// Builds and writes the trie.
+pub(super) fn write(intervals: &Intervals, writer: &mut Writer) -> Result<Trie, Full> {
+    let mut plans: HashMap<Pattern, Plan> = HashMap::new();
+    for_each_block(intervals, |found| {
+        if let Found::Mixed(pattern, _) = found {
+            let plan = plans
+                .entry(pattern)
+                .or_insert_with_key(|pattern| Plan::new(pattern));
+            plan.shared += 1;
+        }
+        Ok(())
+    })?;
+
+    let mut hosts = Vec::new();
+    let mut entries = Vec::with_capacity(V4_ROOT_WORDS as usize);
+    let mut high: Vec<u32> = Vec::with_capacity(BLOCK as usize);
+    for_each_block(intervals, |found| {
+        match found {
+            Found::Wide(class) => entries.push(LEAF | class),
+            Found::Uniform(class) => high.push(LEAF | class),
+            Found::Mixed(pattern, block) => match plans.get(&pattern) {
+                Some(plan) if plan.as_hosts() => {
+                    let listed = plan.hosts.iter();
+                    hosts.extend(listed.map(|(byte, c)| (block.first | u32::from(*byte), *c)));
+                    high.push(LEAF | plan.background);
+                }
+                _ => {
+                    let leaves: Vec<u32> = flatten(&pattern).iter().map(|c| LEAF | c).collect();
+                    high.push(writer.byte_node(&leaves)?);
+                }
+            },
+        }
+        if high.len() == BLOCK as usize {
+            entries.push(writer.byte_node(&high)?);
+            high.clear();
+        }
+        Ok(())
+    })?;
+    Ok(Trie {
+        root: writer.append_aligned(&entries)?,
+        hosts,
+    })
+}

@@ -1,0 +1,117 @@
+//! IPv6 intervals → single hosts for the host table, and a path-compressed trie of nibbles.
+
+use enforcer_common::image::{LEAF, V6_NODE_CHILDREN, V6_NODE_WORDS};
+
+use super::{
+    intervals::{self, Intervals, value_at},
+    writer::{Full, Writer},
+};
+
+/// Longest run of addresses, with the same class before and after, that goes to the host table.
+/// A host costs 5 to 11 words there; in the trie a run that is no whole nibble costs a node of 22.
+const RUN: u128 = 4;
+/// Nibbles of an address.
+const NIBBLES: u32 = 32;
+
+/// Splits single hosts off: short runs between two intervals of one class.
+pub(super) fn split(all: &Intervals) -> (Intervals, Vec<(u128, u32)>) {
+    let mut rest = Intervals::new();
+    let mut hosts = Vec::new();
+    let mut at = 0;
+    while let Some((start, class)) = all.get(at) {
+        intervals::push(&mut rest, *start, *class);
+        let Some((first, _)) = all.get(at + 1) else {
+            break;
+        };
+        // The next interval of this class, if it starts within reach.
+        let end = all
+            .iter()
+            .enumerate()
+            .skip(at + 2)
+            .take_while(|(_, (start, _))| start - first <= RUN)
+            .find(|(_, (_, other))| other == class);
+        match end {
+            Some((next, _)) => {
+                for pair in all[at + 1..=next].windows(2) {
+                    let [(from, class), (to, _)] = pair else {
+                        continue;
+                    };
+                    hosts.extend((*from..*to).map(|address| (address, *class)));
+                }
+                at = next;
+            }
+            None => at += 1,
+        }
+    }
+    (rest, hosts)
+}
+
+/// A node before its place is known.
+struct Node {
+    /// Nibbles before the one that picks the child.
+    depth: u32,
+    path: u128,
+    children: [u32; 16],
+}
+
+/// Writes the trie; returns the entry where look-ups start.
+pub(super) fn write(intervals: &Intervals, writer: &mut Writer) -> Result<u32, Full> {
+    let class = |address| value_at(intervals, address).unwrap_or(0);
+    // Starts inside the block: where the class changes.
+    entry(intervals.get(1..).unwrap_or(&[]), &class, 0, 0, writer)
+}
+
+/// The entry for the block of `depth` nibbles at `path`; `changes` are the intervals that start
+/// inside the block, but not at its first address.
+fn entry(
+    changes: &[(u128, u32)],
+    class: &impl Fn(u128) -> u32,
+    path: u128,
+    depth: u32,
+    writer: &mut Writer,
+) -> Result<u32, Full> {
+    let (Some((first, _)), Some((last, after))) = (changes.first(), changes.last()) else {
+        return Ok(LEAF | class(path));
+    };
+    let before = class(path);
+    // The smallest block with every change in it. Where the class around it is one, the node
+    // stands there and that class is its background; else it stands here, and has no need of one.
+    let common = ((first - 1) ^ last).leading_zeros() / 4;
+    let depth = if before == *after {
+        common.min(NIBBLES - 1)
+    } else {
+        depth
+    };
+    let path = if depth == 0 {
+        0
+    } else {
+        last >> (128 - 4 * depth) << (128 - 4 * depth)
+    };
+    let shift = 4 * (NIBBLES - 1 - depth);
+    let mut node = Node {
+        depth,
+        path,
+        children: [0; 16],
+    };
+    let mut rest = changes;
+    for (nibble, child) in (0u128..).zip(&mut node.children) {
+        let start = path | nibble << shift;
+        let end = start | ((1 << shift) - 1);
+        let inside = rest.partition_point(|(change, _)| *change <= end);
+        let (mine, later) = rest.split_at(inside);
+        rest = later;
+        let mine = match mine {
+            [(change, _), mine @ ..] if *change == start => mine,
+            _ => mine,
+        };
+        *child = entry(mine, class, start, depth + 1, writer)?;
+    }
+    let mut words = [0; V6_NODE_WORDS as usize];
+    words[0] = node.depth;
+    words[1] = before;
+    for (word, shift) in words[2..].iter_mut().zip([96, 64, 32, 0]) {
+        *word = (node.path >> shift) as u32;
+    }
+    words[V6_NODE_CHILDREN as usize..].copy_from_slice(&node.children);
+    writer.append(&words)
+}
