@@ -147,10 +147,11 @@ fn reference_image_and_bytecode_agree() {
             if !asked.insert(*query) {
                 continue; // repeats of a denied flow are counted, not recorded
             }
-            if !has_ports(query)
-                && !(seen.insert((query.src, query.dst, query.protocol))
-                    && seen.insert((query.dst, query.src, query.protocol)))
-            {
+            let (there, back) = (
+                (query.src, query.dst, query.protocol),
+                (query.dst, query.src, query.protocol),
+            );
+            if !has_ports(query) && (seen.contains(&back) || !seen.insert(there)) {
                 continue;
             }
             let hook = if number % 2 == 0 {
