@@ -16,7 +16,7 @@ use aya_ebpf::{
     macros::{cgroup_sock_addr, classifier},
     programs::{SockAddrContext, TcContext},
 };
-use aya_log_ebpf::debug;
+use aya_log_ebpf::info;
 use enforcer_common::{
     decide::{Decision, generation},
     flow::{self, Clock},
@@ -117,7 +117,7 @@ fn judge(ctx: &TcContext, hook: Hook) -> i32 {
                 if judgement.insert_failed {
                     maps::count(record_counter(hook, Record::FlowInsertFailed), 1);
                     if control.flags & CONTROL_DEBUG != 0 {
-                        debug!(ctx, "flow table took no entry on ifindex {}", link.ifindex);
+                        info!(ctx, "flow table took no entry on ifindex {}", link.ifindex);
                     }
                 }
                 judgement.decision

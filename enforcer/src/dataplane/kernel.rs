@@ -18,12 +18,18 @@ use aya::{
     },
     util::KernelVersion,
 };
+use aya_log::EbpfLogger;
 use enforcer_common::{
     verdict::{COUNTERS, Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::{
         CONTROL_DEBUG, CONTROL_SOCKET_REFUSE, Control, DeniedSlot, Event, INTERFACE_L3,
         Interface as WireInterface, slot,
     },
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
 use super::{
@@ -109,6 +115,9 @@ impl KernelDataplane {
             events,
         };
         this.write_control()?;
+        if options.debug {
+            forward_messages(&mut this.ebpf)?;
+        }
         Ok(this)
     }
 
@@ -352,6 +361,25 @@ impl EventSource for KernelEvents {
     fn fd(&self) -> BorrowedFd<'_> {
         self.ring.as_fd()
     }
+}
+
+/// Passes what the programs say through aya-log on to `log`, and so to the daemon's own log, from
+/// a thread that ends with the process.
+fn forward_messages(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
+    let mut logger = EbpfLogger::init(ebpf).map_err(|e| load_error("AYA_LOGS", &e))?;
+    std::thread::Builder::new()
+        .name("kernel-debug".to_owned())
+        .spawn(move || {
+            loop {
+                let mut fds = [PollFd::new(logger.as_fd(), PollFlags::POLLIN)];
+                if poll(&mut fds, PollTimeout::NONE).is_err_and(|e| e != Errno::EINTR) {
+                    return;
+                }
+                logger.flush();
+            }
+        })
+        .map(drop)
+        .map_err(syscall("start a thread for debug messages"))
 }
 
 /// Learns the kernel's ticks a second from a program that returns jiffies.
