@@ -4,17 +4,20 @@ use std::process::ExitCode;
 
 use enforcer::{
     cli,
-    dataplane::{Dataplane, DataplaneError},
+    dataplane::{
+        Dataplane, DataplaneError,
+        kernel::{KernelDataplane, LoadOptions},
+    },
 };
 
 fn main() -> ExitCode {
     cli::main(open)
 }
 
-/// Loads the kernel programs for images of `image_words` words.
-fn open(_image_words: u32, _debug: bool) -> Result<Box<dyn Dataplane>, DataplaneError> {
-    Err(DataplaneError::Environment {
-        what: "this build has no kernel programs".to_owned(),
-        help: "build the enforcer with `cargo xtask build`".to_owned(),
-    })
+fn open(image_words: u32, debug: bool) -> Result<Box<dyn Dataplane>, DataplaneError> {
+    let options = LoadOptions {
+        image_words: image_words as usize,
+        debug,
+    };
+    Ok(Box::new(KernelDataplane::load(&options)?))
 }

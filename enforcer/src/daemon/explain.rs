@@ -4,7 +4,6 @@ use std::net::IpAddr;
 
 use enforcer_common::{
     decide::{Query, decide},
-    image::Address,
     verdict::Outcome,
 };
 
@@ -41,8 +40,8 @@ pub fn explain(
     let decision = decide(
         image.words(),
         &Query {
-            source: address(from),
-            destination: address(to),
+            source: from.into(),
+            destination: to.into(),
             protocol,
             selector,
         },
@@ -75,14 +74,4 @@ pub fn explain(
         generation: None,
         policy: String::new(),
     })
-}
-
-fn address(ip: IpAddr) -> Address {
-    match ip {
-        IpAddr::V4(ip) => Address::V4(ip.to_bits()),
-        IpAddr::V6(ip) => {
-            let bits = ip.to_bits();
-            Address::V6((bits >> 64) as u64, bits as u64)
-        }
-    }
 }
