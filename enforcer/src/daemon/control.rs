@@ -107,8 +107,7 @@ impl Control {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                // An error means that the sender is gone: no reason to go on either.
-                _ = stop.wait_for(|stop| *stop) => return Ok(()),
+                () = stopped(stop) => return Ok(()),
                 Some(ask) = asks.recv() => {
                     let answer = self.reload("request").await;
                     // The client may have left.
@@ -271,6 +270,11 @@ impl Control {
             generation,
         })
     }
+}
+
+async fn stopped(stop: &mut signal::Receiver<bool>) {
+    // An error means that the sender is gone: no reason to go on either.
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// Why a reload changed nothing.

@@ -138,7 +138,8 @@ impl Reader {
     }
 
     fn losses(&mut self, counters: &Counters) {
-        let lost: u64 = counters.records.iter().map(|r| r.lost).sum();
+        // Later records may make good for the first; the second are gone. Rather one too many.
+        let lost: u64 = counters.records.iter().map(|r| r.lost + r.displaced).sum();
         let more = lost.saturating_sub(self.lost);
         self.lost = lost;
         if more > 0 {
