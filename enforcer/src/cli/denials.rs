@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use jiff::{civil::Date, tz::TimeZone};
 
 use crate::api::{
-    client::{Client, DenialsQuery},
+    client::{Client, ClientError, DenialsQuery},
     types::{Default as DenyDefault, Denial, Lost, LostCause, Peer, Record, Time, Verdict},
 };
 
@@ -44,7 +44,14 @@ pub fn run(args: &Args, globals: &Globals, out: &mut Out) -> Result<Exit, Failur
     block_on(async {
         let mut records = client.denials(&query).await?;
         let zone = TimeZone::system();
-        while let Some(record) = records.next().await? {
+        loop {
+            let record = match records.next().await {
+                Ok(Some(record)) => record,
+                Ok(None) => break,
+                // It does not say good-bye to followers.
+                Err(ClientError::Broken(_)) if args.follow => break,
+                Err(error) => return Err(error.into()),
+            };
             match args.output {
                 Format::Json => out.json_line(&record)?,
                 Format::Text => {

@@ -86,6 +86,9 @@ impl Control {
         self.links.sync_hooks(&self.shared.dataplane, &host)?;
         self.shared.note(|board| {
             board.interfaces = statuses;
+            board
+                .addresses
+                .clone_from(&self.host.environment.host_addresses);
             board.socket_hooks = self.links.socket_hooks();
         });
         Ok(())
@@ -155,6 +158,9 @@ impl Control {
         }
         self.shared.note(|board| {
             board.interfaces = statuses;
+            board
+                .addresses
+                .clone_from(&self.host.environment.host_addresses);
             board.socket_hooks = self.links.socket_hooks();
             board.problems = error.into_iter().collect();
         });
