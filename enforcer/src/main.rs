@@ -14,6 +14,7 @@ fn main() -> ExitCode {
     cli::main(open)
 }
 
+/// Loads the kernel programs for images of `image_words` words.
 fn open(image_words: u32, debug: bool) -> Result<Box<dyn Dataplane>, DataplaneError> {
     let options = LoadOptions {
         image_words: image_words as usize,

@@ -174,7 +174,7 @@ fn representatives(policy: &Policy, env: &Environment, image: &Image) -> Vec<Vec
     let mut classes: BTreeMap<(u32, bool), BTreeSet<IpAddr>> = BTreeMap::new();
     let four = around4.map(|a| IpAddr::V4(Ipv4Addr::from_bits(a)));
     for ip in four.chain(around6.map(|a| IpAddr::V6(Ipv6Addr::from_bits(a)))) {
-        let class = address_class(image.words(), address(ip));
+        let class = address_class(image.words(), &address(ip));
         classes.entry((class, ip.is_ipv6())).or_default().insert(ip);
     }
     let met: BTreeSet<u32> = classes.keys().map(|(class, _)| *class).collect();
