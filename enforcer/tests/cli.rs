@@ -1,11 +1,14 @@
 //! The binary as its users meet it: output, exit codes, streams.
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 use std::{
     fs,
-    io::Read,
+    io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixListener,
     path::Path,
-    process::{Command, Output, Stdio},
+    process::{Child, Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
 const POLICY: &str = "\
@@ -231,5 +234,69 @@ fn a_closed_pipe_is_no_error() {
         pipe.read_to_string(&mut stderr).unwrap();
         let code = child.wait().unwrap().code();
         assert_eq!((code, stderr.as_str()), (Some(0), ""), "{args:?}");
+    }
+}
+
+const DENIAL: &str = r#"{"time":"2026-03-04T12:04:31.207Z","verdict":"WOULD_DENY","reason":"rule_deny","rule":"guests-out","default":null,"file":"hospital.yaml","line":12,"from_segments":["guest-wifi"],"to_segments":["ehr-app","ehr-db"],"src":"fd00::4","dst":"fd00::5","src_port":51514,"dst_port":443,"protocol":"udp","tcp_flags":null,"icmp_type":null,"icmp_code":null,"direction":"egress","interface":"eth0","process":null,"packets":3,"generation":1}"#;
+
+/// Answers one request with one line of a stream that stays open while `hold` lives.
+fn stream_one(socket: &Path, hold: std::sync::mpsc::Receiver<()>) {
+    let listener = UnixListener::bind(socket).unwrap();
+    thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        let mut request = BufReader::new(stream.try_clone().unwrap());
+        let mut line = String::new();
+        while request.read_line(&mut line).unwrap() > 2 {
+            line.clear();
+        }
+        let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
+        let body = format!("{head}{:x}\r\n{DENIAL}\n\r\n", DENIAL.len() + 1);
+        let mut stream = stream;
+        stream.write_all(body.as_bytes()).unwrap();
+        let _ = hold.recv();
+    });
+}
+
+fn first_line(child: &mut Child) -> String {
+    let mut line = String::new();
+    let stdout = child.stdout.take().unwrap();
+    BufReader::new(stdout).read_line(&mut line).unwrap();
+    line
+}
+
+#[test]
+fn follow_prints_at_once_and_ends_when_its_reader_does() {
+    let dir = tempfile::tempdir().unwrap();
+    for (format, expected) in [
+        (
+            "text",
+            "WOULD_DENY  guest-wifi [fd00::4]:51514 -> ehr-app,ehr-db [fd00::5]:443 udp  \
+             egress eth0  rule guests-out (deny)  hospital.yaml:12  ×3\n",
+        ),
+        ("json", DENIAL),
+    ] {
+        let socket = dir.path().join(format);
+        let (held, hold) = std::sync::mpsc::channel();
+        stream_one(&socket, hold);
+        let mut child = enforcer(&["denials", "-f", "-o", format, "--socket"])
+            .arg(&socket)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let line = first_line(&mut child);
+        assert!(line.contains(expected), "{line}");
+        // The pipe is closed now, and no second denial comes.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() > deadline {
+                child.kill().unwrap();
+            }
+            thread::sleep(Duration::from_millis(10));
+        };
+        assert_eq!(status.code(), Some(0));
+        drop(held);
     }
 }

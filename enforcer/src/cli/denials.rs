@@ -8,6 +8,7 @@ use crate::api::{
     client::{Client, ClientError, DenialsQuery},
     types::{Default as DenyDefault, Denial, Lost, LostCause, Peer, Record, Time, Verdict},
 };
+use crate::poll::Closed;
 
 use super::{
     Exit, Failure, Format, Globals, block_on,
@@ -44,8 +45,14 @@ pub fn run(args: &Args, globals: &Globals, out: &mut Out) -> Result<Exit, Failur
     block_on(async {
         let mut records = client.denials(&query).await?;
         let zone = TimeZone::system();
+        let closed = Closed::new(&std::io::stdout());
         loop {
-            let record = match records.next().await {
+            let next = tokio::select! {
+                next = records.next() => next,
+                // `denials -f | head -1` must not wait for a second denial.
+                () = closed.wait() => return Ok(Exit::Fine),
+            };
+            let record = match next {
                 Ok(Some(record)) => record,
                 Ok(None) => break,
                 // It does not say good-bye to followers.

@@ -97,7 +97,7 @@ impl Control {
     /// Runs until `stop` turns true.
     ///
     /// # Errors
-    /// When the policy's files cannot be watched.
+    /// When the policy's files or the interfaces cannot be watched at the start.
     pub async fn run(
         &mut self,
         mut asks: mpsc::Receiver<Ask>,
@@ -120,14 +120,17 @@ impl Control {
                     // Logged, and on the board.
                     let _ = self.reload("SIGHUP").await;
                 }
-                changed = watch.changed() => {
-                    changed?;
-                    self.files_changed().await;
-                }
-                removed = netlink.changed() => {
-                    self.links.removed(&self.shared.dataplane, &removed?);
-                    self.look().await;
-                }
+                changed = watch.changed() => match changed {
+                    Ok(()) => self.files_changed().await,
+                    Err(error) => broken("cannot watch the policy's files", &error).await,
+                },
+                removed = netlink.changed() => match removed {
+                    Ok(removed) => {
+                        self.links.removed(&self.shared.dataplane, &removed);
+                        self.look().await;
+                    }
+                    Err(error) => broken("cannot listen to rtnetlink", &error).await,
+                },
                 _ = tick.tick() => {
                     watch.repair();
                     self.look().await;
@@ -276,6 +279,12 @@ impl Control {
             generation,
         })
     }
+}
+
+/// Enforcement goes on without: SIGHUP and the tick do the same, later.
+async fn broken(what: &str, error: &io::Error) {
+    tracing::error!(%error, "{what}");
+    tokio::time::sleep(TICK).await;
 }
 
 async fn stopped(stop: &mut signal::Receiver<bool>) {
