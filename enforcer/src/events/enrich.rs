@@ -28,6 +28,8 @@ pub type Names = Arc<[Arc<str>]>;
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     offset: i128,
+    /// Nanoseconds since boot when it was sampled.
+    pub boottime: u64,
 }
 
 impl Clock {
@@ -40,6 +42,7 @@ impl Clock {
         let boot = i128::from(boot.tv_sec()) * 1_000_000_000 + i128::from(boot.tv_nsec());
         Ok(Self {
             offset: jiff::Timestamp::now().as_nanosecond() - boot,
+            boottime: u64::try_from(boot).unwrap_or(0),
         })
     }
 
