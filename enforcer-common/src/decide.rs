@@ -52,8 +52,10 @@ impl Decision {
         }
     }
 
+    /// The decision behind two verdict words, the first in the lower half.
     #[inline(always)]
-    const fn from_words(word: u32, subject: u32) -> Self {
+    pub const fn unpack(words: u64) -> Self {
+        let (word, subject) = (words as u32, (words >> 32) as u32);
         let reason = Reason::from_bits(word >> 8);
         let by_rule = matches!(reason, Reason::RuleAllow | Reason::RuleDeny);
         Self {
@@ -83,16 +85,45 @@ pub fn generation<W: Words + ?Sized>(image: &W) -> u32 {
 }
 
 /// Judges a flow that is about to be opened. Calls nothing but loads: 10 to 20 of them, whatever
-/// the number of rules and members (IPv6: up to 32 trie nodes, in practice 2 to 5).
-#[inline(always)]
+/// the number of rules and members (IPv6: up to 32 trie nodes, in practice 2 to 5). Not inlined:
+/// see [`image::address_class`].
+#[inline(never)]
 pub fn decide<W: Words + ?Sized>(image: &W, query: &Query) -> Decision {
-    let source = image::address_class(image, query.source);
-    let destination = image::address_class(image, query.destination);
-    let v6 = matches!(query.source, Address::V6(..));
-    let service = image::service_class(image, v6, query.protocol, query.selector);
-    let (row, offset) = image::row_of(image, source, destination);
-    let (word, subject) = image::verdict_of(image, row, offset, service);
-    Decision::from_words(word, subject)
+    let source = image::address_class(image, &query.source);
+    Decision::unpack(decide_class(image, source, &Target::of(image, query)))
+}
+
+/// The part of a query that does not change with the source.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    class: u32,
+    service: u32,
+}
+
+impl Target {
+    /// Looks up a query's destination and service.
+    #[inline(always)]
+    pub fn of<W: Words + ?Sized>(image: &W, query: &Query) -> Self {
+        Self {
+            class: image::address_class(image, &query.destination),
+            service: image::service_class(
+                image,
+                query.destination.is_v6(),
+                query.protocol,
+                query.selector,
+            ),
+        }
+    }
+}
+
+/// The verdict words for a source class and a target, the first in the lower half:
+/// [`Decision::unpack`]. For those who ask for many sources in a loop: plain words keep the
+/// verifier from following each outcome and reason on a path of its own.
+#[inline(never)]
+pub fn decide_class<W: Words + ?Sized>(image: &W, source: u32, target: &Target) -> u64 {
+    let (row, offset) = image::row_of(image, source, target.class);
+    let (word, subject) = image::verdict_of(image, row, offset, target.service);
+    u64::from(word) | u64::from(subject) << 32
 }
 
 /// The verdict of a denial of form: no rule is asked, only who guards the addresses.
@@ -104,8 +135,8 @@ pub fn decide_form<W: Words + ?Sized>(
 ) -> Decision {
     let (word, subject) = match addresses {
         Some((source, destination)) => {
-            let source = image::address_class(image, source);
-            let destination = image::address_class(image, destination);
+            let source = image::address_class(image, &source);
+            let destination = image::address_class(image, &destination);
             let (_, offset) = image::row_of(image, source, destination);
             (
                 image.word(offset.wrapping_add(2)),

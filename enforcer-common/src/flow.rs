@@ -156,7 +156,7 @@ fn is_multicast(tuple: &Tuple) -> bool {
 }
 
 #[inline(always)]
-fn fresh(entry: &FlowEntry, protocol: u8, clock: Clock) -> bool {
+fn fresh(entry: &FlowEntry, protocol: u8, clock: &Clock) -> bool {
     let seconds = match protocol {
         6 if entry.flags & CLOSING != 0 => idle::TCP_CLOSING,
         6 if entry.flags & REPLIED != 0 => idle::TCP_ESTABLISHED,
@@ -192,25 +192,25 @@ fn reverse_query(tuple: &Tuple, selector: u16) -> Query {
 }
 
 /// Judges a packet whose form is sound.
-#[inline(always)]
+// A subprogram in the kernel, with a stack frame of its own.
+#[inline(never)]
 pub fn judge<W: Words + ?Sized, T: FlowTable>(
     image: &W,
     table: &T,
     packet: &Packet,
-    ifindex: u32,
-    clock: Clock,
+    clock: &Clock,
 ) -> Judgement {
     if packet.essential & image.word(header::ESSENTIALS) != 0 {
         return Judgement::of(Decision::pass(Reason::Essential));
     }
     let tuple = &packet.tuple;
     if tuple.kind == Kind::IcmpError {
-        return Judgement::of(judge_icmp_error(image, table, packet, ifindex, clock));
+        return Judgement::of(judge_icmp_error(image, table, packet, clock));
     }
     if is_multicast(tuple) || tuple.kind == Kind::IcmpOther {
         return Judgement::of(decide(image, &query(tuple)));
     }
-    let (key, from_low) = key_of(tuple, ifindex);
+    let (key, from_low) = key_of(tuple, packet.ifindex);
     let opens = tuple.kind == Kind::Tcp
         && tuple.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) == tcp::SYN;
     let mut known = None;
@@ -293,7 +293,7 @@ fn judge_new<W: Words + ?Sized, T: FlowTable>(
     from_low: bool,
     opens: bool,
     known: Option<(FlowEntry, bool)>,
-    clock: Clock,
+    clock: &Clock,
 ) -> Judgement {
     let mut decision;
     let mut opener_is_source = true;
@@ -356,13 +356,12 @@ fn judge_icmp_error<W: Words + ?Sized, T: FlowTable>(
     image: &W,
     table: &T,
     packet: &Packet,
-    ifindex: u32,
-    clock: Clock,
+    clock: &Clock,
 ) -> Decision {
     let tuple = &packet.tuple;
     let inner = &packet.inner;
     if packet.has_inner && inner.source == tuple.destination {
-        let (key, from_low) = key_of(inner, ifindex);
+        let (key, from_low) = key_of(inner, packet.ifindex);
         if let Some(slot) = table.find(&key) {
             let entry = slot.load();
             if fresh(&entry, inner.protocol, clock) {

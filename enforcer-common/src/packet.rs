@@ -116,12 +116,12 @@ impl Tuple {
 #[inline(always)]
 fn address(words: &[u32; 4], v6: bool) -> Address {
     if v6 {
-        Address::V6(
+        Address::v6(
             (u64::from(words[0]) << 32) | u64::from(words[1]),
             (u64::from(words[2]) << 32) | u64::from(words[3]),
         )
     } else {
-        Address::V4(words[3])
+        Address::v4(words[3])
     }
 }
 
@@ -138,6 +138,8 @@ pub struct Packet {
     pub addresses: bool,
     /// Bit of [`essential`] that the packet falls under, else 0.
     pub essential: u32,
+    /// The interface, which scopes link-local addresses.
+    pub ifindex: u32,
     /// Ethertype after all VLAN tags, 0 if not read.
     pub ethertype: u16,
 }
@@ -150,6 +152,7 @@ impl Packet {
         has_inner: false,
         addresses: false,
         essential: 0,
+        ifindex: 0,
         ethertype: 0,
     };
 }
@@ -196,8 +199,10 @@ fn be32(a: u8, b: u8, c: u8, d: u8) -> u32 {
 ///
 /// # Errors
 /// The reason of form: malformed, fragment, extension header, VLAN nesting or ethertype.
-#[inline(always)]
+// A subprogram in the kernel: its buffers leave the 512-byte stack before judging starts.
+#[inline(never)]
 pub fn parse<B: Bytes + ?Sized>(bytes: &B, link: &Link, packet: &mut Packet) -> Result<(), Reason> {
+    packet.ifindex = link.ifindex;
     let mut offset = 0;
     let mut ethertype = link.protocol;
     if link.ethernet {

@@ -2,9 +2,10 @@
 
 /// What happens to a packet.
 ///
-/// `Denied` is 0 so that memory nobody wrote reads as a drop.
+/// `Denied` is 0 so that memory nobody wrote reads as a drop. A word wide, as is [`Reason`]: a
+/// structure of them has no padding, which the verifier would refuse to see copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
+#[repr(u32)]
 pub enum Outcome {
     /// Dropped and recorded.
     Denied = 0,
@@ -27,10 +28,10 @@ impl Outcome {
     #[inline(always)]
     pub const fn from_bits(bits: u32) -> Self {
         match bits & 3 {
+            0 => Self::Denied,
             1 => Self::Allowed,
             2 => Self::WouldDeny,
-            3 => Self::Off,
-            _ => Self::Denied,
+            _ => Self::Off,
         }
     }
 
@@ -55,7 +56,7 @@ macro_rules! reasons {
     ($($(#[$doc:meta])* $variant:ident = $number:literal, $name:literal;)*) => {
         /// Why the outcome is what it is.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        #[repr(u8)]
+        #[repr(u32)]
         pub enum Reason { $($(#[$doc])* $variant = $number,)* }
 
         impl Reason {
@@ -173,10 +174,13 @@ pub enum Record {
     Lost = 2,
     /// The flow table refused an entry: the packet passed, its replies may be judged anew.
     FlowInsertFailed = 3,
+    /// Suppressed packets whose slot another flow took over while the ring buffer was full: unless
+    /// a scan saw them before, no record names their flow. Also among `Suppressed`.
+    Displaced = 4,
 }
 
 /// Counters per hook besides outcomes.
-pub const RECORDS: u32 = 4;
+pub const RECORDS: u32 = 8;
 
 /// Elements of the `COUNTERS` map.
 pub const COUNTERS: u32 = HOOKS * OUTCOMES * REASONS + HOOKS * RECORDS;

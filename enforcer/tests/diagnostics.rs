@@ -2,6 +2,12 @@
 //! every directory in `diagnostics/multi/` one of several. The snapshots beside them hold the
 //! diagnostics as `enforcer check` prints them; review changes with `cargo insta review`.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
 use std::{fs, path::Path};
 
 use enforcer::policy::{
@@ -70,7 +76,11 @@ fn several_files() {
 
 #[test]
 fn no_file_at_all() {
-    insta::assert_snapshot!(findings(&[]), @"");
+    insta::assert_snapshot!(findings(&[]), @r"
+    error[E0006]: there is no policy file
+     --> (no file):1:1
+      = help: a policy is one or more files named `*.yaml` or `*.yml`
+    ");
 }
 
 /// The example in the repository is free of findings, and its own tests hold.

@@ -1,1 +1,81 @@
-fn main() {}
+//! The project's verbs. Run as `cargo xtask VERB`; the same ones serve people and CI.
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a developer's tool: its output is what it prints"
+)]
+
+mod build;
+mod demo;
+mod dist;
+mod env;
+mod lint;
+mod setup;
+mod stamp;
+mod test;
+mod tidy;
+mod toolchain;
+mod ui;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    about = "The project's verbs",
+    disable_help_subcommand = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Install what the kernel side needs and this machine lacks
+    Setup,
+    /// Build the eBPF objects and the enforcer
+    Build {
+        /// With optimisations
+        #[arg(long)]
+        release: bool,
+        /// Stop after the eBPF objects
+        #[arg(long)]
+        objects: bool,
+    },
+    /// Check formatting, purity and clippy, host and kernel side
+    Lint,
+    /// Run all tests; kernel and namespace tests as root
+    Test {
+        /// Only what needs neither root nor the kernel
+        #[arg(long)]
+        quick: bool,
+        /// Only tests whose name contains this
+        filter: Option<String>,
+    },
+    /// From a bare machine to a running hospital: enforce, try, deny, revoke
+    Demo(demo::Options),
+    /// Build the static binary into dist/
+    Dist,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().verb {
+        Verb::Setup => setup::run(),
+        Verb::Build { objects: true, .. } => build::objects(),
+        Verb::Build { release, .. } => build::binary(release).map(drop),
+        Verb::Lint => lint::run(),
+        Verb::Test { quick, filter } => test::run(&test::Options { quick, filter }),
+        Verb::Demo(options) => demo::run(&options),
+        Verb::Dist => dist::run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{} {error:#}", ui::Paint::stderr().red("error:"));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -24,7 +24,7 @@ mod writer;
 
 pub use image::{Image, ImageError, Stats};
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use enforcer_common::{
     decide::verdict_word,
@@ -277,6 +277,32 @@ fn write_local(env: &Environment, writer: &mut Writer) -> Result<(), Full> {
     ] {
         let number = word(words.len() / each);
         if number > layout::MAX_LOCAL {
+            writer.set(count, layout::LOCAL_UNKNOWN);
+        } else if number > 0 {
+            let offset = writer.append(&words)?;
+            writer.set(at, offset);
+            writer.set(count, number);
+        }
+    }
+    write_local_classes(env, writer)
+}
+
+/// The distinct classes of the host's own addresses but loopback, which never meets TC. Asks the
+/// image's own tables, so it comes after them.
+fn write_local_classes(env: &Environment, writer: &mut Writer) -> Result<(), Full> {
+    for (v6, at, count) in [
+        (false, header::LOCAL4_CLASSES, header::LOCAL4_CLASSES_COUNT),
+        (true, header::LOCAL6_CLASSES, header::LOCAL6_CLASSES_COUNT),
+    ] {
+        let classes: BTreeSet<u32> = env
+            .host_addresses
+            .iter()
+            .filter(|ip| ip.is_ipv6() == v6 && !ip.is_loopback())
+            .map(|ip| layout::address_class(writer.words(), &(*ip).into()))
+            .collect();
+        let words: Vec<u32> = classes.into_iter().collect();
+        let number = word(words.len());
+        if number > layout::MAX_LOCAL_CLASSES {
             writer.set(count, layout::LOCAL_UNKNOWN);
         } else if number > 0 {
             let offset = writer.append(&words)?;

@@ -31,6 +31,11 @@ impl Writer {
         }
     }
 
+    /// The words so far.
+    pub(super) fn words(&self) -> &[u32] {
+        &self.words
+    }
+
     /// Whether `more` words still fit: asked before large tables are built.
     pub(super) fn reserve(&self, more: usize) -> Result<(), Full> {
         let words = self.words.len().saturating_add(more);

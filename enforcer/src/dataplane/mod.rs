@@ -3,6 +3,11 @@
 //! [`kernel`] is the only module (with its children) that imports aya or makes bpf(2) calls.
 //! Must not know: YAML, segment names, tokio, the control socket.
 
+pub mod cgroup;
+pub mod kernel;
+mod objects;
+mod sys;
+
 use enforcer_common::{
     verdict::{Hook, Outcome, Reason},
     wire::Event,
@@ -67,6 +72,9 @@ pub struct RecordCount {
     pub suppressed: u64,
     /// Packets of which the counters alone know.
     pub lost: u64,
+    /// Suppressed packets that no record names (unless a scan saw them): their slot was taken
+    /// over while the ring was full. Also among `suppressed`.
+    pub displaced: u64,
     /// Flows the flow table took no entry for.
     pub flow_insert_failed: u64,
 }

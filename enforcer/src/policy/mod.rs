@@ -2,9 +2,9 @@
 //!
 //! Pure: text comes in as strings, nothing here opens a file, reads a clock or knows the kernel.
 //!
-//! - [`parse`]: text → [`model::Policy`], every mistake reported in one run.
+//! - [`mod@parse`]: text → [`model::Policy`], every mistake reported in one run.
 //! - [`diag`]: what a mistake looks like, as text and as JSON.
-//! - [`reference`]: the meaning of a policy, written to be obvious; the oracle of the compiler.
+//! - [`mod@reference`]: the meaning of a policy, written to be obvious; the oracle of the compiler.
 //! - `arbitrary` (feature `testing`): random policies and queries for property tests.
 
 #[cfg(any(test, feature = "testing"))]

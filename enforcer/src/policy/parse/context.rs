@@ -13,8 +13,8 @@ use crate::policy::{
     model::Origin,
 };
 
-/// Errors shown in one run; a file of another kind altogether would produce thousands.
-const MAX_ERRORS: usize = 200;
+/// Errors, and warnings, shown in one run; a file of another kind altogether would make thousands.
+const MAX_SHOWN: usize = 200;
 
 /// A file of the policy: its name, and its place among the others.
 #[derive(Clone, Debug)]
@@ -51,22 +51,24 @@ impl File {
 pub(super) struct Findings {
     list: Vec<(usize, Diagnostic)>,
     errors: usize,
+    warnings: usize,
 }
 
 impl Findings {
     pub fn push(&mut self, file: &File, diagnostic: Diagnostic) {
-        if diagnostic.severity == Severity::Error {
-            self.errors += 1;
-            if self.errors > MAX_ERRORS {
-                return;
-            }
+        let count = match diagnostic.severity {
+            Severity::Error => &mut self.errors,
+            Severity::Warning => &mut self.warnings,
+        };
+        *count += 1;
+        if *count <= MAX_SHOWN {
+            self.list.push((file.index, diagnostic));
         }
-        self.list.push((file.index, diagnostic));
     }
 
     /// Whether more errors would not be shown, so that help for them is wasted effort.
     pub fn is_full(&self) -> bool {
-        self.errors >= MAX_ERRORS
+        self.errors >= MAX_SHOWN
     }
 
     pub fn problem(&mut self, file: &File, span: Span, (code, message, help): Problem) {
@@ -82,10 +84,15 @@ impl Findings {
             .retain(|(_, d)| !failed || d.severity == Severity::Error);
         self.list.sort_by_key(|(file, d)| (*file, d.line, d.column));
         let mut sorted: Vec<Diagnostic> = self.list.into_iter().map(|(_, d)| d).collect();
-        let hidden = self.errors.saturating_sub(MAX_ERRORS);
+        let (count, kind) = if failed {
+            (self.errors, "errors")
+        } else {
+            (self.warnings, "warnings")
+        };
+        let hidden = count.saturating_sub(MAX_SHOWN);
         if let (true, Some(last)) = (hidden > 0, sorted.last_mut()) {
             last.notes
-                .push(format!("{hidden} more errors are not shown"));
+                .push(format!("{hidden} more {kind} are not shown"));
         }
         if failed { Err(sorted) } else { Ok(sorted) }
     }
@@ -99,7 +106,11 @@ impl Findings {
     ) -> Option<Vec<(&'a Key, &'a Node)>> {
         let Value::Map(entries) = &node.value else {
             let message = format!("expected a mapping for {what}, found {}", node.found());
-            self.push(file, file.error("E0104", node.span, message));
+            let mut found = file.error("E0104", node.span, message);
+            if let (Value::Scalar { text, .. }, "a member") = (&node.value, what) {
+                found.help = Some(format!("write {}", shown(&format!("{{cidr: {text}}}"))));
+            }
+            self.push(file, found);
             return None;
         };
         let mut seen: BTreeMap<&str, Span> = BTreeMap::new();
@@ -130,6 +141,7 @@ impl Findings {
             span: node.span,
             what,
             entries: BTreeMap::new(),
+            meant: Vec::new(),
         };
         for (key, value) in self.entries(file, node, what)? {
             let text = key.text.as_str();
@@ -142,7 +154,10 @@ impl Findings {
                 self.push(file, file.error("E0106", key.span, message).help(help));
             } else {
                 let message = format!("unknown key {} in {what}", shown(text));
-                let help = match closest(text, known.iter().copied()) {
+                let near = closest(text, known.iter().copied());
+                let near = known.iter().copied().find(|key| Some(*key) == near);
+                fields.meant.extend(near);
+                let help = match near {
                     Some(near) => format!("did you mean `{near}`?"),
                     None => format!("the keys of {what} are: {}", known.join(", ")),
                 };
@@ -160,7 +175,7 @@ impl Findings {
         key: &'static str,
     ) -> Option<&'a Node> {
         let node = fields.get(key);
-        if node.is_none() {
+        if node.is_none() && !fields.meant.contains(&key) {
             let message = format!("{} needs the key `{key}`", fields.what);
             self.push(file, file.error("E0103", fields.span, message));
         }
@@ -173,7 +188,12 @@ impl Findings {
             let message = format!("expected a list for {what}, found {}", node.found());
             let mut found = file.error("E0104", node.span, message);
             if let (Value::Scalar { text, .. }, false) = (&node.value, node.is_null()) {
-                found.help = Some(format!("write {}", shown(&format!("[{text}]"))));
+                let item = if what == "`members`" {
+                    format!("{{cidr: {text}}}")
+                } else {
+                    text.clone()
+                };
+                found.help = Some(format!("write {}", shown(&format!("[{item}]"))));
             }
             self.push(file, found);
             return None;
@@ -237,6 +257,8 @@ pub(super) struct Fields<'a> {
     pub span: Span,
     what: &'static str,
     entries: BTreeMap<&'a str, &'a Node>,
+    /// Keys that a misspelt one probably stands for: they are not missing.
+    meant: Vec<&'static str>,
 }
 
 impl<'a> Fields<'a> {

@@ -100,7 +100,7 @@ pub(super) fn lower(sources: &[SourceFile]) -> Result<ParseOutcome, Vec<Diagnost
             Err(broken) => {
                 partial = true;
                 let note = "the rest of this file was not checked";
-                findings.push(file, broken.note(note));
+                findings.push(file, (*broken).note(note));
             }
         }
     }
@@ -143,7 +143,7 @@ impl<'a> Lowering<'a> {
     fn declare(&mut self, file: &'a File, tree: &'a Node) {
         let Some(top) = self
             .findings
-            .fields(file, tree, "the policy", &TOP, &["invariants"])
+            .fields(file, tree, "a policy file", &TOP, &["invariants"])
         else {
             return;
         };
@@ -275,7 +275,8 @@ impl<'a> Lowering<'a> {
         let declared: BTreeSet<&str> = bodies.iter().map(|d| d.key.text.as_str()).collect();
         for Declared { file, key, node } in bodies {
             let name = key.text.as_str();
-            if let Ok(Some(_)) = services::literal_or_catalogue(name) {
+            // A bad name was reported where it was declared; `any` is one of those.
+            if name != "any" && matches!(services::literal_or_catalogue(name), Ok(Some(_))) {
                 let message = format!("{} is a service of the catalogue", shown(name));
                 let found = file.error("E0116", key.span, message);
                 self.findings.push(

@@ -68,11 +68,19 @@ impl Node {
     }
 }
 
+/// Why a file cannot be read. Boxed, because it is rare and large.
+type Refusal = Box<Diagnostic>;
+
 /// Reads one file; `Ok(None)` when it holds nothing but comments.
-pub(super) fn read(file: &SourceFile) -> Result<Option<Node>, Diagnostic> {
+pub(super) fn read(file: &SourceFile) -> Result<Option<Node>, Refusal> {
+    let lines: Vec<&str> = file.text.lines().collect();
+    let widths = lines
+        .iter()
+        .map(|l| u32::try_from(l.chars().count()).unwrap_or(u32::MAX - 2));
     let reader = Reader {
         name: &file.name,
-        lines: file.text.lines().collect(),
+        widths: widths.collect(),
+        lines,
     };
     reader.check_bytes(&file.text)?;
     reader.build(&file.text)
@@ -81,6 +89,8 @@ pub(super) fn read(file: &SourceFile) -> Result<Option<Node>, Diagnostic> {
 struct Reader<'a> {
     name: &'a str,
     lines: Vec<&'a str>,
+    /// Characters of each line. Counted once: a file may be one line of 200 000 values.
+    widths: Vec<u32>,
 }
 
 /// A collection whose end is still to come.
@@ -103,13 +113,13 @@ impl Reader<'_> {
     }
 
     /// Size, byte order mark, and characters that would make a file look other than it is.
-    fn check_bytes(&self, text: &str) -> Result<(), Diagnostic> {
+    fn check_bytes(&self, text: &str) -> Result<(), Refusal> {
         if text.len() > MAX_BYTES {
             let message = format!(
                 "the file has {} bytes; the limit is {MAX_BYTES}",
                 text.len()
             );
-            return Err(self.error("E0002", Span::START, message));
+            return Err(self.error("E0002", Span::START, message).into());
         }
         for (line, number) in self.lines.iter().zip(1u32..) {
             for (c, column) in line.chars().zip(1u32..) {
@@ -127,17 +137,21 @@ impl Reader<'_> {
                     format!("the invisible character U+{:04X}", u32::from(c))
                 };
                 let found = self.error("E0004", span, format!("{what} is not allowed"));
-                return Err(found.help("delete it, or write it as an escape in double quotes"));
+                return Err(found
+                    .help("delete it, or write it as an escape in double quotes")
+                    .into());
             }
         }
         Ok(())
     }
 
-    fn build(&self, text: &str) -> Result<Option<Node>, Diagnostic> {
+    fn build(&self, text: &str) -> Result<Option<Node>, Refusal> {
         let mut options = granit_parser::options! {
             disallow_directives: true,
             emit_unresolved_aliases: true,
             emit_anchor_events: true,
+            flow_nesting_limit: 4 * MAX_DEPTH,
+            block_nesting_limit: 4 * MAX_DEPTH,
         };
         options.set_emit_comments(false);
         let mut stack: Vec<Open> = Vec::new();
@@ -146,20 +160,23 @@ impl Reader<'_> {
         for event in Parser::new_from_str_with_options(text, options) {
             let (event, place) = event.map_err(|e| {
                 let message = format!("not valid YAML: {}", e.info());
-                self.error("E0001", self.span(e.marker(), e.marker()), message)
+                Refusal::from(self.error("E0001", self.span(e.marker(), e.marker()), message))
             })?;
             let span = self.span(&place.start, &place.end);
             if event.is_node() {
                 nodes += 1;
                 if nodes > MAX_NODES {
                     let message = format!("the file has more than {MAX_NODES} values");
-                    return Err(self.error("E0002", span, message));
+                    return Err(self.error("E0002", span, message).into());
                 }
                 if event.tag().is_some() {
-                    let at = place.tag_start().map_or(span, |m| self.span(&m, &m));
+                    let at = place
+                        .tag_start()
+                        .map_or(span, |m| self.word(self.span(&m, &m)));
                     return Err(self
                         .error("E0003", at, "YAML tags (`!…`) are not allowed")
-                        .help("write the value without the tag"));
+                        .help("write the value without the tag")
+                        .into());
                 }
             }
             let done = match event {
@@ -168,16 +185,16 @@ impl Reader<'_> {
                     if documents > 1 {
                         return Err(self
                             .error("E0005", span, "a second YAML document starts here")
-                            .help("put each document into a file of its own"));
+                            .help("put each document into a file of its own")
+                            .into());
                     }
                     continue;
                 }
                 Event::Anchor(..) | Event::Alias(_) | Event::UnresolvedAlias(_) => {
                     return Err(self
                         .error("E0003", span, "YAML anchors and aliases are not allowed")
-                        .help(
-                            "write the value out, or name it once as a segment, group or service",
-                        ));
+                        .help("write the value out, or name it once as a segment, group or service")
+                        .into());
                 }
                 Event::SequenceStart(..) => {
                     self.open(&mut stack, span, OpenKind::Seq(Vec::new()))?;
@@ -222,7 +239,7 @@ impl Reader<'_> {
                     continue;
                 }
                 // An event that a later parser may add must not slip by.
-                _ => return Err(self.error("E0001", span, "unknown YAML construct")),
+                _ => return Err(self.error("E0001", span, "unknown YAML construct").into()),
             };
             match stack.last_mut() {
                 None => root = Some(done),
@@ -233,20 +250,20 @@ impl Reader<'_> {
         Ok(root.filter(|node| !node.is_null()))
     }
 
-    fn open(&self, stack: &mut Vec<Open>, span: Span, kind: OpenKind) -> Result<(), Diagnostic> {
+    fn open(&self, stack: &mut Vec<Open>, span: Span, kind: OpenKind) -> Result<(), Refusal> {
         let span = Span {
             end_column: span.column.saturating_add(1),
             ..span
         };
         if stack.len() >= MAX_DEPTH {
             let message = format!("values are nested more than {MAX_DEPTH} levels deep");
-            return Err(self.error("E0002", span, message));
+            return Err(self.error("E0002", span, message).into());
         }
         stack.push(Open { span, kind });
         Ok(())
     }
 
-    fn attach(&self, open: &mut Open, node: Node) -> Result<(), Diagnostic> {
+    fn attach(&self, open: &mut Open, node: Node) -> Result<(), Refusal> {
         match &mut open.kind {
             OpenKind::Seq(items) => items.push(node),
             OpenKind::Map { entries, key } => match key.take() {
@@ -254,12 +271,13 @@ impl Reader<'_> {
                 None => {
                     let Value::Scalar { text, plain } = node.value else {
                         let message = "a key must be a single word, not a list or a mapping";
-                        return Err(self.error("E0104", node.span, message));
+                        return Err(self.error("E0104", node.span, message).into());
                     };
                     if text == "<<" && plain {
                         return Err(self
                             .error("E0003", node.span, "YAML merge keys (`<<`) are not allowed")
-                            .help("write the keys out"));
+                            .help("write the keys out")
+                            .into());
                     }
                     *key = Some(Key {
                         span: node.span,
@@ -269,6 +287,20 @@ impl Reader<'_> {
             },
         }
         Ok(())
+    }
+
+    /// `span` extended to the next blank.
+    fn word(&self, span: Span) -> Span {
+        let line = usize::try_from(span.line - 1)
+            .ok()
+            .and_then(|i| self.lines.get(i));
+        let skipped = usize::try_from(span.column - 1).unwrap_or(usize::MAX);
+        let rest = line.into_iter().flat_map(|l| l.chars()).skip(skipped);
+        let length = u32::try_from(rest.take_while(|c| !c.is_whitespace()).count()).unwrap_or(1);
+        Span {
+            end_column: span.column.saturating_add(length.max(1)),
+            ..span
+        }
     }
 
     /// A parser's range as a span of one line that exists, never empty.
@@ -285,11 +317,8 @@ impl Reader<'_> {
         }
         let width = usize::try_from(line - 1)
             .ok()
-            .and_then(|i| self.lines.get(i))
-            .map_or(0, |l| l.chars().count());
-        let after = u32::try_from(width)
-            .unwrap_or(u32::MAX - 2)
-            .saturating_add(1);
+            .and_then(|i| self.widths.get(i));
+        let after = width.copied().unwrap_or(0).saturating_add(1);
         column = column.min(after);
         let end_column = if end.line() == start.line() {
             u32::try_from(end.col())

@@ -7,7 +7,7 @@ use super::{
     raw::Node,
 };
 use crate::policy::{
-    diag::{is_unprintable, shown},
+    diag::is_unprintable,
     model::{AddrRange, Member, Mode, Protect, Segment},
 };
 
@@ -170,10 +170,7 @@ pub(super) fn test_address(
         Ok(ip) => Some(ip),
         Err((code, message, mut help)) => {
             if lowering.targets.contains_key(text) {
-                help = Some(format!(
-                    "a test names addresses; pick one of {}",
-                    shown(text)
-                ));
+                help = Some("a test names addresses: write one that the segment has".to_owned());
             }
             lowering
                 .findings

@@ -169,7 +169,7 @@ fn protocol(text: &str, rest: &str) -> Result<Service, Problem> {
         };
         return Err((
             "E0302",
-            format!("{} has a word of its own", shown(text)),
+            format!("{} is not how {word} is written", shown(text)),
             Some(format!("write `{word}/…`, such as `{word}/{example}`")),
         ));
     }

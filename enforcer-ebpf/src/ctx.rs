@@ -1,0 +1,61 @@
+//! Reads from a packet: the only place that touches packet bytes.
+
+use core::mem::MaybeUninit;
+
+use aya_ebpf::{helpers::generated::bpf_skb_load_bytes, programs::TcContext};
+use enforcer_common::packet::{Bytes, Link};
+
+use crate::maps;
+
+/// A packet at a TC hook.
+pub struct Skb<'a>(pub &'a TcContext);
+
+impl Bytes for Skb<'_> {
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+        // SAFETY: the helper writes exactly N bytes or fails; it reads fragments of non-linear
+        // packets as well, so headers need not be in the linear part.
+        let status = unsafe {
+            bpf_skb_load_bytes(
+                self.0.skb.skb.cast(),
+                offset,
+                bytes.as_mut_ptr().cast(),
+                N as u32,
+            )
+        };
+        if status == 0 {
+            // SAFETY: the helper succeeded, so all N bytes are written.
+            Some(unsafe { bytes.assume_init() })
+        } else {
+            None
+        }
+    }
+
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        self.0.skb.len()
+    }
+}
+
+/// What the metadata says of the packet.
+#[inline(always)]
+pub fn link(ctx: &TcContext, ingress: bool) -> Link {
+    let skb = ctx.skb.skb;
+    // SAFETY: loads from the context, which the verifier checks field by field.
+    let (ifindex, protocol, tagged, tci) = unsafe {
+        (
+            (*skb).ifindex,
+            (*skb).protocol,
+            (*skb).vlan_present,
+            (*skb).vlan_tci,
+        )
+    };
+    Link {
+        ethernet: maps::interface_flags(ifindex) & enforcer_common::wire::INTERFACE_L3 == 0,
+        protocol: u16::from_be(protocol as u16),
+        vlan: if tagged != 0 { Some(tci as u16) } else { None },
+        ingress,
+        ifindex,
+    }
+}

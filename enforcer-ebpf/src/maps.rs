@@ -1,0 +1,192 @@
+//! Every map, and the traits of the shared core on top of them.
+
+use crate::events::Judged;
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_F_RDONLY_PROG},
+    btf_maps::{Array, ArrayOfMaps, HashMap, LruHashMap, PerCpuArray, RingBuf},
+    macros::btf_map,
+};
+use enforcer_common::{
+    decide,
+    flow::{FlowSlot, FlowTable},
+    image::Words,
+    packet::Packet,
+    verdict::COUNTERS as COUNTER_COUNT,
+    wire::{
+        Control, DENIED_SLOTS, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, Interface, Process,
+        slot,
+    },
+};
+
+/// Words of an image; a power of two, so that an index is masked and not compared.
+#[cfg(feature = "image-64m")]
+pub const IMAGE_WORDS: usize = 1 << 24;
+#[cfg(all(feature = "image-16m", not(feature = "image-64m")))]
+pub const IMAGE_WORDS: usize = 1 << 22;
+#[cfg(not(any(feature = "image-16m", feature = "image-64m")))]
+pub const IMAGE_WORDS: usize = 1 << 18;
+
+type ImageMap = Array<[u32; IMAGE_WORDS], 1, { BPF_F_RDONLY_PROG as usize }>;
+
+/// Flows of each family that the table holds.
+const FLOWS: usize = 1 << 17;
+/// Sockets whose process is remembered.
+const SOCKET_COUNT: usize = 1 << 14;
+/// Bytes of the event ring: 7 000 records.
+const EVENT_BYTES: usize = 1 << 20;
+
+#[btf_map]
+static POLICY: ArrayOfMaps<ImageMap, { slot::COUNT as usize }> = ArrayOfMaps::new();
+#[btf_map]
+static CONTROL: Array<Control, 1> = Array::new();
+#[btf_map]
+static FLOWS4: LruHashMap<FlowKey4, FlowEntry, FLOWS> = LruHashMap::new();
+#[btf_map]
+static FLOWS6: LruHashMap<FlowKey, FlowEntry, FLOWS> = LruHashMap::new();
+#[btf_map]
+pub static DENIED: PerCpuArray<DeniedSlot, { DENIED_SLOTS as usize }> = PerCpuArray::new();
+#[btf_map]
+pub static EVENTS: RingBuf<Event, EVENT_BYTES> = RingBuf::new();
+#[btf_map]
+static COUNTERS: PerCpuArray<u64, { COUNTER_COUNT as usize }> = PerCpuArray::new();
+#[btf_map]
+static INTERFACES: HashMap<u32, Interface, 4096> = HashMap::new();
+#[btf_map]
+static SCRATCH: PerCpuArray<Work, 1> = PerCpuArray::new();
+#[btf_map]
+pub static SOCKETS: LruHashMap<u64, Process, SOCKET_COUNT> = LruHashMap::new();
+
+/// The live image. Looked up once per run and passed on: two look-ups may see two images.
+#[derive(Clone, Copy)]
+pub struct Image(&'static [u32; IMAGE_WORDS]);
+
+impl Words for Image {
+    #[inline(always)]
+    fn word(&self, index: u32) -> u32 {
+        self.0[index as usize & (IMAGE_WORDS - 1)]
+    }
+}
+
+/// The live image, if there is one this program can read.
+#[inline(always)]
+pub fn live() -> Option<Image> {
+    let image = Image(POLICY.get_value(slot::LIVE, &0)?);
+    if decide::readable(&image) {
+        Some(image)
+    } else {
+        None
+    }
+}
+
+/// The daemon's settings; all zero (nothing refused, no debugging) until it wrote them.
+#[inline(always)]
+pub fn control() -> Control {
+    match CONTROL.get(0) {
+        Some(control) => *control,
+        None => Control {
+            netns_cookie: 0,
+            hz: 0,
+            flags: 0,
+        },
+    }
+}
+
+/// Flags of an interface; 0 (Ethernet) for one that is not listed.
+#[inline(always)]
+pub fn interface_flags(ifindex: u32) -> u32 {
+    // SAFETY: the value is a plain u32 that only the daemon writes, before attaching.
+    match unsafe { INTERFACES.get(&ifindex) } {
+        Some(interface) => interface.flags,
+        None => 0,
+    }
+}
+
+/// Adds to a per-CPU counter.
+#[inline(always)]
+pub fn count(index: u32, packets: u64) {
+    if let Some(counter) = COUNTERS.get_ptr_mut(index) {
+        // SAFETY: this CPU's own slot of a live array map.
+        unsafe { *counter = (*counter).wrapping_add(packets) };
+    }
+}
+
+/// The packet at hand and its judgement. In a map because the 512-byte stack has no room for it,
+/// and because the verifier forgets what it knew of values there: it would otherwise follow each
+/// pair of outcome and reason through the accounting (389 000 instructions instead of 60 000).
+pub struct Work {
+    pub packet: Packet,
+    pub judged: Judged,
+}
+
+/// This run's workspace; `packet` is empty.
+#[inline(always)]
+pub fn work() -> Option<&'static mut Work> {
+    let work = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: this CPU's own element of a live array map; TC programs do not nest on a CPU (both
+    // hooks run with bottom halves disabled), and all zeros is a valid `Work`.
+    let work = unsafe { &mut *work };
+    work.packet = Packet::EMPTY;
+    Some(work)
+}
+
+/// The kernel's LRU hashes as the flow table: one per family, so that IPv4 keys stay 16 bytes.
+pub struct LruFlows;
+
+/// An entry in place.
+pub struct LruSlot(*mut FlowEntry);
+
+impl FlowTable for LruFlows {
+    type Slot = LruSlot;
+
+    #[inline(always)]
+    fn find(&self, key: &FlowKey) -> Option<LruSlot> {
+        let entry = if key.is_v6() {
+            FLOWS6.get_ptr_mut(key)
+        } else {
+            FLOWS4.get_ptr_mut(key.v4())
+        };
+        entry.map(LruSlot)
+    }
+
+    #[inline(always)]
+    fn insert(&self, key: &FlowKey, entry: &FlowEntry) -> bool {
+        if key.is_v6() {
+            FLOWS6.insert(key, entry, u64::from(BPF_ANY)).is_ok()
+        } else {
+            FLOWS4.insert(key.v4(), entry, u64::from(BPF_ANY)).is_ok()
+        }
+    }
+}
+
+impl FlowSlot for LruSlot {
+    #[inline(always)]
+    fn load(&self) -> FlowEntry {
+        // SAFETY: a map value returned by the look-up of this run. An LRU may hand the element
+        // to another flow meanwhile; each field is one aligned load.
+        unsafe { *self.0 }
+    }
+
+    #[inline(always)]
+    fn touch(&self, now: u64, flags: u32) {
+        // SAFETY: as in `load`; aligned stores. Writing only what changes keeps the cache line
+        // shared between CPUs for flows faster than a tick. Two CPUs may race for `flags` and one
+        // lose its bit; the flow's next packet sets it again.
+        unsafe {
+            if (*self.0).last_seen != now {
+                (*self.0).last_seen = now;
+            }
+            if (*self.0).flags & flags != flags {
+                (*self.0).flags |= flags;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn admit(&self, generation: u32, rule: u32) {
+        // SAFETY: as in `touch`.
+        unsafe {
+            (*self.0).rule = rule;
+            (*self.0).generation = generation;
+        }
+    }
+}

@@ -1,0 +1,395 @@
+//! The socket hooks: who opens which socket, and an early EPERM for what TC would deny anyway.
+//!
+//! Not the boundary: raw, ping and UDP-Lite sockets pass them. They refuse only what TC would
+//! deny for *every* local source that the socket could take, and only processes of the
+//! enforcer's own network namespace; all else is left to TC.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{BPF_ANY, bpf_sock_addr},
+    helpers::{
+        bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
+        generated::{
+            bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_get_smp_processor_id,
+            bpf_get_socket_cookie, bpf_ktime_get_boot_ns,
+        },
+    },
+    programs::SockAddrContext,
+};
+use enforcer_common::{
+    decide::{Decision, Query, Target, decide_class, generation},
+    flow::{self, FlowTable as _},
+    image::{LOCAL_UNKNOWN, MAX_LOCAL, MAX_LOCAL_CLASSES, Words as _, address_class, header},
+    packet::{Kind, Tuple},
+    verdict::{Hook, Outcome, Record, packet_counter, record_counter},
+    wire::{CONTROL_SOCKET_REFUSE, Control, Event, Process},
+};
+
+use crate::maps::{self, EVENTS, Image, LruFlows, SOCKETS};
+
+const TCP: u32 = 6;
+const UDP: u32 = 17;
+
+/// Judges a call on an IPv4 socket. `false`: refuse it.
+#[inline(always)]
+pub fn judge_v4(ctx: &SockAddrContext, hook: Hook) -> bool {
+    let c = ctx.sock_addr;
+    // SAFETY: loads from the context, which the verifier checks field by field; `sk` is a socket
+    // held by the caller.
+    let (destination, bound, source_port) = unsafe {
+        let sk = (*c).__bindgen_anon_1.sk;
+        let from_message = if matches!(hook, Hook::Sendmsg) {
+            (*c).msg_src_ip4
+        } else {
+            0
+        };
+        let bound = if from_message != 0 {
+            from_message
+        } else {
+            (*sk).src_ip4
+        };
+        ((*c).user_ip4, bound, (*sk).src_port as u16)
+    };
+    judge(
+        ctx,
+        hook,
+        false,
+        [0, 0, 0, u32::from_be(destination)],
+        [0, 0, 0, u32::from_be(bound)],
+        source_port,
+    )
+}
+
+/// Judges a call on an IPv6 socket, v4-mapped destinations as IPv4. `false`: refuse it.
+#[inline(always)]
+pub fn judge_v6(ctx: &SockAddrContext, hook: Hook) -> bool {
+    let c = ctx.sock_addr;
+    // SAFETY: as in `judge_v4`.
+    let (destination, socket, message, socket4, source_port) = unsafe {
+        let sk = (*c).__bindgen_anon_1.sk;
+        let message = if matches!(hook, Hook::Sendmsg) {
+            words(&raw const (*c).msg_src_ip6)
+        } else {
+            [0; 4]
+        };
+        (
+            words(&raw const (*c).user_ip6),
+            words(&raw const (*sk).src_ip6),
+            message,
+            (*sk).src_ip4,
+            (*sk).src_port as u16,
+        )
+    };
+    if destination[0] == 0 && destination[1] == 0 && destination[2] == 0xffff {
+        let bound = if message[2] == 0xffff {
+            message[3]
+        } else if socket[2] == 0xffff {
+            socket[3]
+        } else {
+            u32::from_be(socket4)
+        };
+        return judge(
+            ctx,
+            hook,
+            false,
+            [0, 0, 0, destination[3]],
+            [0, 0, 0, bound],
+            source_port,
+        );
+    }
+    let bound = if message == [0; 4] { socket } else { message };
+    judge(ctx, hook, true, destination, bound, source_port)
+}
+
+/// Four big-endian words of a context, each with a load of its own as the verifier demands.
+///
+/// # Safety
+/// `at` points into a live context.
+#[inline(always)]
+unsafe fn words(at: *const [u32; 4]) -> [u32; 4] {
+    let at = at.cast::<u32>();
+    // SAFETY: the caller's promise; volatile, so that loads are not merged into wider ones.
+    unsafe {
+        [
+            u32::from_be(at.read_volatile()),
+            u32::from_be(at.add(1).read_volatile()),
+            u32::from_be(at.add(2).read_volatile()),
+            u32::from_be(at.add(3).read_volatile()),
+        ]
+    }
+}
+
+#[inline(always)]
+fn judge(
+    ctx: &SockAddrContext,
+    hook: Hook,
+    v6: bool,
+    destination: [u32; 4],
+    bound: [u32; 4],
+    source_port: u16,
+) -> bool {
+    let c: *mut bpf_sock_addr = ctx.sock_addr;
+    // SAFETY: the context is the program's own.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let process = remember(cookie);
+    let control = maps::control();
+    if control.flags & CONTROL_SOCKET_REFUSE == 0 || other_namespace(ctx, &control) {
+        return true;
+    }
+    // SAFETY: loads from the context.
+    let (protocol, port) = unsafe { ((*c).protocol, u16::from_be((*c).user_port as u16)) };
+    if protocol != TCP && protocol != UDP {
+        return true;
+    }
+    let Some(image) = maps::live() else {
+        return true;
+    };
+    let mut tuple = Tuple {
+        source: bound,
+        destination,
+        source_port,
+        destination_port: port,
+        protocol: protocol as u8,
+        v6,
+        kind: if protocol == TCP {
+            Kind::Tcp
+        } else {
+            Kind::Ports
+        },
+        tcp_flags: 0,
+        selector: port,
+    };
+    if unjudged(&image, &tuple) {
+        return true;
+    }
+    let target = Target::of(
+        &image,
+        &Query {
+            source: tuple.source_address(),
+            destination: tuple.destination_address(),
+            protocol: tuple.protocol,
+            selector: tuple.selector,
+        },
+    );
+    let words = if bound == [0; 4] {
+        every_class(&image, v6, &target)
+    } else {
+        let class = address_class(&image, &tuple.source_address());
+        denied(&image, class, &target)
+    };
+    let Some(words) = words else { return true };
+    if answers_a_flow(&image, &mut tuple) {
+        return true;
+    }
+    let decision = Decision::unpack(words);
+    maps::count(packet_counter(hook, Outcome::Denied, decision.reason), 1);
+    let record = record(
+        hook,
+        &tuple,
+        &decision,
+        generation(&image),
+        cookie,
+        &process,
+    );
+    maps::count(record_counter(hook, record), 1);
+    false
+}
+
+#[inline(always)]
+fn other_namespace(ctx: &SockAddrContext, control: &Control) -> bool {
+    // SAFETY: the context is the program's own.
+    let cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    cookie != control.netns_cookie
+}
+
+/// Notes which process uses the socket.
+#[inline(always)]
+fn remember(cookie: u64) -> Process {
+    let process = Process {
+        // SAFETY: a helper without arguments.
+        cgroup: unsafe { bpf_get_current_cgroup_id() },
+        pid: (bpf_get_current_pid_tgid() >> 32) as u32,
+        uid: bpf_get_current_uid_gid() as u32,
+        comm: bpf_get_current_comm().unwrap_or([0; 16]),
+    };
+    if cookie != 0 {
+        // SAFETY: only compared; see `events::take_over`.
+        let known = unsafe { SOCKETS.get(&cookie) }.is_some_and(|p| p.pid == process.pid);
+        if !known {
+            // A full table evicts; an attribution is a courtesy.
+            let _ = SOCKETS.insert(&cookie, &process, u64::from(BPF_ANY));
+        }
+    }
+    process
+}
+
+/// Destinations that TC judges by more than addresses, or not at all: this host, loopback,
+/// unspecified (means loopback), link-local (scoped by interface), multicast and broadcast.
+#[inline(always)]
+fn unjudged(image: &Image, tuple: &Tuple) -> bool {
+    let d = tuple.destination;
+    if tuple.v6 {
+        if d[0] == 0 && d[1] == 0 && d[2] == 0 && d[3] <= 1 {
+            return true;
+        }
+        if d[0] >> 22 == 0xfe80 >> 6 || d[0] >> 24 == 0xff {
+            return true;
+        }
+    } else {
+        let top = d[3] >> 24;
+        if top == 0 || top == 127 || top >= 224 || d[3] >> 16 == 0xa9fe {
+            return true;
+        }
+    }
+    let (_, count) = locals(image, tuple.v6);
+    if count == LOCAL_UNKNOWN || count > MAX_LOCAL {
+        return true;
+    }
+    let mut i = 0;
+    while i < MAX_LOCAL {
+        if i >= count {
+            break;
+        }
+        if local(image, tuple.v6, i) == d {
+            return true;
+        }
+        i += 1;
+    }
+    false
+}
+
+#[inline(always)]
+fn locals(image: &Image, v6: bool) -> (u32, u32) {
+    if v6 {
+        (image.word(header::LOCAL6), image.word(header::LOCAL6_COUNT))
+    } else {
+        (image.word(header::LOCAL4), image.word(header::LOCAL4_COUNT))
+    }
+}
+
+#[inline(always)]
+fn local(image: &Image, v6: bool, i: u32) -> [u32; 4] {
+    let (base, _) = locals(image, v6);
+    if v6 {
+        let at = base.wrapping_add(i * 4);
+        [
+            image.word(at),
+            image.word(at.wrapping_add(1)),
+            image.word(at.wrapping_add(2)),
+            image.word(at.wrapping_add(3)),
+        ]
+    } else {
+        [0, 0, 0, image.word(base.wrapping_add(i))]
+    }
+}
+
+/// The verdict words if TC would deny a packet from this source class; `None` if not.
+#[inline(always)]
+fn denied(image: &Image, class: u32, target: &Target) -> Option<u64> {
+    let words = decide_class(image, class, target);
+    if Outcome::from_bits(words as u32).passes() {
+        None
+    } else {
+        Some(words)
+    }
+}
+
+/// The verdict words if every local address, taken as the source, is denied; `None` when one is
+/// not, or the image names none.
+#[inline(always)]
+fn every_class(image: &Image, v6: bool, target: &Target) -> Option<u64> {
+    let (base, count) = if v6 {
+        (
+            image.word(header::LOCAL6_CLASSES),
+            image.word(header::LOCAL6_CLASSES_COUNT),
+        )
+    } else {
+        (
+            image.word(header::LOCAL4_CLASSES),
+            image.word(header::LOCAL4_CLASSES_COUNT),
+        )
+    };
+    if count > MAX_LOCAL_CLASSES {
+        return None;
+    }
+    let mut words = None;
+    let mut i = 0;
+    while i < MAX_LOCAL_CLASSES {
+        if i >= count {
+            break;
+        }
+        words = denied(image, image.word(base.wrapping_add(i)), target);
+        words?;
+        i += 1;
+    }
+    words
+}
+
+/// Whether a datagram may be the answer to a flow that the other end opened. TC knows whether
+/// that entry is current; here it is enough that there is one.
+#[inline(always)]
+fn answers_a_flow(image: &Image, tuple: &mut Tuple) -> bool {
+    if !matches!(tuple.kind, Kind::Ports) {
+        return false;
+    }
+    if tuple.source != [0; 4] {
+        return LruFlows.find(&flow::key_of(tuple, 0).0).is_some();
+    }
+    let (_, count) = locals(image, tuple.v6);
+    let mut i = 0;
+    while i < MAX_LOCAL {
+        if i >= count {
+            break;
+        }
+        tuple.source = local(image, tuple.v6, i);
+        if LruFlows.find(&flow::key_of(tuple, 0).0).is_some() {
+            return true;
+        }
+        i += 1;
+    }
+    false
+}
+
+#[inline(always)]
+fn record(
+    hook: Hook,
+    tuple: &Tuple,
+    decision: &Decision,
+    generation: u32,
+    cookie: u64,
+    process: &Process,
+) -> Record {
+    let Some(mut entry) = EVENTS.reserve(0) else {
+        return Record::Lost;
+    };
+    entry.write(Event {
+        // SAFETY: a helper without arguments.
+        time: unsafe { bpf_ktime_get_boot_ns() },
+        total: 1,
+        cookie,
+        process: *process,
+        source: tuple.source,
+        destination: tuple.destination,
+        rule: decision.rule,
+        segment: decision.segment,
+        generation,
+        ifindex: 0,
+        slot: u32::MAX,
+        // SAFETY: a helper without arguments.
+        cpu: unsafe { bpf_get_smp_processor_id() },
+        epoch: 0,
+        source_port: tuple.source_port,
+        destination_port: tuple.destination_port,
+        selector: tuple.selector,
+        ethertype: 0,
+        protocol: tuple.protocol,
+        family: if tuple.v6 { 6 } else { 4 },
+        hook: hook as u8,
+        outcome: decision.outcome as u8,
+        reason: decision.reason as u8,
+        tcp_flags: 0,
+        reserved: [0; 6],
+    });
+    entry.submit(0);
+    Record::Emitted
+}

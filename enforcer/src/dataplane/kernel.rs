@@ -1,0 +1,494 @@
+//! The dataplane in the kernel, through aya: load, attach, swap, read.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    os::fd::{AsFd as _, BorrowedFd},
+    time::Duration,
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf},
+    programs::{
+        CgroupAttachMode, CgroupSockAddr, LinkOrder, SchedClassifier, TcAttachType, TestRun as _,
+        TestRunOptions,
+        cgroup_sock_addr::CgroupSockAddrLinkId,
+        tc::{self, NlOptions, SchedClassifierLinkId, TcAttachOptions},
+    },
+    util::KernelVersion,
+};
+use enforcer_common::{
+    verdict::{COUNTERS, Hook, Outcome, Reason, Record, packet_counter, record_counter},
+    wire::{
+        CONTROL_DEBUG, CONTROL_SOCKET_REFUSE, Control, DeniedSlot, Event, INTERFACE_L3,
+        Interface as WireInterface, slot,
+    },
+};
+
+use super::{
+    Counters, Dataplane, DataplaneError, EventSource, Interface, LinkType, PacketCount,
+    RecordCount, SocketHooks, cgroup, objects, sys,
+};
+use crate::compile::Image;
+
+/// Ticks a second that kernels are built with (`kernel/Kconfig.hz`, and 1024 on old Alpha).
+const KNOWN_HZ: [u32; 5] = [100, 250, 300, 1000, 1024];
+const SOCKET_PROGRAMS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
+const TC_PROGRAMS: [(&str, TcAttachType); 2] = [
+    ("tc_ingress", TcAttachType::Ingress),
+    ("tc_egress", TcAttachType::Egress),
+];
+
+/// How to load.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    /// Words of the largest image that will be applied; chooses the size class.
+    pub image_words: usize,
+    /// Rare debug messages of the programs through aya-log.
+    pub debug: bool,
+}
+
+/// The loaded programs and everything attached. Dropping it detaches.
+pub struct KernelDataplane {
+    ebpf: Ebpf,
+    image_words: u32,
+    control: Control,
+    attached: BTreeMap<u32, Attached>,
+    socket_links: Vec<(&'static str, CgroupSockAddrLinkId)>,
+    events: Option<RingBuf<MapData>>,
+}
+
+struct Attached {
+    name: String,
+    links: Vec<(&'static str, SchedClassifierLinkId)>,
+}
+
+impl KernelDataplane {
+    /// Loads programs and maps. Nothing is attached, no policy is live.
+    ///
+    /// # Errors
+    /// [`DataplaneError::ImageTooLarge`], [`DataplaneError::Load`].
+    pub fn load(options: &LoadOptions) -> Result<Self, DataplaneError> {
+        let Some((image_words, object)) = objects::for_words(options.image_words) else {
+            return Err(DataplaneError::ImageTooLarge {
+                needed: options.image_words,
+                limit: enforcer_common::image::SIZE_CLASSES[2] as usize,
+            });
+        };
+        let mut ebpf = EbpfLoader::new()
+            .load(object)
+            .map_err(|e| load_error("object", &e))?;
+        for name in ["tc_ingress", "tc_egress", "clock"] {
+            classifier(&mut ebpf, name)?
+                .load()
+                .map_err(|e| load_error(name, &e))?;
+        }
+        for name in SOCKET_PROGRAMS {
+            socket_program(&mut ebpf, name)?
+                .load()
+                .map_err(|e| load_error(name, &e))?;
+        }
+        let events = match ebpf.take_map("EVENTS") {
+            Some(map) => Some(RingBuf::try_from(map).map_err(|e| load_error("EVENTS", &e))?),
+            None => return Err(missing("EVENTS")),
+        };
+        let hz = measure_hz(&mut ebpf)?;
+        let netns_cookie = sys::netns_cookie().map_err(syscall("getsockopt(SO_NETNS_COOKIE)"))?;
+        let control = Control {
+            netns_cookie,
+            hz,
+            flags: if options.debug { CONTROL_DEBUG } else { 0 },
+        };
+        let mut this = Self {
+            ebpf,
+            image_words,
+            control,
+            attached: BTreeMap::new(),
+            socket_links: Vec::new(),
+            events,
+        };
+        this.write_control()?;
+        Ok(this)
+    }
+
+    /// Words that an image may have.
+    pub fn image_words(&self) -> u32 {
+        self.image_words
+    }
+
+    /// The loaded object, for tests that run programs and read maps themselves.
+    pub fn ebpf_mut(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+
+    fn write_control(&mut self) -> Result<(), DataplaneError> {
+        let control = self.control;
+        let mut map: Array<_, Control> = typed_mut(&mut self.ebpf, "CONTROL")?;
+        map.set(0, control, 0).map_err(map_error("write CONTROL"))
+    }
+
+    fn attach_one(
+        &mut self,
+        name: &'static str,
+        direction: TcAttachType,
+        interface: &Interface,
+    ) -> Result<SchedClassifierLinkId, DataplaneError> {
+        let program = classifier(&mut self.ebpf, name)?;
+        // First in the chain: nothing before us may accept a packet on our behalf.
+        let options = if tcx() {
+            TcAttachOptions::TcxOrder(LinkOrder::first())
+        } else {
+            match tc::qdisc_add_clsact(&interface.name) {
+                Ok(()) => {}
+                Err(error) if is_already_there(&error) => {}
+                Err(error) => return Err(attach_error(name, &interface.name, &error)),
+            }
+            TcAttachOptions::Netlink(NlOptions {
+                priority: 1,
+                ..NlOptions::default()
+            })
+        };
+        program
+            .attach_with_options(&interface.name, direction, options)
+            .map_err(|error| attach_error(name, &interface.name, &error))
+    }
+}
+
+/// tcx links came with Linux 6.6; before, clsact through netlink.
+fn tcx() -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
+}
+
+impl Dataplane for KernelDataplane {
+    fn apply(&mut self, image: &Image) -> Result<(), DataplaneError> {
+        let limit = self.image_words as usize;
+        if image.words().len() > limit {
+            return Err(DataplaneError::ImageTooLarge {
+                needed: image.words().len(),
+                limit,
+            });
+        }
+        // Written by one update and frozen before any program can see it.
+        let mut words = image.words().to_vec();
+        words.resize(limit, 0);
+        let inner = sys::create_image_map(self.image_words, image.generation())
+            .map_err(syscall("create the image map"))?;
+        sys::update_words(inner.as_fd(), 0, &words).map_err(syscall("write the image"))?;
+        sys::freeze(inner.as_fd()).map_err(syscall("freeze the image"))?;
+        let Some(Map::ArrayOfMaps(policy)) = self.ebpf.map("POLICY") else {
+            return Err(missing("POLICY"));
+        };
+        // The one pointer write. It returns after a grace period: from then on no packet is
+        // judged by the old image.
+        sys::update_inner(policy.fd().as_fd(), slot::LIVE, inner.as_fd())
+            .map_err(syscall("swap the live image"))
+    }
+
+    fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
+        if self.attached.contains_key(&interface.ifindex) {
+            return Ok(());
+        }
+        let flags = match interface.link {
+            LinkType::Ethernet => 0,
+            LinkType::Ip => INTERFACE_L3,
+        };
+        let mut map: HashMap<_, u32, WireInterface> = typed_mut(&mut self.ebpf, "INTERFACES")?;
+        map.insert(interface.ifindex, WireInterface { flags }, 0)
+            .map_err(map_error("write INTERFACES"))?;
+        let mut attached = Attached {
+            name: interface.name.clone(),
+            links: Vec::new(),
+        };
+        for (name, direction) in TC_PROGRAMS {
+            match self.attach_one(name, direction, interface) {
+                Ok(link) => attached.links.push((name, link)),
+                Err(error) => {
+                    // Half an interface is worse than none: take the first hook off again.
+                    for (name, link) in attached.links {
+                        let _ = classifier(&mut self.ebpf, name)?.detach(link);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        self.attached.insert(interface.ifindex, attached);
+        Ok(())
+    }
+
+    fn detach(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
+        let Some(attached) = self.attached.remove(&ifindex) else {
+            return Ok(());
+        };
+        let mut result = Ok(());
+        for (name, link) in attached.links {
+            if let Err(error) = classifier(&mut self.ebpf, name)?.detach(link) {
+                // The kernel has done it already when the interface is gone.
+                if !is_gone(&error) && result.is_ok() {
+                    result = Err(attach_error(name, &attached.name, &error));
+                }
+            }
+        }
+        let mut map: HashMap<_, u32, WireInterface> = typed_mut(&mut self.ebpf, "INTERFACES")?;
+        let _ = map.remove(&ifindex);
+        result
+    }
+
+    fn socket_hooks(&mut self, mode: SocketHooks) -> Result<(), DataplaneError> {
+        let flags = match mode {
+            SocketHooks::Refuse => self.control.flags | CONTROL_SOCKET_REFUSE,
+            SocketHooks::Observe | SocketHooks::Off => self.control.flags & !CONTROL_SOCKET_REFUSE,
+        };
+        if flags != self.control.flags {
+            self.control.flags = flags;
+            self.write_control()?;
+        }
+        if mode == SocketHooks::Off {
+            for (name, link) in std::mem::take(&mut self.socket_links) {
+                socket_program(&mut self.ebpf, name)?
+                    .detach(link)
+                    .map_err(|e| attach_error(name, "the root cgroup", &e))?;
+            }
+            return Ok(());
+        }
+        if !self.socket_links.is_empty() {
+            return Ok(());
+        }
+        let root = cgroup::cgroup2_root()?;
+        let directory = File::open(&root).map_err(syscall("open the root cgroup"))?;
+        for name in SOCKET_PROGRAMS {
+            let link = socket_program(&mut self.ebpf, name)?
+                .attach(&directory, CgroupAttachMode::Single)
+                .map_err(|e| attach_error(name, &root.display().to_string(), &e))?;
+            self.socket_links.push((name, link));
+        }
+        Ok(())
+    }
+
+    fn counters(&self) -> Result<Counters, DataplaneError> {
+        let map: PerCpuArray<_, u64> = typed(&self.ebpf, "COUNTERS")?;
+        let mut sums = Vec::with_capacity(COUNTERS as usize);
+        for index in 0..COUNTERS {
+            let values = map.get(&index, 0).map_err(map_error("read COUNTERS"))?;
+            sums.push(values.iter().fold(0u64, |sum, v| sum.wrapping_add(*v)));
+        }
+        let at = |index: u32| sums.get(index as usize).copied().unwrap_or(0);
+        let mut counters = Counters::default();
+        for hook in Hook::ALL {
+            for outcome in Outcome::ALL {
+                for reason in Reason::ALL.iter().copied() {
+                    let packets = at(packet_counter(hook, outcome, reason));
+                    if packets != 0 {
+                        counters.packets.push(PacketCount {
+                            hook,
+                            outcome,
+                            reason,
+                            packets,
+                        });
+                    }
+                }
+            }
+            counters.records.push(RecordCount {
+                hook,
+                emitted: at(record_counter(hook, Record::Emitted)),
+                suppressed: at(record_counter(hook, Record::Suppressed)),
+                lost: at(record_counter(hook, Record::Lost)),
+                displaced: at(record_counter(hook, Record::Displaced)),
+                flow_insert_failed: at(record_counter(hook, Record::FlowInsertFailed)),
+            });
+        }
+        Ok(counters)
+    }
+
+    fn running_counts(&self) -> Result<Vec<Event>, DataplaneError> {
+        let map: PerCpuArray<_, DeniedSlot> = typed(&self.ebpf, "DENIED")?;
+        let mut events = Vec::new();
+        for slots in map.iter() {
+            let slots = slots.map_err(map_error("read DENIED"))?;
+            // A slot being written just now is seen by the next scan.
+            events.extend(
+                slots
+                    .iter()
+                    .filter(|s| s.pending != 0 && s.epoch == s.epoch_end && s.epoch != 0)
+                    .map(|s| s.event),
+            );
+        }
+        Ok(events)
+    }
+
+    fn take_events(&mut self) -> Option<Box<dyn EventSource>> {
+        self.events
+            .take()
+            .map(|ring| Box::new(KernelEvents { ring }) as Box<dyn EventSource>)
+    }
+
+    fn detach_all(&mut self) -> Result<(), DataplaneError> {
+        let mut result = Ok(());
+        for ifindex in self.attached.keys().copied().collect::<Vec<_>>() {
+            let detached = self.detach(ifindex);
+            result = result.and(detached);
+        }
+        result.and(self.socket_hooks(SocketHooks::Off))
+    }
+}
+
+struct KernelEvents {
+    ring: RingBuf<MapData>,
+}
+
+impl EventSource for KernelEvents {
+    fn next(&mut self) -> Option<Event> {
+        loop {
+            let item = self.ring.next()?;
+            if item.len() == size_of::<Event>() {
+                // SAFETY: the length is the type's; `Event` is Pod (any bit pattern is a value)
+                // and the read is unaligned.
+                #[expect(unsafe_code, reason = "bytes of the ring to a Pod type")]
+                return Some(unsafe { item.as_ptr().cast::<Event>().read_unaligned() });
+            }
+        }
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
+}
+
+/// Learns the kernel's ticks a second from a program that returns jiffies.
+fn measure_hz(ebpf: &mut Ebpf) -> Result<u32, DataplaneError> {
+    let mut ticks = || -> Result<u32, DataplaneError> {
+        let frame = [0u8; 64];
+        let options = TestRunOptions {
+            data_in: Some(&frame),
+            ..TestRunOptions::new()
+        };
+        classifier(ebpf, "clock")?
+            .test_run(options)
+            .map(|r| r.return_value)
+            .map_err(|e| load_error("clock", &e))
+    };
+    let begin = std::time::Instant::now();
+    let first = ticks()?;
+    std::thread::sleep(Duration::from_millis(120));
+    let second = ticks()?;
+    let elapsed = begin.elapsed().as_micros().max(1);
+    let measured = u128::from(second.wrapping_sub(first)) * 1_000_000 / elapsed;
+    let distance = |hz: u32| u128::from(hz).abs_diff(measured);
+    Ok(KNOWN_HZ
+        .into_iter()
+        .min_by_key(|hz| distance(*hz))
+        .unwrap_or(250))
+}
+
+fn classifier<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &str,
+) -> Result<&'a mut SchedClassifier, DataplaneError> {
+    ebpf.program_mut(name)
+        .ok_or_else(|| missing(name))?
+        .try_into()
+        .map_err(|e| load_error(name, &e))
+}
+
+fn socket_program<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &str,
+) -> Result<&'a mut CgroupSockAddr, DataplaneError> {
+    ebpf.program_mut(name)
+        .ok_or_else(|| missing(name))?
+        .try_into()
+        .map_err(|e| load_error(name, &e))
+}
+
+fn typed<'a, M>(ebpf: &'a Ebpf, name: &str) -> Result<M, DataplaneError>
+where
+    M: TryFrom<&'a Map, Error = aya::maps::MapError>,
+{
+    let map = ebpf.map(name).ok_or_else(|| missing(name))?;
+    M::try_from(map).map_err(|e| load_error(name, &e))
+}
+
+fn typed_mut<'a, M>(ebpf: &'a mut Ebpf, name: &str) -> Result<M, DataplaneError>
+where
+    M: TryFrom<&'a mut Map, Error = aya::maps::MapError>,
+{
+    let map = ebpf.map_mut(name).ok_or_else(|| missing(name))?;
+    M::try_from(map).map_err(|e| load_error(name, &e))
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    // The verifier's log is thousands of lines; its last ones say what it did not like.
+    let lines: Vec<&str> = text.lines().collect();
+    match lines.len() {
+        0..=40 => text,
+        n => format!("{}\n…\n{}", lines[0], lines[n - 20..].join("\n")),
+    }
+}
+
+fn load_error(what: &str, error: &dyn std::error::Error) -> DataplaneError {
+    DataplaneError::Load {
+        message: format!("{what}: {}", chain(error)),
+    }
+}
+
+fn missing(what: &str) -> DataplaneError {
+    DataplaneError::Load {
+        message: format!("{what} is not in the object"),
+    }
+}
+
+fn attach_error(hook: &'static str, target: &str, error: &dyn std::error::Error) -> DataplaneError {
+    DataplaneError::Attach {
+        hook,
+        target: target.to_owned(),
+        message: chain(error),
+    }
+}
+
+fn syscall(call: &'static str) -> impl Fn(std::io::Error) -> DataplaneError {
+    move |source| DataplaneError::Syscall {
+        call: call.to_owned(),
+        source,
+    }
+}
+
+fn map_error(call: &'static str) -> impl Fn(aya::maps::MapError) -> DataplaneError {
+    move |error| DataplaneError::Syscall {
+        call: call.to_owned(),
+        source: std::io::Error::other(chain(&error)),
+    }
+}
+
+/// Whether the kernel's answer somewhere in the chain is `errno`.
+fn has_errno(error: &(dyn std::error::Error + 'static), errno: i32) -> bool {
+    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<std::io::Error>()
+            && io.raw_os_error() == Some(errno)
+        {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
+fn is_already_there(error: &tc::TcError) -> bool {
+    has_errno(error, libc::EEXIST)
+}
+
+fn is_gone(error: &aya::programs::ProgramError) -> bool {
+    has_errno(error, libc::ENODEV)
+        || has_errno(error, libc::ENOENT)
+        || has_errno(error, libc::ENOLINK)
+}

@@ -1,0 +1,157 @@
+//! The bpf(2) calls that aya keeps to itself. The only raw system calls of the project.
+#![expect(unsafe_code, reason = "bpf(2) takes a union of structs by address")]
+
+use std::{
+    io,
+    os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+};
+
+const BPF_MAP_CREATE: libc::c_long = 0;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_FREEZE: libc::c_long = 22;
+const BPF_MAP_TYPE_ARRAY: u32 = 2;
+const BPF_F_RDONLY_PROG: u32 = 1 << 7;
+
+/// `bpf_attr` of BPF_MAP_CREATE, up to the map's name (linux/bpf.h).
+#[repr(C)]
+#[derive(Default)]
+struct CreateAttr {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    inner_map_fd: u32,
+    numa_node: u32,
+    map_name: [u8; 16],
+}
+
+/// `bpf_attr` of the element commands.
+#[repr(C)]
+struct ElementAttr {
+    map_fd: u32,
+    _pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// `bpf_attr` of BPF_MAP_FREEZE.
+#[repr(C)]
+struct FreezeAttr {
+    map_fd: u32,
+}
+
+fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
+    // SAFETY: `attr` is a live, exclusive, fully initialised structure and its size is passed
+    // along; the kernel reads at most that much and writes nothing for these commands.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_mut(attr),
+            size_of::<T>(),
+        )
+    };
+    i32::try_from(result)
+        .ok()
+        .filter(|r| *r >= 0)
+        .ok_or_else(io::Error::last_os_error)
+}
+
+/// Creates the array map that holds one image of `words` words, read-only for programs.
+///
+/// # Errors
+/// The kernel's: EPERM, ENOMEM (memory cgroup), E2BIG.
+pub(super) fn create_image_map(words: u32, generation: u32) -> io::Result<OwnedFd> {
+    let mut attr = CreateAttr {
+        map_type: BPF_MAP_TYPE_ARRAY,
+        key_size: 4,
+        value_size: words * 4,
+        max_entries: 1,
+        map_flags: BPF_F_RDONLY_PROG,
+        ..CreateAttr::default()
+    };
+    let name = format!("image_{generation}");
+    for (to, from) in attr.map_name.iter_mut().take(15).zip(name.bytes()) {
+        *to = from;
+    }
+    let fd = bpf(BPF_MAP_CREATE, &mut attr)?;
+    // SAFETY: a descriptor the kernel just made for us; nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Writes element `index` of an array map. `value` has the map's value size, in words.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn update_words(map: BorrowedFd<'_>, index: u32, value: &[u32]) -> io::Result<()> {
+    update(map, &index, value.as_ptr().cast())
+}
+
+/// Puts the map behind `inner` into slot `index` of an array of maps.
+///
+/// # Errors
+/// The kernel's; EINVAL when the inner map's shape differs from the declared one.
+pub(super) fn update_inner(
+    outer: BorrowedFd<'_>,
+    index: u32,
+    inner: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let fd = inner.as_raw_fd();
+    update(outer, &index, std::ptr::from_ref(&fd).cast())
+}
+
+fn update(map: BorrowedFd<'_>, index: &u32, value: *const u8) -> io::Result<()> {
+    let mut attr = ElementAttr {
+        map_fd: map.as_raw_fd().unsigned_abs(),
+        _pad: 0,
+        key: std::ptr::from_ref(index) as u64,
+        value: value as u64,
+        flags: 0,
+    };
+    bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Makes a map read-only for user space as well, for good.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn freeze(map: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = FreezeAttr {
+        map_fd: map.as_raw_fd().unsigned_abs(),
+    };
+    bpf(BPF_MAP_FREEZE, &mut attr).map(drop)
+}
+
+/// `SO_NETNS_COOKIE` of this thread's network namespace (Linux 5.14).
+///
+/// # Errors
+/// The kernel's; ENOPROTOOPT on older ones.
+pub(super) fn netns_cookie() -> io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = std::net::UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| {
+        // Loopback may be down: any socket will do.
+        std::os::unix::net::UnixDatagram::unbound().map(|s| {
+            // SAFETY: ownership of the descriptor moves over; only getsockopt is called on it.
+            unsafe { std::net::UdpSocket::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(s)) }
+        })
+    })?;
+    let mut cookie = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: `cookie` and `length` are live and of the sizes passed.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            std::ptr::from_mut(&mut cookie).cast(),
+            &mut length,
+        )
+    };
+    if result == 0 {
+        Ok(cookie)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
