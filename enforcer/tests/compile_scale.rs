@@ -18,7 +18,7 @@ use enforcer::{
 };
 use enforcer_common::{
     decide::{Query, decide},
-    image::{Address, SIZE_CLASSES, mix},
+    image::{SIZE_CLASSES, mix},
 };
 
 /// Repeatable noise.
@@ -222,8 +222,8 @@ fn spot_check(policy: &Policy, env: &Environment, image: &Image, count: usize) {
         let decision = decide(
             image.words(),
             &Query {
-                source: Address::V4(src.to_bits()),
-                destination: Address::V4(dst.to_bits()),
+                source: query.src.into(),
+                destination: query.dst.into(),
                 protocol: query.protocol,
                 selector: query.selector,
             },

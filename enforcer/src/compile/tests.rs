@@ -40,12 +40,12 @@ fn address_image(v4: &Intervals, v6: &Intervals) -> Vec<u32> {
 }
 
 fn class4(words: &[u32], address: u128) -> u32 {
-    address_class(words, Address::V4(u32::try_from(address).unwrap()))
+    address_class(words, &Address::v4(u32::try_from(address).unwrap()))
 }
 
 fn class6(words: &[u32], address: u128) -> u32 {
     let (hi, lo) = ((address >> 64) as u64, address as u64);
-    address_class(words, Address::V6(hi, lo))
+    address_class(words, &Address::v6(hi, lo))
 }
 
 /// Every start and its neighbours, up to `top`.
