@@ -1,5 +1,11 @@
 //! How large images become. No time is asserted; sizes are.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking; the sizes are there to be read"
+)]
+
 use std::{
     collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},

@@ -1,6 +1,8 @@
 //! What runs is what was written: `decide` on the compiled image says what the reference
 //! interpreter says of the policy, for every flow.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{
     cell::Cell,
     collections::{BTreeMap, BTreeSet},

@@ -2,7 +2,10 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use aya::{
+    maps::HashMap,
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+};
 use enforcer::{
     compile::{self, Image, Options},
     dataplane::{
@@ -14,7 +17,7 @@ use enforcer::{
 use enforcer_common::{
     image::essential,
     verdict::{Hook, Outcome, Reason},
-    wire::Event,
+    wire::{Event, FlowEntry, FlowKey, FlowKey4},
 };
 
 static GENERATION: AtomicU32 = AtomicU32::new(1);
@@ -37,6 +40,7 @@ pub fn compile(policy: &Policy, env: &Environment) -> Image {
 pub struct Programs {
     pub dataplane: KernelDataplane,
     pub events: Box<dyn EventSource>,
+    last: Counters,
 }
 
 /// What one packet got.
@@ -60,7 +64,8 @@ impl Programs {
         };
         let mut dataplane = KernelDataplane::load(&options).expect("the programs load");
         let events = dataplane.take_events().expect("the first to ask");
-        Self { dataplane, events }
+        let last = dataplane.counters().expect("counters");
+        Self { dataplane, events, last }
     }
 
     pub fn apply(&mut self, image: &Image) {
@@ -91,11 +96,25 @@ impl Programs {
         self.dataplane.counters().expect("counters")
     }
 
-    /// Runs a frame and finds its counter: exactly one must have moved, by one.
+    /// Empties both flow tables.
+    pub fn forget_flows(&mut self) {
+        fn empty<K: aya::Pod>(map: &mut aya::maps::Map) {
+            let mut flows: HashMap<_, K, FlowEntry> = map.try_into().unwrap();
+            let keys: Vec<K> = flows.keys().filter_map(Result::ok).collect();
+            for key in keys {
+                let _ = flows.remove(&key);
+            }
+        }
+        empty::<FlowKey4>(self.dataplane.ebpf_mut().map_mut("FLOWS4").unwrap());
+        empty::<FlowKey>(self.dataplane.ebpf_mut().map_mut("FLOWS6").unwrap());
+    }
+
+    /// Runs a frame and finds its counter: exactly one must have moved since the last call, by
+    /// one. Every frame must come through here, or the difference is not one packet's.
     pub fn judge(&mut self, hook: Hook, frame: &[u8]) -> Verdict {
-        let before = self.counters();
         let action = self.run(hook, frame);
         let after = self.counters();
+        let before = std::mem::replace(&mut self.last, after.clone());
         let mut moved = after.packets.iter().filter_map(|a| {
             let old = before
                 .packets
