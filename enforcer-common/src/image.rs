@@ -36,14 +36,14 @@ pub mod header {
     pub const V4_ROOT: u32 = 8;
     /// Buckets of single IPv4 hosts; 0 when there are none.
     pub const V4_HOSTS: u32 = 9;
-    /// Number of IPv4 host buckets minus one (a power of two minus one).
-    pub const V4_HOSTS_MASK: u32 = 10;
+    /// Number of IPv4 host buckets, any number.
+    pub const V4_HOSTS_BUCKETS: u32 = 10;
     /// A trie entry: where IPv6 look-ups start.
     pub const V6_ROOT: u32 = 11;
     /// Buckets of single IPv6 hosts; 0 when there are none.
     pub const V6_HOSTS: u32 = 12;
-    /// Number of IPv6 host buckets minus one.
-    pub const V6_HOSTS_MASK: u32 = 13;
+    /// Number of IPv6 host buckets.
+    pub const V6_HOSTS_BUCKETS: u32 = 13;
     /// Low half of the hash seed of every bucketed table.
     pub const SEED_LO: u32 = 14;
     /// High half of the hash seed.
@@ -58,8 +58,8 @@ pub mod header {
     pub const ROWS: u32 = 19;
     /// Buckets of exceptions; 0 when there are none.
     pub const EXCEPTIONS: u32 = 20;
-    /// Number of exception buckets minus one.
-    pub const EXCEPTIONS_MASK: u32 = 21;
+    /// Number of exception buckets.
+    pub const EXCEPTIONS_BUCKETS: u32 = 21;
     /// This host's IPv4 addresses, one word each.
     pub const LOCAL4: u32 = 22;
     /// How many (at most [`super::MAX_LOCAL`]; [`super::LOCAL_UNKNOWN`] when there are more).
@@ -238,10 +238,15 @@ pub const fn mix(key: u64, seed: u64) -> u64 {
     b ^ (b >> 32)
 }
 
-/// The two buckets of a key.
+/// The two buckets of a key, of `count`: a 32-bit hash times the count, upper half. So a table is
+/// as long as its keys need, not the next power of two.
 #[inline(always)]
-pub const fn buckets(hash: u64, mask: u32) -> (u32, u32) {
-    (hash as u32 & mask, (hash >> 32) as u32 & mask)
+pub const fn buckets(hash: u64, count: u32) -> (u32, u32) {
+    let (low, high, count) = (hash & 0xffff_ffff, hash >> 32, count as u64);
+    (
+        (low.wrapping_mul(count) >> 32) as u32,
+        (high.wrapping_mul(count) >> 32) as u32,
+    )
 }
 
 /// Hash of an IPv4 host.
@@ -286,7 +291,7 @@ fn class_v4<W: Words + ?Sized>(image: &W, address: u32) -> u32 {
     let hosts = image.word(header::V4_HOSTS);
     if hosts != 0 {
         let hash = hash_v4(address, seed(image));
-        let (first, second) = buckets(hash, image.word(header::V4_HOSTS_MASK));
+        let (first, second) = buckets(hash, image.word(header::V4_HOSTS_BUCKETS));
         let mut probe = 0;
         while probe < 2 {
             let bucket = if probe == 0 { first } else { second };
@@ -319,7 +324,7 @@ fn class_v6<W: Words + ?Sized>(image: &W, hi: u64, lo: u64) -> u32 {
     let hosts = image.word(header::V6_HOSTS);
     if hosts != 0 {
         let hash = hash_v6(hi, lo, seed(image));
-        let (first, second) = buckets(hash, image.word(header::V6_HOSTS_MASK));
+        let (first, second) = buckets(hash, image.word(header::V6_HOSTS_BUCKETS));
         let mut probe = 0;
         while probe < 2 {
             let bucket = if probe == 0 { first } else { second };
@@ -428,7 +433,7 @@ pub fn verdict_of<W: Words + ?Sized>(image: &W, row: u32, offset: u32, service: 
     }
     let table = image.word(header::EXCEPTIONS);
     let hash = hash_exception(row, service, seed(image));
-    let (first, second) = buckets(hash, image.word(header::EXCEPTIONS_MASK));
+    let (first, second) = buckets(hash, image.word(header::EXCEPTIONS_BUCKETS));
     let mut probe = 0;
     while probe < 2 {
         let bucket = if probe == 0 { first } else { second };
