@@ -86,10 +86,6 @@ fn output(slot: &mut DeniedSlot) -> bool {
 
 /// Starts a new epoch of the slot for another flow.
 #[inline(always)]
-#[expect(
-    clippy::too_many_arguments,
-    reason = "inlined; a struct would go over the stack"
-)]
 fn take_over(ctx: &TcContext, slot: &mut DeniedSlot, index: u32, packet: &Packet, judged: &Judged) {
     let Judged {
         hook,

@@ -74,7 +74,7 @@ fn action(decision: &Decision) -> i32 {
     if decision.outcome.passes() {
         TC_ACT_UNSPEC
     } else {
-        TC_ACT_SHOT as i32
+        TC_ACT_SHOT
     }
 }
 
@@ -100,7 +100,7 @@ fn judge(ctx: &TcContext, hook: Hook) -> i32 {
     let link = ctx::link(ctx, matches!(hook, Hook::TcIngress));
     // An array map of one element: the look-up cannot fail.
     let Some(work) = maps::work() else {
-        return TC_ACT_SHOT as i32;
+        return TC_ACT_SHOT;
     };
     work.packet.ifindex = link.ifindex;
     work.judged = Judged {

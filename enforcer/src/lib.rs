@@ -1,8 +1,14 @@
 //! The enforcer: policy, compiler, dataplane, daemon and command line.
 //!
 //! Layers, lowest first; each may use those before it and none after it:
-//! `policy` → `compile` → `dataplane` → `daemon` → `cli`. See `docs/ARCHITECTURE.md`.
+//! `policy` → `compile` → `dataplane` → `daemon` (with `events` and `api`) → `cli`.
+//! See `docs/ARCHITECTURE.md`.
 
+pub mod api;
+pub mod cli;
 pub mod compile;
+pub mod daemon;
 pub mod dataplane;
+pub mod events;
 pub mod policy;
+mod poll;

@@ -1,1 +1,24 @@
-fn main() {}
+//! The `enforcer` binary.
+
+use std::process::ExitCode;
+
+use enforcer::{
+    cli,
+    dataplane::{
+        Dataplane, DataplaneError,
+        kernel::{KernelDataplane, LoadOptions},
+    },
+};
+
+fn main() -> ExitCode {
+    cli::main(open)
+}
+
+/// Loads the kernel programs for images of `image_words` words.
+fn open(image_words: u32, debug: bool) -> Result<Box<dyn Dataplane>, DataplaneError> {
+    let options = LoadOptions {
+        image_words: image_words as usize,
+        debug,
+    };
+    Ok(Box::new(KernelDataplane::load(&options)?))
+}

@@ -1,1 +1,13 @@
-//! Shared helpers of the test suite.
+//! Shared helpers of the test suite: frames, programs under BPF_PROG_TEST_RUN, namespaces.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test helper that fails is a failed test"
+)]
+
+pub mod daemon;
+pub mod frame;
+pub mod kernel;
+pub mod netns;

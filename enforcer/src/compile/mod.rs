@@ -16,6 +16,8 @@ mod rows;
 mod services;
 mod sides;
 mod table;
+#[cfg(test)]
+mod tests;
 mod v4;
 mod v6;
 mod writer;

@@ -46,14 +46,6 @@ pub(super) fn split(all: &Intervals) -> (Intervals, Vec<(u128, u32)>) {
     (rest, hosts)
 }
 
-/// A node before its place is known.
-struct Node {
-    /// Nibbles before the one that picks the child.
-    depth: u32,
-    path: u128,
-    children: [u32; 16],
-}
-
 /// Writes the trie; returns the entry where look-ups start.
 pub(super) fn write(intervals: &Intervals, writer: &mut Writer) -> Result<u32, Full> {
     let class = |address| value_at(intervals, address).unwrap_or(0);
@@ -74,27 +66,23 @@ fn entry(
         return Ok(LEAF | class(path));
     };
     let before = class(path);
-    // The smallest block with every change in it. Where the class around it is one, the node
-    // stands there and that class is its background; else it stands here, and has no need of one.
-    let common = ((first - 1) ^ last).leading_zeros() / 4;
-    let depth = if before == *after {
-        common.min(NIBBLES - 1)
+    // Where the block begins and ends in one class, the node stands at the smallest block that
+    // holds all others, and that class is its background; else it stands here and needs none.
+    let common = (first ^ (last - 1)).leading_zeros() / 4;
+    let (depth, inside) = if before == *after {
+        (common.min(NIBBLES - 1), *first)
     } else {
-        depth
+        (depth, path)
     };
     let path = if depth == 0 {
         0
     } else {
-        last >> (128 - 4 * depth) << (128 - 4 * depth)
+        inside >> (128 - 4 * depth) << (128 - 4 * depth)
     };
     let shift = 4 * (NIBBLES - 1 - depth);
-    let mut node = Node {
-        depth,
-        path,
-        children: [0; 16],
-    };
+    let mut children = [0; 16];
     let mut rest = changes;
-    for (nibble, child) in (0u128..).zip(&mut node.children) {
+    for (nibble, child) in (0u128..).zip(&mut children) {
         let start = path | nibble << shift;
         let end = start | ((1 << shift) - 1);
         let inside = rest.partition_point(|(change, _)| *change <= end);
@@ -107,11 +95,11 @@ fn entry(
         *child = entry(mine, class, start, depth + 1, writer)?;
     }
     let mut words = [0; V6_NODE_WORDS as usize];
-    words[0] = node.depth;
+    words[0] = depth;
     words[1] = before;
     for (word, shift) in words[2..].iter_mut().zip([96, 64, 32, 0]) {
-        *word = (node.path >> shift) as u32;
+        *word = (path >> shift) as u32;
     }
-    words[V6_NODE_CHILDREN as usize..].copy_from_slice(&node.children);
+    words[V6_NODE_CHILDREN as usize..].copy_from_slice(&children);
     writer.append(&words)
 }

@@ -1,0 +1,214 @@
+//! The command line's side of the control socket.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{Method, Request, StatusCode, body::Bytes, body::Incoming, client::conn::http1};
+use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+use super::types::{ExplainRequest, Explanation, Peer, Record, Refusal, Reloaded, Status};
+
+/// Bytes of an answer that is not a stream.
+const LARGEST: usize = 16 << 20;
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens.
+    #[error(
+        "no enforcer answers at {}: {source}\n  help: is `enforcer run` (or enforcer.service) running?",
+        path.display()
+    )]
+    Unreachable {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The socket is not for this user.
+    #[error("may not use {}\n  help: run this as root", .0.display())]
+    Forbidden(PathBuf),
+    /// The daemon said no.
+    #[error("{0}")]
+    Refused(String),
+    /// Something broke on the way.
+    #[error("the enforcer's answer broke off: {0}")]
+    Broken(String),
+}
+
+fn broken(error: impl std::fmt::Display) -> ClientError {
+    ClientError::Broken(error.to_string())
+}
+
+/// A daemon behind a socket. Each request has a connection of its own.
+#[derive(Clone, Debug)]
+pub struct Client {
+    path: PathBuf,
+}
+
+/// What `denials` asks for.
+#[derive(Clone, Debug, Default)]
+pub struct DenialsQuery {
+    /// At most so many of the kept ones.
+    pub last: Option<usize>,
+    /// Source.
+    pub from: Option<Peer>,
+    /// Destination.
+    pub to: Option<Peer>,
+    /// Go on with what comes.
+    pub follow: bool,
+}
+
+impl Client {
+    /// Nothing is connected yet.
+    pub fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+        }
+    }
+
+    /// The daemon's status.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn status(&self) -> Result<Status, ClientError> {
+        self.json(Method::GET, "/v1/status", Vec::new()).await
+    }
+
+    /// Asks about a flow.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn explain(&self, request: &ExplainRequest) -> Result<Explanation, ClientError> {
+        let body = serde_json::to_vec(request).map_err(broken)?;
+        self.json(Method::POST, "/v1/explain", body).await
+    }
+
+    /// Reads the policy again.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the policy in force has not changed then.
+    pub async fn reload(&self) -> Result<Reloaded, ClientError> {
+        self.json(Method::POST, "/v1/reload", Vec::new()).await
+    }
+
+    /// Kept denials, and those to come when the query follows.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn denials(&self, query: &DenialsQuery) -> Result<Records, ClientError> {
+        // Numbers, addresses and names: nothing that a query string would have to escape.
+        let mut uri = format!("/v1/denials?follow={}", query.follow);
+        if let Some(last) = query.last {
+            uri.push_str(&format!("&last={last}"));
+        }
+        for (name, peer) in [("from", &query.from), ("to", &query.to)] {
+            if let Some(peer) = peer {
+                uri.push_str(&format!("&{name}={peer}"));
+            }
+        }
+        let body = self.request(Method::GET, &uri, Vec::new()).await?;
+        Ok(Records {
+            body,
+            buffer: Vec::new(),
+        })
+    }
+
+    async fn json<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        uri: &str,
+        body: Vec<u8>,
+    ) -> Result<T, ClientError> {
+        let body = self.request(method, uri, body).await?;
+        let bytes = Limited::new(body, LARGEST).collect().await;
+        let bytes = bytes.map_err(broken)?.to_bytes();
+        serde_json::from_slice(&bytes).map_err(broken)
+    }
+
+    async fn request(
+        &self,
+        method: Method,
+        uri: &str,
+        body: Vec<u8>,
+    ) -> Result<Incoming, ClientError> {
+        let stream = UnixStream::connect(&self.path).await.map_err(|source| {
+            if source.kind() == io::ErrorKind::PermissionDenied {
+                return ClientError::Forbidden(self.path.clone());
+            }
+            ClientError::Unreachable {
+                path: self.path.clone(),
+                source,
+            }
+        })?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(broken)?;
+        // Its error shows up in the answer, too.
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(uri)
+            .header("host", "enforcer")
+            .header("content-type", "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(broken)?;
+        let response = sender.send_request(request).await.map_err(broken)?;
+        let status = response.status();
+        let body = response.into_body();
+        if status.is_success() {
+            return Ok(body);
+        }
+        let bytes = Limited::new(body, LARGEST).collect().await;
+        let bytes = bytes.map_err(broken)?.to_bytes();
+        if status == StatusCode::FORBIDDEN {
+            return Err(ClientError::Forbidden(self.path.clone()));
+        }
+        let refusal = serde_json::from_slice::<Refusal>(&bytes);
+        Err(ClientError::Refused(refusal.map_or_else(
+            |_| format!("{status}: {}", String::from_utf8_lossy(&bytes).trim_end()),
+            |refusal| refusal.error,
+        )))
+    }
+}
+
+/// Records as they arrive.
+#[derive(Debug)]
+pub struct Records {
+    body: Incoming,
+    buffer: Vec<u8>,
+}
+
+impl Records {
+    /// The next record; `None` at the end.
+    ///
+    /// # Errors
+    /// [`ClientError::Broken`] when the daemon goes away in the middle.
+    pub async fn next(&mut self) -> Result<Option<Record>, ClientError> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return serde_json::from_slice(&line).map(Some).map_err(broken);
+            }
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(Err(error)) => return Err(broken(error)),
+                Some(Ok(frame)) => {
+                    if let Some(data) = frame.data_ref() {
+                        self.buffer.extend_from_slice(data);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether a record is here already: what is to come may take its time.
+    pub fn is_ready(&self) -> bool {
+        self.buffer.contains(&b'\n')
+    }
+}

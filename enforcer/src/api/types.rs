@@ -1,0 +1,437 @@
+//! What daemon and clients say to each other. The JSON is the contract; fields are only added.
+
+use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// A moment, written as RFC 3339 in UTC with milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Time(pub jiff::Timestamp);
+
+impl Time {
+    /// The present.
+    pub fn now() -> Self {
+        Self(jiff::Timestamp::now())
+    }
+}
+
+impl fmt::Display for Time {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.3}", self.0)
+    }
+}
+
+impl Serialize for Time {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Time {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map(Self).map_err(de::Error::custom)
+    }
+}
+
+/// Whether and how well the host is enforced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// All that was asked for is enforced, and what runs is what is written.
+    Enforcing,
+    /// Something is enforced, but not all, or not as written: see [`Status::problems`].
+    Degraded,
+    /// No interface is enforced.
+    NotEnforcing,
+}
+
+impl State {
+    /// As in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Enforcing => "enforcing",
+            Self::Degraded => "degraded",
+            Self::NotEnforcing => "not_enforcing",
+        }
+    }
+}
+
+/// The policy that judges packets now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyStatus {
+    /// Directory or file it was read from.
+    pub path: String,
+    /// Number of segments.
+    pub segments: usize,
+    /// Number of rules.
+    pub rules: usize,
+    /// Content hash of the image, 16 hex digits; equal for equal meaning.
+    pub hash: String,
+    /// When it took effect.
+    pub loaded_at: Time,
+    /// Why the files as they are now are not what runs; `None` when they are.
+    pub last_error: Option<String>,
+}
+
+/// An interface that is enforced, or should be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceStatus {
+    /// Name.
+    pub name: String,
+    /// Kernel index; 0 when the interface does not exist.
+    pub ifindex: u32,
+    /// Programs attached to it.
+    pub hooks: Vec<String>,
+    /// Whether its packets are judged.
+    pub enforced: bool,
+    /// Why not.
+    pub error: Option<String>,
+}
+
+/// A packet counter. Socket hooks count calls.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CounterStatus {
+    /// `tc_ingress`, `tc_egress`, `connect`, `sendmsg`.
+    pub hook: String,
+    /// `allowed`, `denied`, `would_deny`, `off`.
+    pub outcome: String,
+    /// `default_deny`, `rule_allow`, ….
+    pub reason: String,
+    /// How many.
+    pub packets: u64,
+}
+
+/// What became of the records of denied packets: the sum is the number of such packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventStatus {
+    /// Packets with a record of their own.
+    pub emitted: u64,
+    /// Packets in the count of another record.
+    pub suppressed: u64,
+    /// Packets that are in the counters alone.
+    pub lost: u64,
+}
+
+/// The answer to `GET /v1/status`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// In a word.
+    pub state: State,
+    /// Why the state is not [`State::Enforcing`]; one sentence each.
+    pub problems: Vec<String>,
+    /// Generation of the policy.
+    pub generation: u32,
+    /// The policy.
+    pub policy: PolicyStatus,
+    /// Interfaces that are enforced or should be.
+    pub interfaces: Vec<InterfaceStatus>,
+    /// What the socket hooks do: `refuse`, `observe`, `off`.
+    pub socket_hooks: String,
+    /// Those above zero.
+    pub counters: Vec<CounterStatus>,
+    /// Sums over all hooks.
+    pub events: EventStatus,
+    /// Version of the daemon.
+    pub version: String,
+    /// Process id of the daemon.
+    pub pid: u32,
+    /// When the daemon started.
+    pub started_at: Time,
+}
+
+/// What happened to a recorded packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Verdict {
+    /// Dropped or refused.
+    Denied,
+    /// Passed; `mode: enforce` would have dropped it.
+    WouldDeny,
+}
+
+impl Verdict {
+    /// As in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Denied => "DENIED",
+            Self::WouldDeny => "WOULD_DENY",
+        }
+    }
+}
+
+/// The default that denied. In JSON a string: `guest-wifi (both)`, `unsegmented`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Default {
+    /// A segment's default deny.
+    Segment {
+        /// Its name.
+        name: Arc<str>,
+        /// What it protects: `both`, `inbound`, `outbound`.
+        protects: &'static str,
+    },
+    /// `defaults.unsegmented: deny`.
+    Unsegmented,
+    /// A policy that is no longer in memory.
+    Gone(String),
+}
+
+const PROTECTS: [&str; 3] = ["both", "inbound", "outbound"];
+
+impl fmt::Display for Default {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Segment { name, protects } => write!(f, "{name} ({protects})"),
+            Self::Unsegmented => f.write_str("unsegmented"),
+            Self::Gone(text) => f.write_str(text),
+        }
+    }
+}
+
+impl Serialize for Default {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Default {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text == "unsegmented" {
+            return Ok(Self::Unsegmented);
+        }
+        for protects in PROTECTS {
+            let name = text
+                .strip_suffix(')')
+                .and_then(|t| t.strip_suffix(protects))
+                .and_then(|t| t.strip_suffix(" ("));
+            if let Some(name) = name {
+                let name = name.into();
+                return Ok(Self::Segment { name, protects });
+            }
+        }
+        Ok(Self::Gone(text))
+    }
+}
+
+/// Who sent a packet or made a call.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessInfo {
+    /// Process id, as the host sees it.
+    pub pid: u32,
+    /// Command name.
+    pub comm: String,
+    /// User id, as the host sees it.
+    pub uid: u32,
+    /// Path below the cgroup v2 root; `id N` when it is gone.
+    pub cgroup: String,
+}
+
+/// One or more packets (or calls) of one flow that were denied or would have been.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Denial {
+    /// Time of the last of them.
+    pub time: Time,
+    /// What happened.
+    pub verdict: Verdict,
+    /// Why: `default_deny`, `rule_deny`, `revoked`, `malformed`, ….
+    pub reason: String,
+    /// The deny rule.
+    pub rule: Option<Arc<str>>,
+    /// The default deny; for denials of form the default that gives them their strength.
+    pub default: Option<Default>,
+    /// Where the rule or the segment is written.
+    pub file: Option<Arc<str>>,
+    /// 1-based.
+    pub line: Option<u32>,
+    /// Every segment of the source.
+    pub from_segments: Arc<[Arc<str>]>,
+    /// Every segment of the destination.
+    pub to_segments: Arc<[Arc<str>]>,
+    /// Source; `None` when the packet could not be read that far.
+    pub src: Option<IpAddr>,
+    /// Destination.
+    pub dst: Option<IpAddr>,
+    /// Source port.
+    pub src_port: Option<u16>,
+    /// Destination port.
+    pub dst_port: Option<u16>,
+    /// `tcp`, `udp`, `icmp`, `proto/99`, `ethertype/0x88cc`, ….
+    pub protocol: String,
+    /// TCP flags of the last packet, `SYN,ACK`.
+    pub tcp_flags: Option<String>,
+    /// ICMP type.
+    pub icmp_type: Option<u8>,
+    /// ICMP code.
+    pub icmp_code: Option<u8>,
+    /// `ingress`, `egress`, `connect`, `sendmsg`.
+    pub direction: String,
+    /// Interface; `None` for the socket hooks.
+    pub interface: Option<Arc<str>>,
+    /// The process, where the host knows it.
+    pub process: Option<ProcessInfo>,
+    /// How many packets this record stands for.
+    pub packets: u64,
+    /// Generation of the policy that judged.
+    pub generation: u32,
+}
+
+/// Denied packets that no [`Denial`] describes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lost {
+    /// When it was noticed.
+    pub time: Time,
+    /// Always `LOST`: tells these lines from denials.
+    pub verdict: LostVerdict,
+    /// Where they were lost.
+    pub cause: LostCause,
+    /// How many packets (ring buffer) or records (slow reader).
+    pub events: u64,
+}
+
+/// The verdict of [`Lost`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LostVerdict {
+    /// `LOST`.
+    #[serde(rename = "LOST")]
+    Lost,
+}
+
+/// Where records were lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LostCause {
+    /// Between kernel and daemon. The packets are in the counters.
+    RingBufferFull,
+    /// This reader was too slow; others were not affected.
+    SlowReader,
+}
+
+/// A line of `GET /v1/denials`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Record {
+    /// Denied packets.
+    Denial(Box<Denial>),
+    /// A gap.
+    Lost(Lost),
+}
+
+/// One end of a denial, as a filter names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// This address.
+    Address(IpAddr),
+    /// Any address of this segment.
+    Segment(String),
+}
+
+impl FromStr for Peer {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(ip) = text.parse() {
+            return Ok(Self::Address(ip));
+        }
+        let named = text.len() <= 63
+            && !text.starts_with('-')
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        if named && !text.is_empty() {
+            Ok(Self::Segment(text.to_owned()))
+        } else {
+            Err(format!(
+                "`{}` is neither an IP address nor a segment name",
+                text.escape_debug()
+            ))
+        }
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(ip) => write!(f, "{ip}"),
+            Self::Segment(name) => f.write_str(name),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Peer {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(de::Error::custom)
+    }
+}
+
+/// Query of `GET /v1/denials`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct DenialsRequest {
+    /// At most so many of those that are kept; all when missing.
+    pub last: Option<usize>,
+    /// Source.
+    pub from: Option<Peer>,
+    /// Destination.
+    pub to: Option<Peer>,
+    /// Stay and send what comes.
+    #[serde(default)]
+    pub follow: bool,
+}
+
+/// Body of `POST /v1/explain`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExplainRequest {
+    /// Who opens the flow.
+    pub from: IpAddr,
+    /// To whom.
+    pub to: IpAddr,
+    /// `tcp/5432`, `icmp/echo-request`, `postgresql`.
+    pub service: String,
+}
+
+/// Why a flow is allowed or denied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// The flow that was asked about.
+    #[serde(flatten)]
+    pub flow: ExplainRequest,
+    /// `ALLOWED`, `DENIED`, `WOULD_DENY`, `OFF` (judged denied, passes unrecorded).
+    pub verdict: String,
+    /// Mode behind a judged denial: `enforce`, `observe`, `off`.
+    pub strength: Option<String>,
+    /// `rule_allow`, `rule_deny`, `default_deny`, `unsegmented`.
+    pub reason: String,
+    /// The rule that decided.
+    pub rule: Option<Arc<str>>,
+    /// The default that decided.
+    pub default: Option<Default>,
+    /// Where the rule or the guarding segment is written.
+    pub file: Option<Arc<str>>,
+    /// 1-based.
+    pub line: Option<u32>,
+    /// Every segment of the source.
+    pub from_segments: Vec<String>,
+    /// Every segment of the destination.
+    pub to_segments: Vec<String>,
+    /// Generation of the image asked; `None` when it is not a running one.
+    pub generation: Option<u32>,
+    /// Where that policy was read.
+    pub policy: String,
+}
+
+/// The answer to `POST /v1/reload`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reloaded {
+    /// Whether a new image took over; `false`: the files mean what runs already.
+    pub changed: bool,
+    /// Generation that judges now.
+    pub generation: u32,
+}
+
+/// Any answer that is not a success.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// What went wrong, for a person; may have several lines.
+    pub error: String,
+}

@@ -1,0 +1,143 @@
+//! `enforcer run`
+
+use std::{
+    io::{self, IsTerminal, Write},
+    path::PathBuf,
+};
+
+use clap::ValueEnum;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    daemon::{self, Config, RunError, environment::Pattern, preflight::preflight},
+    dataplane::SocketHooks,
+};
+
+use super::{Exit, Failure, Globals, Open, out};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Policy: a directory (every *.yaml and *.yml in it) or one file.
+    #[arg(long, value_name = "PATH")]
+    segments: PathBuf,
+    /// Interfaces to enforce on; `*` and `?` are globs. Those that appear later are enforced, too.
+    #[arg(long, value_name = "IF", required = true, value_delimiter = ',')]
+    pub interface: Vec<Pattern>,
+    /// Form of the log, which goes to stderr; ENFORCER_LOG sets its level.
+    #[arg(long, value_name = "FORM", default_value = "text")]
+    log_format: LogFormat,
+    /// What connect(2) and sendmsg(2) meet when no local source address would pass.
+    #[arg(long, value_name = "MODE", default_value = "refuse")]
+    socket_hooks: Hooks,
+    /// Print the kernel programs' rare debug messages.
+    #[arg(long)]
+    kernel_debug: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Hooks {
+    /// EPERM at once (if every interface is enforced; else as `observe`).
+    Refuse,
+    /// Nothing, but denials name the process.
+    Observe,
+    /// Nothing at all.
+    Off,
+}
+
+pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> {
+    let color = out::wanted(globals.color, io::stderr().is_terminal());
+    start_log(args.log_format, color);
+    let socket_hooks = match args.socket_hooks {
+        Hooks::Refuse => SocketHooks::Refuse,
+        Hooks::Observe => SocketHooks::Observe,
+        Hooks::Off => SocketHooks::Off,
+    };
+    preflight(socket_hooks).map_err(|missing| {
+        let all: Vec<_> = missing.iter().map(ToString::to_string).collect();
+        Failure::new(Exit::Environment, all.join("\nerror: "))
+    })?;
+    let config = Config {
+        segments: args.segments.clone(),
+        interfaces: args.interface.clone(),
+        socket: globals.socket.clone(),
+        socket_hooks,
+    };
+    let debug = args.kernel_debug;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::new(Exit::Environment, format!("cannot start a runtime: {e}")))?;
+    let result = runtime.block_on(async {
+        let (reload, stop) = signals().map_err(|source| RunError::System {
+            what: "cannot handle signals",
+            source,
+        })?;
+        daemon::run(config, move |words| open(words, debug), reload, stop).await
+    });
+    match result {
+        Ok(()) => Ok(Exit::Fine),
+        Err(RunError::Policy(rejected)) => {
+            let _ = io::stderr().write_all(rejected.render(color).as_bytes());
+            Err(Failure::new(
+                Exit::Policy,
+                "the policy was refused; nothing is enforced",
+            ))
+        }
+        Err(
+            error @ (RunError::Socket(_)
+            | RunError::Dataplane(_)
+            | RunError::Interface { .. }
+            | RunError::System { .. }),
+        ) => Err(Failure::new(Exit::Environment, error.to_string())),
+    }
+}
+
+fn start_log(format: LogFormat, color: bool) {
+    let filter = EnvFilter::try_from_env("ENFORCER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .with_ansi(color);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().flatten_event(true).with_ansi(false).init(),
+    }
+}
+
+/// SIGHUP on one channel, SIGTERM and SIGINT on the other. Must be called on a runtime.
+fn signals() -> io::Result<(mpsc::Receiver<()>, watch::Receiver<bool>)> {
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let (reload, reloads) = mpsc::channel(1);
+    let (stop, stops) = watch::channel(false);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = hangup.recv() => {
+                    // Full: a reload is due anyway.
+                    let _ = reload.try_send(());
+                }
+                _ = terminate.recv() => {
+                    stop.send_replace(true);
+                }
+                _ = interrupt.recv() => {
+                    stop.send_replace(true);
+                }
+            }
+        }
+    });
+    Ok((reloads, stops))
+}

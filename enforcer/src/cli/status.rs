@@ -1,0 +1,150 @@
+//! `enforcer status`
+
+use serde_json::json;
+
+use crate::api::{
+    client::{Client, ClientError},
+    types::{State, Status, Time},
+};
+
+use super::{
+    Exit, Failure, Format, Globals, block_on,
+    out::{Hue, Out, clean, count},
+};
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Form of the output.
+    #[arg(short, long, default_value = "text")]
+    output: Format,
+}
+
+pub fn run(args: &Args, globals: &Globals, out: &mut Out) -> Result<Exit, Failure> {
+    let client = Client::new(&globals.socket);
+    let answer = block_on(async { Ok(client.status().await) })?;
+    let status = match answer {
+        Ok(status) => status,
+        Err(error @ (ClientError::Unreachable { .. } | ClientError::Broken(_))) => {
+            if args.output == Format::Json {
+                // Programs get their answer in any case.
+                let state = State::NotEnforcing;
+                out.json(&json!({ "state": state, "error": error.to_string() }))?;
+            }
+            return Err(error.into());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    match args.output {
+        Format::Json => out.json(&status)?,
+        Format::Text => text(&status, out)?,
+    }
+    Ok(match status.state {
+        State::Enforcing => Exit::Fine,
+        State::Degraded => Exit::Degraded,
+        State::NotEnforcing => Exit::NotEnforcing,
+    })
+}
+
+fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
+    let hue = match status.state {
+        State::Enforcing => Hue::Good,
+        State::Degraded => Hue::Warn,
+        State::NotEnforcing => Hue::Bad,
+    };
+    let word = status.state.name().replace('_', " ").to_uppercase();
+    out.line(out.paint(hue, &word))?;
+    for problem in &status.problems {
+        let mark = out.paint(hue, "!");
+        out.line(format!("  {mark} {}", clean(problem)))?;
+    }
+    let policy = &status.policy;
+    section(out, "policy", &clean(&policy.path))?;
+    field(out, "generation", &status.generation.to_string())?;
+    field(out, "in force since", &when(policy.loaded_at))?;
+    let size = format!(
+        "{}, {}",
+        count(policy.segments, "segment"),
+        count(policy.rules, "rule")
+    );
+    field(out, "contents", &format!("{size}, hash {}", policy.hash))?;
+    let error = policy.last_error.as_deref().map(clean);
+    field(out, "last error", error.as_deref().unwrap_or("none"))?;
+
+    section(out, "interfaces", "")?;
+    for interface in &status.interfaces {
+        let state = match &interface.error {
+            Some(error) => out.paint(Hue::Bad, &format!("NOT ENFORCED: {}", clean(error))),
+            None => interface.hooks.join(", "),
+        };
+        field(out, &clean(&interface.name), &state)?;
+    }
+    field(out, "socket hooks", &status.socket_hooks)?;
+
+    section(out, "packets", "")?;
+    if status.counters.is_empty() {
+        field(out, "none yet", "")?;
+    }
+    for counter in &status.counters {
+        let what = format!("{} ({})", counter.outcome.replace('_', " "), counter.reason);
+        let line = format!(
+            "  {:<12} {:<28} {:>14}",
+            counter.hook, what, counter.packets
+        );
+        let hue = match counter.outcome.as_str() {
+            "denied" => Hue::Bad,
+            "would_deny" => Hue::Warn,
+            _ => Hue::Strong,
+        };
+        out.line(if hue_matters(hue) {
+            out.paint(hue, &line)
+        } else {
+            line
+        })?;
+    }
+    let events = &status.events;
+    section(out, "records of denied packets", "")?;
+    field(out, "emitted", &events.emitted.to_string())?;
+    field(out, "in a count", &events.suppressed.to_string())?;
+    let lost = events.lost.to_string();
+    let lost = match events.lost {
+        0 => lost,
+        _ => out.paint(Hue::Warn, &format!("{lost} (counted above, not described)")),
+    };
+    field(out, "lost", &lost)?;
+    section(out, "daemon", "")?;
+    let daemon = format!("{}, pid {}", status.version, status.pid);
+    field(out, "version", &daemon)?;
+    field(out, "up since", &when(status.started_at))?;
+    Ok(())
+}
+
+fn hue_matters(hue: Hue) -> bool {
+    matches!(hue, Hue::Bad | Hue::Warn)
+}
+
+fn section(out: &mut Out, title: &str, rest: &str) -> std::io::Result<()> {
+    let title = out.paint(Hue::Strong, title);
+    let line = format!("{title} {rest}");
+    out.line(line.trim_end())
+}
+
+fn field(out: &mut Out, label: &str, value: &str) -> std::io::Result<()> {
+    let label = out.paint(Hue::Dim, &format!("{label:<15}"));
+    out.line(format!("  {label} {value}"))
+}
+
+/// Local time, and how long ago: nobody subtracts at night.
+fn when(time: Time) -> String {
+    let seconds = jiff::Timestamp::now()
+        .duration_since(time.0)
+        .as_secs()
+        .max(0);
+    let ago = match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7_200 => format!("{} min", seconds / 60),
+        7_200..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} days", seconds / 86_400),
+    };
+    let local = time.0.to_zoned(jiff::tz::TimeZone::system());
+    format!("{} ({ago} ago)", local.strftime("%Y-%m-%d %H:%M:%S %Z"))
+}

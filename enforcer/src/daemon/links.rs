@@ -1,0 +1,178 @@
+//! Keeps the hooks on the interfaces that are asked for.
+
+use std::{collections::BTreeMap, sync::PoisonError};
+
+use crate::{
+    api::types::InterfaceStatus,
+    dataplane::{Dataplane, DataplaneError, SocketHooks},
+    events::reader::SharedDataplane,
+};
+
+use super::environment::{Host, Link, Pattern};
+
+const HOOKS: [&str; 2] = ["tc_ingress", "tc_egress"];
+
+/// Which interfaces are wanted, and what has been done about it.
+pub struct Links {
+    patterns: Vec<Pattern>,
+    hooks_wanted: SocketHooks,
+    hooks_now: Option<SocketHooks>,
+    attached: BTreeMap<u32, String>,
+    failed: BTreeMap<u32, String>,
+}
+
+impl Links {
+    /// Nothing is attached yet.
+    pub fn new(patterns: Vec<Pattern>, hooks_wanted: SocketHooks) -> Self {
+        Self {
+            patterns,
+            hooks_wanted,
+            hooks_now: None,
+            attached: BTreeMap::new(),
+            failed: BTreeMap::new(),
+        }
+    }
+
+    /// What the socket hooks do now.
+    pub fn socket_hooks(&self) -> Option<SocketHooks> {
+        self.hooks_now
+    }
+
+    /// Whether `link` is asked for. A glob never means a loopback: nobody wants `*` to cut a
+    /// host off from itself.
+    fn wants(&self, link: &Link) -> bool {
+        self.patterns
+            .iter()
+            .any(|p| p.matches(&link.name) && (p.is_literal() || !link.loopback))
+    }
+
+    /// These interfaces went away, and may have come back without their hooks.
+    pub fn removed(&mut self, dataplane: &SharedDataplane, removed: &[u32]) {
+        let mut dataplane = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
+        for ifindex in removed {
+            self.detach(&mut **dataplane, *ifindex);
+        }
+    }
+
+    fn detach(&mut self, dataplane: &mut dyn Dataplane, ifindex: u32) {
+        let Some(name) = self.attached.remove(&ifindex) else {
+            return;
+        };
+        match dataplane.detach(ifindex) {
+            Ok(()) => tracing::info!(interface = name, "interface gone, detached"),
+            Err(error) => tracing::error!(interface = name, %error, "cannot detach"),
+        }
+    }
+
+    /// Brings the hooks in line with `host`. Failures are logged when they are new and tried
+    /// again at the next call.
+    pub fn sync(&mut self, dataplane: &SharedDataplane, host: &Host) -> Vec<InterfaceStatus> {
+        let mut guard = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
+        let wanted: Vec<&Link> = host.links.iter().filter(|l| self.wants(l)).collect();
+        let gone: Vec<u32> = self
+            .attached
+            .keys()
+            .copied()
+            .filter(|ifindex| !wanted.iter().any(|l| l.ifindex == *ifindex))
+            .collect();
+        for ifindex in gone {
+            self.detach(&mut **guard, ifindex);
+        }
+        self.failed
+            .retain(|ifindex, _| wanted.iter().any(|l| l.ifindex == *ifindex));
+        let mut statuses: Vec<_> = wanted
+            .into_iter()
+            .map(|link| {
+                let error = self.attach(&mut **guard, link).err();
+                status(&link.name, link.ifindex, error)
+            })
+            .collect();
+        for pattern in self.patterns.iter().filter(|p| p.is_literal()) {
+            if !host.links.iter().any(|l| l.name == pattern.as_str()) {
+                let error = Some("no such interface; it is enforced when it appears".to_owned());
+                statuses.push(status(pattern.as_str(), 0, error));
+            }
+        }
+        statuses
+    }
+
+    fn attach(&mut self, dataplane: &mut dyn Dataplane, link: &Link) -> Result<(), String> {
+        if let Some(name) = self.attached.get_mut(&link.ifindex) {
+            name.clone_from(&link.name);
+            return Ok(());
+        }
+        let result = match link.interface() {
+            None => Err(format!(
+                "packets of links of type {} cannot be read",
+                link.kind
+            )),
+            Some(interface) => dataplane.attach(&interface).map_err(|e| e.to_string()),
+        };
+        match result {
+            Ok(()) => {
+                tracing::info!(interface = link.name, ifindex = link.ifindex, "attached");
+                self.failed.remove(&link.ifindex);
+                self.attached.insert(link.ifindex, link.name.clone());
+                Ok(())
+            }
+            Err(error) => {
+                let before = self.failed.insert(link.ifindex, error.clone());
+                if before.as_ref() != Some(&error) {
+                    tracing::error!(interface = link.name, error, "cannot enforce");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Sets the socket hooks. They may refuse only while every interface that packets could leave
+    /// by is enforced: what they refuse, TC must deny as well.
+    ///
+    /// # Errors
+    /// What the dataplane says; tried again at the next call.
+    pub fn sync_hooks(
+        &mut self,
+        dataplane: &SharedDataplane,
+        host: &Host,
+    ) -> Result<(), DataplaneError> {
+        let open: Vec<&str> = host
+            .links
+            .iter()
+            .filter(|l| l.up && !l.loopback && !self.attached.contains_key(&l.ifindex))
+            .map(|l| l.name.as_str())
+            .collect();
+        let mode = match self.hooks_wanted {
+            SocketHooks::Refuse if !open.is_empty() => SocketHooks::Observe,
+            SocketHooks::Refuse | SocketHooks::Observe | SocketHooks::Off => self.hooks_wanted,
+        };
+        if self.hooks_now == Some(mode) {
+            return Ok(());
+        }
+        dataplane
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .socket_hooks(mode)?;
+        self.hooks_now = Some(mode);
+        if mode == self.hooks_wanted {
+            tracing::info!(?mode, "socket hooks");
+        } else {
+            tracing::info!(
+                not_enforced = open.join(" "),
+                "socket hooks name processes but refuse nothing: some interfaces are not enforced"
+            );
+        }
+        Ok(())
+    }
+}
+
+fn status(name: &str, ifindex: u32, error: Option<String>) -> InterfaceStatus {
+    let enforced = error.is_none();
+    let hooks = if enforced { &HOOKS[..] } else { &[] };
+    InterfaceStatus {
+        name: name.to_owned(),
+        ifindex,
+        hooks: hooks.iter().map(|h| (*h).to_owned()).collect(),
+        enforced,
+        error,
+    }
+}

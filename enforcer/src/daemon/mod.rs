@@ -1,0 +1,209 @@
+//! The daemon: policy files, interfaces and addresses in; hooks, denials and a control socket
+//! out.
+//!
+//! Must not know: aya, the command line. The kernel comes in as a [`Dataplane`].
+
+pub mod control;
+pub mod environment;
+pub mod explain;
+pub mod files;
+pub mod links;
+pub mod load;
+pub mod netlink;
+pub mod preflight;
+pub mod state;
+pub mod watch;
+
+#[cfg(test)]
+mod fake;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    io,
+    path::PathBuf,
+    sync::{Arc, PoisonError},
+};
+
+use enforcer_common::image::SIZE_CLASSES;
+use tokio::sync::{mpsc, watch as signal};
+
+use crate::{
+    api::{
+        server::{self, Socket, SocketError},
+        types::Time,
+    },
+    compile::Image,
+    dataplane::{Dataplane, DataplaneError, SocketHooks, cgroup::cgroup2_root},
+    events::{
+        Generations,
+        cgroups::Cgroups,
+        enrich::Enricher,
+        reader::{Reader, SharedDataplane},
+    },
+};
+
+use control::Control;
+use environment::{Host, Pattern};
+use load::Rejected;
+use state::{Live, Shared};
+
+/// What `enforcer run` is told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Directory or file.
+    pub segments: PathBuf,
+    /// Where to enforce.
+    pub interfaces: Vec<Pattern>,
+    /// Where to listen.
+    pub socket: PathBuf,
+    /// What the socket hooks are to do, as far as the interfaces permit.
+    pub socket_hooks: SocketHooks,
+}
+
+/// Why the daemon did not start, or stopped. Nothing is enforced then.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The policy is no good.
+    #[error("the policy was refused: {}", .0.summary())]
+    Policy(Rejected),
+    /// The control socket cannot be had.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The kernel said no.
+    #[error(transparent)]
+    Dataplane(#[from] DataplaneError),
+    /// An interface that was asked for cannot be enforced.
+    #[error("cannot enforce {interface}: {error}")]
+    Interface {
+        /// Which.
+        interface: String,
+        /// Why.
+        error: String,
+    },
+    /// A system call failed.
+    #[error("{what}: {source}")]
+    System {
+        /// What was attempted.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
+    move |source| RunError::System { what, source }
+}
+
+/// Runs until `stop` turns true, then takes everything off. `reload` asks for a reload (SIGHUP).
+/// `open` loads the kernel programs for images of so many words.
+///
+/// # Errors
+/// [`RunError`]; nothing is enforced any more then.
+pub async fn run(
+    config: Config,
+    open: impl FnOnce(u32) -> Result<Box<dyn Dataplane>, DataplaneError>,
+    mut reload: mpsc::Receiver<()>,
+    mut stop: signal::Receiver<bool>,
+) -> Result<(), RunError> {
+    let host = Host::read().map_err(|e| system("cannot list interfaces")(e.into()))?;
+    let loaded = load::load(&config.segments, &host.environment).map_err(RunError::Policy)?;
+    control::log_warnings(&loaded.warnings);
+    // Before the kernel is touched: another daemon may be at work.
+    let socket = Socket::bind(&config.socket)?;
+
+    let mut dataplane = open(size_class(&loaded.image))?;
+    let generations = Arc::new(Generations::default());
+    let policy = Arc::new(loaded.policy);
+    generations.insert(loaded.image.generation(), Arc::clone(&policy));
+    dataplane.apply(&loaded.image)?;
+    let events = dataplane.take_events();
+    let shared = Arc::new(Shared::new(
+        dataplane,
+        Arc::clone(&generations),
+        Live {
+            path: config.segments.clone(),
+            policy,
+            image: loaded.image,
+            loaded_at: Time::now(),
+        },
+    ));
+    let detach = Detach(Some(Arc::clone(&shared.dataplane)));
+
+    let reader = match events {
+        Some(source) => {
+            let names = Arc::clone(&shared);
+            let enricher = Enricher::new(
+                generations,
+                Box::new(move |ifindex| names.interface_name(ifindex)),
+                Cgroups::new(cgroup2_root().ok()),
+            );
+            let dataplane = Arc::clone(&shared.dataplane);
+            let store = Arc::clone(&shared.store);
+            let reader = Reader::new(source, dataplane, enricher, store);
+            Some(tokio::spawn(
+                reader.map_err(system("cannot poll for records"))?.run(),
+            ))
+        }
+        None => None,
+    };
+
+    let mut control = Control::new(&config, Arc::clone(&shared), loaded.files, host);
+    control.start()?;
+    let live = shared.live();
+    tracing::info!(
+        policy = %live.path.display(),
+        generation = live.image.generation(),
+        segments = live.policy.segments.len(),
+        rules = live.policy.rules.len(),
+        "enforcing"
+    );
+    let (asked, asks) = mpsc::channel(8);
+    let server = server::serve(&socket, Arc::clone(&shared), asked)?;
+    let server = tokio::spawn(server);
+
+    let result = control.run(asks, &mut reload, &mut stop).await;
+    server.abort();
+    if let Some(reader) = reader {
+        reader.abort();
+    }
+    drop(socket);
+    tracing::info!("stopping: taking the programs off");
+    detach.now()?;
+    result.map_err(system("the daemon cannot go on"))
+}
+
+/// The size class to load: room for twice the image, so that a policy may grow without a restart.
+fn size_class(image: &Image) -> u32 {
+    let wanted = image.words().len().saturating_mul(2);
+    SIZE_CLASSES
+        .into_iter()
+        .find(|class| *class as usize >= wanted)
+        .unwrap_or_else(|| image.size_class())
+}
+
+/// Takes the programs off, also when a start fails half-way.
+struct Detach(Option<SharedDataplane>);
+
+impl Detach {
+    fn now(mut self) -> Result<(), DataplaneError> {
+        self.0
+            .take()
+            .map_or(Ok(()), |dataplane| detach_all(&dataplane))
+    }
+}
+
+impl Drop for Detach {
+    fn drop(&mut self) {
+        if let Some(dataplane) = self.0.take()
+            && let Err(error) = detach_all(&dataplane)
+        {
+            tracing::error!(%error, "cannot take all programs off");
+        }
+    }
+}
+
+fn detach_all(dataplane: &SharedDataplane) -> Result<(), DataplaneError> {
+    let mut dataplane = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
+    dataplane.detach_all()
+}

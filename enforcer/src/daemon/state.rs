@@ -1,0 +1,196 @@
+//! What the daemon's tasks share, and the status made of it.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError, RwLock},
+};
+
+use crate::{
+    api::types::{
+        CounterStatus, EventStatus, ExplainRequest, Explanation, InterfaceStatus, PolicyStatus,
+        State, Status, Time,
+    },
+    compile::Image,
+    dataplane::{Counters, Dataplane, SocketHooks},
+    events::{Generations, Store, reader::SharedDataplane},
+    policy::model::Policy,
+};
+
+use super::explain::explain;
+
+/// The policy that judges packets.
+#[derive(Debug)]
+pub struct Live {
+    /// Where it was read.
+    pub path: PathBuf,
+    /// Names and lines.
+    pub policy: Arc<Policy>,
+    /// What the kernel has.
+    pub image: Image,
+    /// When the image took effect.
+    pub loaded_at: Time,
+}
+
+/// What the control task found out.
+#[derive(Clone, Debug, Default)]
+pub struct Board {
+    /// Why the policy on disk is not the one that runs.
+    pub last_error: Option<String>,
+    /// Interfaces that are enforced or should be.
+    pub interfaces: Vec<InterfaceStatus>,
+    /// What the socket hooks do.
+    pub socket_hooks: Option<SocketHooks>,
+    /// Other things that are wrong.
+    pub problems: Vec<String>,
+}
+
+/// Shared by the control task, the record reader and the API.
+pub struct Shared {
+    /// The kernel.
+    pub dataplane: SharedDataplane,
+    /// Names of recent policies.
+    pub generations: Arc<Generations>,
+    /// Recent denials.
+    pub store: Arc<Store>,
+    live: RwLock<Arc<Live>>,
+    board: Mutex<Board>,
+    started_at: Time,
+}
+
+impl Shared {
+    /// `live` must be applied already.
+    pub fn new(dataplane: Box<dyn Dataplane>, generations: Arc<Generations>, live: Live) -> Self {
+        Self {
+            dataplane: Arc::new(Mutex::new(dataplane)),
+            generations,
+            store: Arc::default(),
+            live: RwLock::new(Arc::new(live)),
+            board: Mutex::default(),
+            started_at: Time::now(),
+        }
+    }
+
+    /// The policy that judges packets.
+    pub fn live(&self) -> Arc<Live> {
+        Arc::clone(&self.live.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Another policy judges packets now.
+    pub fn set_live(&self, live: Live) {
+        *self.live.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(live);
+    }
+
+    /// Changes the board; do not wait inside.
+    pub fn note<T>(&self, change: impl FnOnce(&mut Board) -> T) -> T {
+        change(&mut self.board.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The name of an enforced interface.
+    pub fn interface_name(&self, ifindex: u32) -> Option<Arc<str>> {
+        self.note(|board| {
+            let mut interfaces = board.interfaces.iter();
+            let interface = interfaces.find(|i| i.ifindex == ifindex)?;
+            Some(interface.name.as_str().into())
+        })
+    }
+
+    /// Asks the live image about a flow.
+    ///
+    /// # Errors
+    /// In words, when the request does not name one flow.
+    pub fn explain(&self, request: &ExplainRequest) -> Result<Explanation, String> {
+        let live = self.live();
+        let mut explanation = explain(&live.policy, &live.image, request)?;
+        explanation.generation = Some(live.image.generation());
+        explanation.policy = live.path.display().to_string();
+        Ok(explanation)
+    }
+
+    /// Everything there is to say. Reads the kernel's counters: blocks for a moment.
+    pub fn status(&self) -> Status {
+        let counters = {
+            let dataplane = self.dataplane.lock();
+            dataplane.unwrap_or_else(PoisonError::into_inner).counters()
+        };
+        let live = self.live();
+        let board = self.note(|board| board.clone());
+        let mut problems = problems(&board);
+        let counters = counters.unwrap_or_else(|error| {
+            problems.push(format!("the counters cannot be read: {error}"));
+            Counters::default()
+        });
+        let state = if !board.interfaces.iter().any(|i| i.enforced) {
+            State::NotEnforcing
+        } else if problems.is_empty() {
+            State::Enforcing
+        } else {
+            State::Degraded
+        };
+        Status {
+            state,
+            problems,
+            generation: live.image.generation(),
+            policy: PolicyStatus {
+                path: live.path.display().to_string(),
+                segments: live.policy.segments.len(),
+                rules: live.policy.rules.len(),
+                hash: format!("{:016x}", live.image.hash()),
+                loaded_at: live.loaded_at,
+                last_error: board.last_error,
+            },
+            interfaces: board.interfaces,
+            socket_hooks: hooks_name(board.socket_hooks).to_owned(),
+            counters: counters.packets.iter().map(counter).collect(),
+            events: events(&counters),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            started_at: self.started_at,
+        }
+    }
+}
+
+/// As on the command line.
+pub fn hooks_name(hooks: Option<SocketHooks>) -> &'static str {
+    match hooks {
+        Some(SocketHooks::Refuse) => "refuse",
+        Some(SocketHooks::Observe) => "observe",
+        Some(SocketHooks::Off) | None => "off",
+    }
+}
+
+fn problems(board: &Board) -> Vec<String> {
+    let mut problems = Vec::new();
+    if let Some(error) = &board.last_error {
+        problems.push(format!(
+            "the policy on disk was refused, the one before it stays in force: {error}"
+        ));
+    }
+    if board.interfaces.is_empty() {
+        problems.push("no interface matches --interface".to_owned());
+    }
+    for interface in board.interfaces.iter().filter(|i| !i.enforced) {
+        let why = interface.error.as_deref().unwrap_or("no hook is attached");
+        problems.push(format!("{} is not enforced: {why}", interface.name));
+    }
+    problems.extend(board.problems.iter().cloned());
+    problems
+}
+
+fn counter(count: &crate::dataplane::PacketCount) -> CounterStatus {
+    CounterStatus {
+        hook: count.hook.name().to_owned(),
+        outcome: count.outcome.name().to_owned(),
+        reason: count.reason.name().to_owned(),
+        packets: count.packets,
+    }
+}
+
+fn events(counters: &Counters) -> EventStatus {
+    let mut sum = EventStatus::default();
+    for hook in &counters.records {
+        sum.emitted += hook.emitted;
+        sum.suppressed += hook.suppressed;
+        sum.lost += hook.lost;
+    }
+    sum
+}

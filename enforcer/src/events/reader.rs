@@ -1,0 +1,165 @@
+//! The task that takes records from the kernel.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use enforcer_common::wire::Event;
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
+
+use super::{
+    Store,
+    enrich::{Clock, Enricher},
+    tally::Tally,
+};
+use crate::{
+    api::types::{Lost, LostCause, LostVerdict, Record, Time},
+    dataplane::{Counters, Dataplane, DataplaneError, EventSource},
+    poll::Readable,
+};
+
+/// How often running counts and losses are picked up.
+const SCAN_EVERY: Duration = Duration::from_secs(1);
+/// Records taken before other tasks of this thread get a turn.
+const BATCH: usize = 256;
+/// Batches taken in a row before a scan gets its turn: a flood must not starve it.
+const BATCHES: usize = 64;
+
+/// The dataplane as the daemon's tasks share it.
+pub type SharedDataplane = Arc<Mutex<Box<dyn Dataplane>>>;
+
+/// Carries records from the kernel to a store.
+pub struct Reader {
+    readable: Readable,
+    source: Box<dyn EventSource>,
+    dataplane: SharedDataplane,
+    enricher: Enricher,
+    store: Arc<Store>,
+    tally: Tally,
+    lost: u64,
+    complained: bool,
+}
+
+impl Reader {
+    /// Must be called on a tokio runtime.
+    ///
+    /// # Errors
+    /// When the source's descriptor cannot be polled.
+    pub fn new(
+        source: Box<dyn EventSource>,
+        dataplane: SharedDataplane,
+        enricher: Enricher,
+        store: Arc<Store>,
+    ) -> std::io::Result<Self> {
+        Ok(Self {
+            readable: Readable::new(&source.fd())?,
+            source,
+            dataplane,
+            enricher,
+            store,
+            tally: Tally::default(),
+            lost: 0,
+            complained: false,
+        })
+    }
+
+    /// Runs until it is dropped.
+    pub async fn run(mut self) {
+        let mut scan = interval_at(Instant::now() + SCAN_EVERY, SCAN_EVERY);
+        scan.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut batch = Vec::with_capacity(BATCH);
+        loop {
+            let due = tokio::select! {
+                ready = self.readable.ready() => {
+                    if let Ok(mut guard) = ready
+                        && take(&mut batch, &mut *self.source)
+                    {
+                        // Keeps its readiness if a record came since the last look.
+                        guard.clear_ready();
+                    }
+                    false
+                }
+                _ = scan.tick() => true,
+            };
+            self.record(&mut batch);
+            if due {
+                self.scan(&mut batch).await;
+            }
+        }
+    }
+
+    async fn scan(&mut self, batch: &mut Vec<Event>) {
+        let dataplane = Arc::clone(&self.dataplane);
+        let read = move || -> Result<(Vec<Event>, Counters), DataplaneError> {
+            let dataplane = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
+            Ok((dataplane.running_counts()?, dataplane.counters()?))
+        };
+        let result = tokio::task::spawn_blocking(read).await;
+        // The tally wants every record that was there before the scan ended; see there. It is
+        // also the safety net under a missed wake-up.
+        for _ in 0..BATCHES {
+            let empty = take(batch, &mut *self.source);
+            self.record(batch);
+            if empty {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        match result {
+            Ok(Ok((mut running, counters))) => {
+                self.complained = false;
+                self.record(&mut running);
+                self.losses(&counters);
+            }
+            Ok(Err(error)) if !self.complained => {
+                self.complained = true;
+                tracing::error!(%error, "cannot read counts of denied packets");
+            }
+            // Said already; or the runtime is going down.
+            Ok(Err(_)) | Err(_) => {}
+        }
+    }
+
+    fn record(&mut self, events: &mut Vec<Event>) {
+        if events.is_empty() {
+            return;
+        }
+        let Ok(clock) = Clock::sample() else {
+            return; // CLOCK_BOOTTIME is there since Linux 2.6.39.
+        };
+        for event in events.drain(..) {
+            let packets = self.tally.packets(&event);
+            if packets > 0 {
+                let denial = self.enricher.denial(&event, packets, clock);
+                self.store.push(Record::Denial(Box::new(denial)));
+            }
+        }
+    }
+
+    fn losses(&mut self, counters: &Counters) {
+        let lost: u64 = counters.records.iter().map(|r| r.lost).sum();
+        let more = lost.saturating_sub(self.lost);
+        self.lost = lost;
+        if more > 0 {
+            tracing::warn!(packets = more, "records of denied packets were lost");
+            self.store.push(Record::Lost(Lost {
+                time: Time::now(),
+                verdict: LostVerdict::Lost,
+                cause: LostCause::RingBufferFull,
+                events: more,
+            }));
+        }
+    }
+}
+
+/// Moves up to [`BATCH`] records into `batch`; `true` when there are no more.
+fn take(batch: &mut Vec<Event>, source: &mut dyn EventSource) -> bool {
+    while batch.len() < BATCH {
+        match source.next() {
+            Some(event) => batch.push(event),
+            None => return true,
+        }
+    }
+    false
+}

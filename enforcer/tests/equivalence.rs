@@ -1,0 +1,298 @@
+//! What runs is what was written: `decide` on the compiled image says what the reference
+//! interpreter says of the policy, for every flow.
+
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use enforcer::{
+    compile::{Image, Options, compile},
+    policy::{
+        arbitrary,
+        model::{AddrRange, Environment, FlowQuery, Policy},
+        reference,
+    },
+};
+use enforcer_common::{
+    decide::{Decision, Query, decide, decide_form},
+    image::{self, Address, EMPTY, Words, address_class, service_class},
+    verdict::{Outcome, Reason},
+};
+use proptest::{
+    prelude::*,
+    strategy::ValueTree,
+    test_runner::{FileFailurePersistence, TestRunner},
+};
+
+/// Policies a run, times queries of each: 20 480 pairs.
+const POLICIES: u32 = 512;
+const QUERIES: usize = 40;
+
+fn config(cases: u32) -> ProptestConfig {
+    ProptestConfig {
+        cases,
+        // Shrinking compiles anew at each step.
+        max_shrink_iters: 2_000,
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(
+            "tests/equivalence.proptest-regressions",
+        ))),
+        ..ProptestConfig::default()
+    }
+}
+
+/// Counts how far a reader goes.
+struct Spy<'a> {
+    words: &'a [u32],
+    farthest: Cell<u32>,
+}
+
+impl Words for Spy<'_> {
+    fn word(&self, index: u32) -> u32 {
+        self.farthest.set(self.farthest.get().max(index));
+        self.words.word(index)
+    }
+}
+
+fn address(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(ip) => Address::v4(ip.to_bits()),
+        IpAddr::V6(ip) => Address::v6((ip.to_bits() >> 64) as u64, ip.to_bits() as u64),
+    }
+}
+
+/// The reference's judgement in the words of the image.
+fn expected(policy: &Policy, env: &Environment, query: &FlowQuery) -> Decision {
+    let judgement = reference::judge(policy, env, query);
+    Decision {
+        outcome: outcome(judgement.outcome),
+        reason: match judgement.reason {
+            reference::Reason::RuleAllow => Reason::RuleAllow,
+            reference::Reason::RuleDeny => Reason::RuleDeny,
+            reference::Reason::DefaultDeny => Reason::DefaultDeny,
+            reference::Reason::Unsegmented => Reason::Unsegmented,
+        },
+        rule: judgement.rule.map_or(EMPTY, |rule| rule.0),
+        segment: judgement.guard.map_or(EMPTY, |guard| guard.0),
+    }
+}
+
+fn outcome(outcome: reference::Outcome) -> Outcome {
+    match outcome {
+        reference::Outcome::Allowed => Outcome::Allowed,
+        reference::Outcome::Denied => Outcome::Denied,
+        reference::Outcome::WouldDeny => Outcome::WouldDeny,
+        reference::Outcome::Off => Outcome::Off,
+    }
+}
+
+fn decided<W: Words>(image: &W, query: &FlowQuery) -> Decision {
+    let query = Query {
+        source: address(query.src),
+        destination: address(query.dst),
+        protocol: query.protocol,
+        selector: query.selector,
+    };
+    decide(image, &query)
+}
+
+/// Both answers to one query, and to a denial of form between the same addresses.
+fn check(
+    policy: &Policy,
+    env: &Environment,
+    image: &Image,
+    query: &FlowQuery,
+) -> Result<(), TestCaseError> {
+    let spy = Spy {
+        words: image.words(),
+        farthest: Cell::new(0),
+    };
+    prop_assert_eq!(decided(&spy, query), expected(policy, env, query));
+
+    let addresses = (address(query.src), address(query.dst));
+    let form = decide_form(&spy, Some(addresses), Reason::Fragment);
+    let (strength, guard) = reference::judge_form(policy, env, Some((query.src, query.dst)));
+    prop_assert_eq!(form.outcome, outcome(strength));
+    prop_assert_eq!(form.segment, guard.map_or(EMPTY, |guard| guard.0));
+    prop_assert_eq!(form.reason, Reason::Fragment);
+
+    prop_assert!((spy.farthest.get() as usize) < image.words().len());
+    Ok(())
+}
+
+fn compiled(policy: &Policy, env: &Environment) -> Image {
+    compile(policy, env, &Options::default()).unwrap()
+}
+
+fn case() -> impl Strategy<Value = (Policy, Environment, Vec<FlowQuery>)> {
+    (arbitrary::policy(), arbitrary::environment()).prop_flat_map(|(policy, env)| {
+        let queries = prop::collection::vec(arbitrary::query(&policy), QUERIES);
+        (Just(policy), Just(env), queries)
+    })
+}
+
+proptest! {
+    #![proptest_config(config(POLICIES))]
+
+    #[test]
+    fn the_image_decides_as_the_reference_judges((policy, env, queries) in case()) {
+        let image = compiled(&policy, &env);
+        for query in &queries {
+            check(&policy, &env, &image, query)?;
+        }
+        let unreadable = decide_form(image.words(), None, Reason::Malformed);
+        let (strength, guard) = reference::judge_form(&policy, &env, None);
+        prop_assert_eq!(unreadable.outcome, outcome(strength));
+        prop_assert_eq!((unreadable.segment, guard), (EMPTY, None));
+    }
+}
+
+/// Every address next to which anything can change, by address class of the image.
+fn representatives(policy: &Policy, env: &Environment, image: &Image) -> Vec<Vec<IpAddr>> {
+    let mut v4: BTreeSet<u32> = BTreeSet::from([0, 0xe000_0000, 0xefff_ffff, u32::MAX]);
+    let mut v6: BTreeSet<u128> = BTreeSet::from([0, 0xff << 120, u128::MAX]);
+    let members = policy.segments.iter().flat_map(|s| &s.members);
+    for range in members.flat_map(|m| m.except.iter().chain([&m.range])) {
+        match range {
+            AddrRange::V4 { first, last } => v4.extend([first.to_bits(), last.to_bits()]),
+            AddrRange::V6 { first, last } => v6.extend([first.to_bits(), last.to_bits()]),
+        }
+    }
+    for ip in &env.host_addresses {
+        match ip {
+            IpAddr::V4(ip) => drop(v4.insert(ip.to_bits())),
+            IpAddr::V6(ip) => drop(v6.insert(ip.to_bits())),
+        }
+    }
+    let around4 = v4
+        .iter()
+        .flat_map(|a| [a.saturating_sub(1), *a, a.saturating_add(1)]);
+    let around6 = v6
+        .iter()
+        .flat_map(|a| [a.saturating_sub(1), *a, a.saturating_add(1)]);
+    let mut classes: BTreeMap<(u32, bool), BTreeSet<IpAddr>> = BTreeMap::new();
+    let four = around4.map(|a| IpAddr::V4(Ipv4Addr::from_bits(a)));
+    for ip in four.chain(around6.map(|a| IpAddr::V6(Ipv6Addr::from_bits(a)))) {
+        let class = address_class(image.words(), &address(ip));
+        classes.entry((class, ip.is_ipv6())).or_default().insert(ip);
+    }
+    let met: BTreeSet<u32> = classes.keys().map(|(class, _)| *class).collect();
+    assert_eq!(met.len(), image.stats().classes as usize);
+    classes
+        .into_values()
+        .map(|ips| {
+            // The ends of the class's stretches: first, last and one between.
+            let ips: Vec<IpAddr> = ips.into_iter().collect();
+            let picked = BTreeSet::from([0, ips.len() / 2, ips.len() - 1]);
+            picked.into_iter().map(|at| ips[at]).collect()
+        })
+        .collect()
+}
+
+/// One (protocol, selector) of every service class, per family: every point there is, sorted.
+fn services(image: &Image, v6: bool) -> Vec<(u8, u16)> {
+    let mut found: BTreeMap<(u32, bool), (u8, u16)> = BTreeMap::new();
+    for protocol in 0..=u8::MAX {
+        let last = match protocol {
+            1 | 6 | 17 | 58 | 132 => u16::MAX,
+            _ => 0,
+        };
+        for selector in 0..=last {
+            let class = service_class(image.words(), v6, protocol, selector);
+            // Tunnels are tried apart: `any` must not mix them with others.
+            let tunnel = enforcer::policy::model::TUNNEL_PROTOCOLS.contains(&protocol);
+            found.entry((class, tunnel)).or_insert((protocol, selector));
+        }
+    }
+    found.into_values().collect()
+}
+
+#[test]
+fn every_class_pair_and_service_class_of_some_policies() {
+    let mut runner = TestRunner::deterministic();
+    for _ in 0..24 {
+        let policy = arbitrary::policy().new_tree(&mut runner).unwrap().current();
+        let env = arbitrary::environment();
+        let env = env.new_tree(&mut runner).unwrap().current();
+        let image = compiled(&policy, &env);
+        let addresses = representatives(&policy, &env, &image).concat();
+        let points = [services(&image, false), services(&image, true)];
+        for src in &addresses {
+            for dst in addresses.iter().filter(|d| d.is_ipv6() == src.is_ipv6()) {
+                for (protocol, selector) in &points[usize::from(src.is_ipv6())] {
+                    let query = FlowQuery {
+                        src: *src,
+                        dst: *dst,
+                        protocol: *protocol,
+                        selector: *selector,
+                    };
+                    check(&policy, &env, &image, &query).unwrap();
+                }
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(config(64))]
+
+    #[test]
+    fn order_and_repetition_of_members_do_not_matter(
+        policy in arbitrary::policy(),
+        env in arbitrary::environment(),
+        turn in 0usize..4,
+    ) {
+        let mut other = policy.clone();
+        for segment in &mut other.segments {
+            segment.members.reverse();
+            let length = segment.members.len();
+            segment.members.rotate_left(turn % length);
+            let again = segment.members[turn % length].clone();
+            segment.members.push(again);
+            for member in &mut segment.members {
+                member.except.reverse();
+                member.except.extend(member.except.first().copied());
+            }
+        }
+        for rule in &mut other.rules {
+            rule.services.reverse();
+            rule.services.extend(rule.services.first().copied());
+        }
+        // Not only the same verdicts: the same words.
+        prop_assert_eq!(compiled(&policy, &env), compiled(&other, &env));
+    }
+
+    #[test]
+    fn an_image_reads_back_and_damage_is_noticed(
+        policy in arbitrary::policy(),
+        env in arbitrary::environment(),
+        at in any::<prop::sample::Index>(),
+        bit in 0u32..32,
+    ) {
+        let image = compiled(&policy, &env);
+        let mut padded = image.words().to_vec();
+        padded.resize(image.size_class() as usize, 0);
+        prop_assert_eq!(Image::from_words(padded), Ok(image.clone()));
+
+        let next = image.clone().with_generation(77);
+        prop_assert_eq!((next.generation(), next.hash()), (77, image.hash()));
+        prop_assert_eq!(Image::from_words(next.words().to_vec()), Ok(next));
+
+        let mut damaged = image.words().to_vec();
+        let at = at.index(damaged.len());
+        damaged[at] ^= 1u32 << bit;
+        if at != image::header::GENERATION as usize {
+            prop_assert!(Image::from_words(damaged).is_err());
+        }
+        let cut = image.words()[..image.words().len() - 1].to_vec();
+        prop_assert!(Image::from_words(cut).is_err());
+    }
+}
+
+#[test]
+fn words_that_are_no_image_are_refused() {
+    assert!(Image::from_words(Vec::new()).is_err());
+    assert!(Image::from_words(vec![image::MAGIC]).is_err());
+    assert!(Image::from_words(vec![0; 1 << 18]).is_err());
+}

@@ -1,0 +1,200 @@
+//! Guarantee 1: reference(model) = decide(image) = the loaded bytecode, on random policies and
+//! random flows, IPv4 and IPv6.
+#![allow(missing_docs, reason = "a test")]
+
+use std::{
+    collections::HashSet,
+    net::IpAddr,
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use enforcer::policy::{
+    arbitrary,
+    model::{Environment, FlowQuery, Policy, is_multicast},
+    reference,
+};
+use enforcer_common::{
+    decide::{Query, decide},
+    image::SIZE_CLASSES,
+    verdict::{Hook, Outcome, Reason},
+};
+use enforcer_tests::{
+    frame,
+    kernel::{self, Programs},
+};
+use proptest::{
+    prelude::*,
+    test_runner::{Config, FileFailurePersistence, TestRunner},
+};
+
+const POLICIES: u32 = 220;
+const QUERIES: usize = 60;
+const AT_LEAST: usize = 10_000;
+
+fn outcome(of: reference::Outcome) -> Outcome {
+    match of {
+        reference::Outcome::Allowed => Outcome::Allowed,
+        reference::Outcome::Denied => Outcome::Denied,
+        reference::Outcome::WouldDeny => Outcome::WouldDeny,
+        reference::Outcome::Off => Outcome::Off,
+    }
+}
+
+fn reason(of: reference::Reason) -> Reason {
+    match of {
+        reference::Reason::RuleAllow => Reason::RuleAllow,
+        reference::Reason::RuleDeny => Reason::RuleDeny,
+        reference::Reason::DefaultDeny => Reason::DefaultDeny,
+        reference::Reason::Unsegmented => Reason::Unsegmented,
+    }
+}
+
+/// What the first packet of a flow is, as a frame, and what the hook says of it apart from rules.
+enum Frame {
+    /// Judged by rules.
+    Judged(Vec<u8>),
+    /// An ICMP error about nothing: a denial of form.
+    Unrelated(Vec<u8>),
+    /// Essential, or a header that the parser walks on from: other tests' business.
+    Skip,
+}
+
+fn first_packet(q: &FlowQuery, number: u16) -> Frame {
+    let v6 = q.src.is_ipv6();
+    let [kind, code] = q.selector.to_be_bytes();
+    let payload = match (q.protocol, v6) {
+        (6, _) => frame::tcp(number, q.selector, frame::SYN),
+        (17, _) => {
+            let mut p = frame::udp(number, q.selector);
+            p.extend([0; 8]);
+            p
+        }
+        (132, _) => {
+            let mut p = frame::udp(number, q.selector);
+            p.extend([0; 8]);
+            p
+        }
+        (1, false) | (58, true) => frame::icmp(kind, code, number),
+        (2, false) if is_multicast(q.dst) => return Frame::Skip,
+        (0 | 43 | 44 | 60, true) => return Frame::Skip,
+        _ => vec![0; 24],
+    };
+    let bytes = frame::frame(q.src, q.dst, q.protocol, &payload);
+    match (q.protocol, v6, kind) {
+        (1, false, 3 | 4 | 11 | 12) | (58, true, 1..=4) => Frame::Unrelated(bytes),
+        _ => Frame::Judged(bytes),
+    }
+}
+
+/// Whether each query has a flow of its own; without ports there is one per address pair.
+fn has_ports(query: &FlowQuery) -> bool {
+    match query.protocol {
+        6 | 17 | 132 => true,
+        1 => query.src.is_ipv4(),
+        58 => query.src.is_ipv6(),
+        _ => false,
+    }
+}
+
+fn case() -> impl Strategy<Value = (Policy, Environment, Vec<FlowQuery>)> {
+    (arbitrary::policy(), arbitrary::environment()).prop_flat_map(|(policy, env)| {
+        let queries = proptest::collection::vec(arbitrary::query(&policy), QUERIES);
+        (Just(policy), Just(env), queries)
+    })
+}
+
+#[test]
+fn reference_image_and_bytecode_agree() {
+    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
+    let programs = std::cell::RefCell::new(&mut programs);
+    let compared = AtomicUsize::new(0);
+    let mut runner = TestRunner::new(Config {
+        cases: POLICIES,
+        // Each step of shrinking is a policy swap.
+        max_shrink_iters: 400,
+        failure_persistence: Some(Box::new(FileFailurePersistence::Direct(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/proptest-regressions/three_way.txt"
+        )))),
+        ..Config::default()
+    });
+    let result = runner.run(&case(), |(policy, env, queries)| {
+        let mut programs = programs.borrow_mut();
+        let image = kernel::compile(&policy, &env);
+        // What an earlier policy admitted would be revoked, not judged as new.
+        programs.forget_flows();
+        programs.apply(&image);
+        programs.drain();
+        let mut asked = HashSet::new();
+        let mut seen: HashSet<(IpAddr, IpAddr, u8)> = HashSet::new();
+        for (number, query) in (20_000u16..).zip(&queries) {
+            let want = reference::judge(&policy, &env, query);
+            let host = decide(
+                image.words(),
+                &Query {
+                    source: query.src.into(),
+                    destination: query.dst.into(),
+                    protocol: query.protocol,
+                    selector: query.selector,
+                },
+            );
+            prop_assert_eq!(host.outcome, outcome(want.outcome), "decide, {:?}", query);
+            prop_assert_eq!(host.reason, reason(want.reason), "decide, {:?}", query);
+            let rule = want.rule.map_or(u32::MAX, |r| r.0);
+            let guard = want.guard.map_or(u32::MAX, |g| g.0);
+            prop_assert_eq!(host.rule, rule, "decide, {:?}", query);
+            prop_assert_eq!(host.segment, guard, "decide, {:?}", query);
+            if !asked.insert(*query) {
+                continue; // repeats of a denied flow are counted, not recorded
+            }
+            let (there, back) = (
+                (query.src, query.dst, query.protocol),
+                (query.dst, query.src, query.protocol),
+            );
+            if !has_ports(query) && (seen.contains(&back) || !seen.insert(there)) {
+                continue;
+            }
+            let hook = if number % 2 == 0 {
+                Hook::TcIngress
+            } else {
+                Hook::TcEgress
+            };
+            let (bytes, want_outcome, want_reason, rule, guard) = match first_packet(query, number)
+            {
+                Frame::Judged(b) => (b, host.outcome, host.reason, rule, guard),
+                Frame::Unrelated(b) => {
+                    let pair = Some((query.src, query.dst));
+                    let (o, g) = reference::judge_form(&policy, &env, pair);
+                    let guard = g.map_or(u32::MAX, |g| g.0);
+                    (b, outcome(o), Reason::IcmpUnrelated, u32::MAX, guard)
+                }
+                Frame::Skip => continue,
+            };
+            let got = programs.judge(hook, &bytes);
+            prop_assert_eq!(got.outcome, want_outcome, "bytecode, {:?}", query);
+            prop_assert_eq!(got.reason, want_reason, "bytecode, {:?}", query);
+            let events = programs.drain();
+            if matches!(got.outcome, Outcome::Denied | Outcome::WouldDeny) {
+                let event = events.last();
+                prop_assert!(event.is_some(), "a denial without a record, {:?}", query);
+                if let Some(event) = event {
+                    prop_assert_eq!(event.rule, rule);
+                    prop_assert_eq!(event.segment, guard);
+                    prop_assert_eq!(event.outcome(), want_outcome);
+                    prop_assert_eq!(event.reason(), want_reason);
+                    prop_assert_eq!(event.generation, image.generation());
+                }
+            } else {
+                prop_assert!(events.is_empty(), "a record of a pass, {:?}", query);
+            }
+            compared.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    });
+    if let Err(error) = result {
+        panic!("{error}");
+    }
+    let compared = compared.into_inner();
+    assert!(compared >= AT_LEAST, "only {compared} pairs were compared");
+    println!("{compared} pairs compared");
+}
