@@ -105,9 +105,9 @@ pub fn root_prefix(why: &str) -> Result<Vec<OsString>> {
         return Ok(Vec::new());
     }
     let Some(sudo) = find_program("sudo") else {
-        bail!("{why} needs root, and there is no sudo here: run this command as root");
+        bail!("{why} takes root, and there is no sudo here: run this command as root");
     };
-    ui::note(&format!("{why} needs root: going on through sudo"));
+    ui::note(&format!("not root: {why} goes on through sudo"));
     let mut prefix = vec![sudo.into_os_string(), "--".into(), "/usr/bin/env".into()];
     // sudo drops these, or puts its own in their place.
     for name in KEPT {
@@ -121,6 +121,7 @@ pub fn root_prefix(why: &str) -> Result<Vec<OsString>> {
     Ok(prefix)
 }
 
+/// Variables that must reach what runs as root.
 const KEPT: [&str; 14] = [
     "CARGO",
     "CARGO_HOME",

@@ -1,5 +1,6 @@
 //! Runs the whole suite: what needs no privilege as we are, the rest as root.
 
+use std::ffi::OsString;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -45,17 +46,11 @@ pub fn run(options: &Options) -> Result<()> {
     let mut cargo = env::cargo();
     cargo.args(["test", "--package", "enforcer-tests", "--no-fail-fast"]);
     cargo.args(&options.filter).env("ENFORCER_BIN", &binary);
-    let sudo = {
-        // Only for a user: keep the binary's path across sudo. Single-threaded still, so safe.
-        let mut prefix = env::root_prefix("running them")?;
-        if !prefix.is_empty() {
-            let mut pair = std::ffi::OsString::from("ENFORCER_BIN=");
-            pair.push(&binary);
-            prefix.push(pair);
-        }
-        prefix
-    };
+    let mut sudo = env::root_prefix("running the kernel tests")?;
     if !sudo.is_empty() {
+        let mut pair = OsString::from("ENFORCER_BIN=");
+        pair.push(&binary);
+        sudo.push(pair);
         // Cargo itself stays with the user, so nothing in the target directory becomes root's.
         let words: Vec<String> = sudo
             .iter()

@@ -412,8 +412,11 @@ fn clean_on_signals() -> Result<()> {
 
 fn go_on_as_root(options: &Options, binary: &Path) -> Result<()> {
     let program = std::env::current_exe()?;
-    let mut command = env::as_root("the demo (network namespaces, eBPF)", "/usr/bin/env")?;
-    command.arg(program).arg("demo").arg("--binary").arg(binary);
+    let mut command = env::as_root("the demo", "/usr/bin/env")?;
+    command.arg(program).arg("demo");
+    if !options.clean {
+        command.arg("--binary").arg(binary);
+    }
     for (on, flag) in [
         (options.keep, "--keep"),
         (options.no_color, "--no-color"),

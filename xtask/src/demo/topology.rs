@@ -109,7 +109,7 @@ pub fn create() -> Result<()> {
     for host in HOSTS {
         batch += &format!("netns add {PREFIX}{}\n", host.name);
     }
-    ip(&[], &batch)?;
+    ip(&batch)?;
     for name in HOSTS.map(|host| host.name).into_iter().chain([GATEWAY]) {
         inside(name, prepare)??;
     }
@@ -136,7 +136,7 @@ pub fn create() -> Result<()> {
             v4.0, v6.0
         );
     }
-    ip(&["-n", &format!("{PREFIX}{GATEWAY}")], &gateway)?;
+    inside(GATEWAY, || ip(&gateway))??;
     for Host { name, v4, v6, .. } in HOSTS {
         let batch = format!(
             "link set lo up\n\
@@ -147,7 +147,7 @@ pub fn create() -> Result<()> {
              route add default via {}::1\n",
             v4.0, v4.1, v6.0, v6.1, v4.0, v6.0
         );
-        ip(&["-n", &format!("{PREFIX}{name}")], &batch)?;
+        inside(name, || ip(&batch))??;
     }
     Ok(())
 }
@@ -163,7 +163,7 @@ pub fn delete() -> Result<usize> {
         .filter(|name| name.starts_with(PREFIX))
         .collect();
     for name in &names {
-        ip(&[], &format!("netns del {name}\n"))?;
+        ip(&format!("netns del {name}\n"))?;
     }
     Ok(names.len())
 }
@@ -203,16 +203,19 @@ fn write_sysctl(name: &str, value: &str) -> Result<()> {
     std::fs::write(&path, value).with_context(|| format!("cannot write {path}"))
 }
 
-fn ip(options: &[&str], batch: &str) -> Result<()> {
+/// Runs lines of `ip -batch` in the namespace of this thread.
+///
+/// Not with `ip -n`, which remounts things and fails where `/` is no mount point.
+fn ip(batch: &str) -> Result<()> {
     let program = env::find_program("ip").context("ip (package iproute2) is not installed")?;
     let mut child = Command::new(program)
-        .args(options)
         .args(["-batch", "-"])
         .stdin(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(batch.as_bytes())?;
+        // Where it ends early, its own message says more than a broken pipe.
+        let _ = stdin.write_all(batch.as_bytes());
     }
     let output = child.wait_with_output()?;
     if !output.status.success() {
