@@ -75,4 +75,3 @@ pub fn explain(
         policy: String::new(),
     })
 }
-
