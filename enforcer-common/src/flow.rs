@@ -101,28 +101,39 @@ pub fn key_of(tuple: &Tuple, ifindex: u32) -> (FlowKey, bool) {
     } else {
         0
     };
-    let key = if forward {
-        FlowKey::new(
-            tuple.source,
-            tuple.destination,
-            tuple.source_port,
-            tuple.destination_port,
-            tuple.protocol,
-            tuple.v6,
-            scope,
-        )
+    let (low, high) = if forward {
+        (tuple.source, tuple.destination)
     } else {
-        FlowKey::new(
-            tuple.destination,
-            tuple.source,
-            tuple.destination_port,
-            tuple.source_port,
-            tuple.protocol,
-            tuple.v6,
-            scope,
-        )
+        (tuple.destination, tuple.source)
     };
+    let (low_port, high_port) = match (tuple.kind, forward) {
+        // Both ends share the identifier. The type asked for takes the other place, or an echo
+        // that is allowed would carry a timestamp request that is not.
+        (Kind::IcmpRequest, _) => (tuple.source_port, tuple.selector >> 8),
+        (Kind::IcmpReply, _) => (tuple.source_port, request_of(tuple.selector >> 8)),
+        (_, true) => (tuple.source_port, tuple.destination_port),
+        (_, false) => (tuple.destination_port, tuple.source_port),
+    };
+    let key = FlowKey::new(
+        low,
+        high,
+        low_port,
+        high_port,
+        tuple.protocol,
+        tuple.v6,
+        scope,
+    );
     (key, forward)
+}
+
+/// The type of the ICMP or ICMPv6 request that a reply of this type answers.
+#[inline(always)]
+const fn request_of(reply: u16) -> u16 {
+    match reply {
+        0 => 8,
+        // Timestamp, and echo in ICMPv6: the number before.
+        other => other.wrapping_sub(1),
+    }
 }
 
 #[inline(always)]
@@ -371,7 +382,7 @@ fn judge_icmp_error<W: Words + ?Sized, T: FlowTable>(
                     return verdict;
                 }
                 return Decision {
-                    rule: entry.rule,
+                    rule: verdict.rule,
                     ..Decision::pass(Reason::Related)
                 };
             }

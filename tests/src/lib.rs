@@ -9,5 +9,6 @@
 
 pub mod daemon;
 pub mod frame;
+pub mod host;
 pub mod kernel;
 pub mod netns;
