@@ -16,6 +16,7 @@ use enforcer::{
 use enforcer_common::{
     decide::Decision,
     flow::{self, Clock, FlowSlot, FlowTable},
+    judge,
     packet::{self, Link, Packet},
     wire::{FlowEntry, FlowKey},
 };
@@ -121,8 +122,8 @@ impl Host {
         };
         let mut packet = Packet::EMPTY;
         match packet::parse(frame, &link, &mut packet) {
-            Ok(()) => flow::judge(self.image.words(), &self.flows, &packet, &clock).decision,
-            Err(reason) => flow::judge_form(self.image.words(), &packet, reason),
+            Ok(()) => judge::judge(self.image.words(), &self.flows, &packet, &clock).decision,
+            Err(reason) => judge::judge_form(self.image.words(), &packet, reason),
         }
     }
 
