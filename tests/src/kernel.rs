@@ -46,10 +46,12 @@ pub struct Programs {
 /// A flow table, copied.
 pub type Flows<K> = std::collections::HashMap<K, FlowEntry>;
 
-/// Keeps this thread on one CPU, so that per-CPU aggregation sees all of its packets.
+/// Keeps this thread on the CPU it is on, so that per-CPU aggregation sees all of its packets.
 pub fn pin() {
+    // SAFETY: no arguments, no effects.
+    let cpu = unsafe { libc::sched_getcpu() };
     let mut set = nix::sched::CpuSet::new();
-    set.set(0).unwrap();
+    set.set(usize::try_from(cpu).unwrap()).unwrap();
     nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set).unwrap();
 }
 
