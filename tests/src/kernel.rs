@@ -65,7 +65,11 @@ impl Programs {
         let mut dataplane = KernelDataplane::load(&options).expect("the programs load");
         let events = dataplane.take_events().expect("the first to ask");
         let last = dataplane.counters().expect("counters");
-        Self { dataplane, events, last }
+        Self {
+            dataplane,
+            events,
+            last,
+        }
     }
 
     pub fn apply(&mut self, image: &Image) {

@@ -11,3 +11,4 @@ pub mod daemon;
 pub mod frame;
 pub mod kernel;
 pub mod netns;
+pub mod traffic;
