@@ -12,3 +12,4 @@ pub mod frame;
 pub mod host;
 pub mod kernel;
 pub mod netns;
+pub mod traffic;

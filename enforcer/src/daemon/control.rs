@@ -106,6 +106,8 @@ impl Control {
     ) -> io::Result<()> {
         let mut watch = Watch::new(&self.segments)?;
         let mut netlink = Netlink::new()?;
+        // Loading the programs takes a second, in which nobody was watching.
+        self.files_changed().await;
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
