@@ -208,8 +208,10 @@ pub struct DeniedSlot {
     pub epoch_end: u32,
     /// Jiffies of the last record.
     pub emitted_at: u64,
-    /// Packets counted since the last record of this slot was written.
-    pub pending: u64,
+    /// Packets since the last record of this slot was written.
+    pub pending: u32,
+    /// How many of them were counted as lost; the others as suppressed.
+    pub pending_lost: u32,
     /// The flow and its `total`, as of the slot's first packet but for `total` and `time`.
     pub event: Event,
 }

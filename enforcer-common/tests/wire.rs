@@ -150,10 +150,11 @@ fn aggregation_slots() {
         epoch_end: 2,
         emitted_at: 3,
         pending: 4,
+        pending_lost: 5,
         event: event(),
     };
     let mut want = vec![1, 0, 0, 0, 2, 0, 0, 0];
-    want.extend([3, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]);
+    want.extend([3, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 5, 0, 0, 0]);
     want.extend(bytes(&event()));
     assert_eq!(bytes(&slot), want);
     assert_eq!(offset_of!(DeniedSlot, event), 24);

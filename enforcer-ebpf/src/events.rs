@@ -48,7 +48,7 @@ pub fn account(ctx: &TcContext, packet: &Packet, judged: &Judged) {
     let slot = unsafe { &mut *slot };
     let record = if same(slot, packet, judged) {
         slot.event.total += 1;
-        slot.pending += 1;
+        slot.pending = slot.pending.wrapping_add(1);
         if clock.now.wrapping_sub(slot.emitted_at) < u64::from(clock.hz) {
             Record::Suppressed
         } else {
@@ -56,7 +56,11 @@ pub fn account(ctx: &TcContext, packet: &Packet, judged: &Judged) {
         }
     } else {
         if slot.pending != 0 && !output(slot) {
-            maps::count(record_counter(*hook, Record::Displaced), slot.pending);
+            let suppressed = slot.pending.wrapping_sub(slot.pending_lost);
+            maps::count(
+                record_counter(*hook, Record::Displaced),
+                u64::from(suppressed),
+            );
         }
         take_over(ctx, slot, index, packet, judged);
         emit(slot, clock)
@@ -70,9 +74,11 @@ pub fn account(ctx: &TcContext, packet: &Packet, judged: &Judged) {
 fn emit(slot: &mut DeniedSlot, clock: &Clock) -> Record {
     if output(slot) {
         slot.pending = 0;
+        slot.pending_lost = 0;
         slot.emitted_at = clock.now;
         Record::Emitted
     } else {
+        slot.pending_lost = slot.pending_lost.wrapping_add(1);
         Record::Lost
     }
 }
@@ -96,6 +102,7 @@ fn take_over(ctx: &TcContext, slot: &mut DeniedSlot, index: u32, packet: &Packet
     let epoch = slot.epoch.wrapping_add(1);
     slot.epoch = epoch;
     slot.pending = 1;
+    slot.pending_lost = 0;
     slot.emitted_at = 0;
     let tuple = &packet.tuple;
     let event = &mut slot.event;

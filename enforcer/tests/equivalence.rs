@@ -18,8 +18,10 @@ use enforcer::{
     },
 };
 use enforcer_common::{
-    decide::{Decision, Query, decide, decide_form},
+    decide::{Ask, Decision, Query, answer, decide},
     image::{self, Address, EMPTY, Words, address_class, service_class},
+    judge::judge_form,
+    packet::Packet,
     verdict::{Outcome, Reason},
 };
 use proptest::{
@@ -106,11 +108,10 @@ fn check(
     prop_assert_eq!(decided(&spy, query), expected(policy, env, query));
 
     let addresses = (Address::from(query.src), Address::from(query.dst));
-    let form = decide_form(&spy, Some(addresses), Reason::Fragment);
+    let form = answer(&spy, &Ask::form(addresses.0, addresses.1));
     let (strength, guard) = reference::judge_form(policy, env, Some((query.src, query.dst)));
-    prop_assert_eq!(form.outcome, outcome(strength));
-    prop_assert_eq!(form.segment, guard.map_or(EMPTY, |guard| guard.0));
-    prop_assert_eq!(form.reason, Reason::Fragment);
+    prop_assert_eq!(Outcome::from_bits(form as u32), outcome(strength));
+    prop_assert_eq!((form >> 32) as u32, guard.map_or(EMPTY, |guard| guard.0));
 
     prop_assert!((spy.farthest.get() as usize) < image.words().len());
     Ok(())
@@ -136,7 +137,7 @@ proptest! {
         for query in &queries {
             check(&policy, &env, &image, query)?;
         }
-        let unreadable = decide_form(image.words(), None, Reason::Malformed);
+        let unreadable = judge_form(image.words(), &Packet::EMPTY, Reason::Malformed);
         let (strength, guard) = reference::judge_form(&policy, &env, None);
         prop_assert_eq!(unreadable.outcome, outcome(strength));
         prop_assert_eq!((unreadable.segment, guard), (EMPTY, None));

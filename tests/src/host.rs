@@ -15,7 +15,7 @@ use enforcer::{
 };
 use enforcer_common::{
     decide::Decision,
-    flow::{self, Clock, FlowSlot, FlowTable},
+    flow::{Clock, FlowSlot, FlowTable},
     judge,
     packet::{self, Link, Packet},
     wire::{FlowEntry, FlowKey},

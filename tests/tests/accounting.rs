@@ -290,22 +290,31 @@ fn a_displaced_count_is_emitted() {
 fn a_full_ring_loses_records_and_counts_them() {
     let mut programs = load(POLICY);
     let flow = |n: u16| tcp((2, 5000 + n), (1, 22), SYN);
-    let flows = 13_000u16;
+    let flows = 20_000u16;
+    let mut repeats = 0;
     for n in 0..flows {
         programs.run(INGRESS, &flow(n));
+        // Shortly before the ring is full, some flows get a count that no record carries yet.
+        if (6_500..6_600).contains(&n) {
+            programs.run_often(INGRESS, &flow(n), 3);
+            repeats += 3;
+        }
     }
-    let packets = u64::from(flows);
+    let packets = u64::from(flows) + repeats;
     assert_eq!(
         programs.count(INGRESS, Outcome::Denied),
         packets,
         "all of them dropped"
     );
     let full = programs.records(INGRESS);
-    assert_eq!(full.emitted + full.lost, packets);
+    assert_eq!(full.emitted + full.suppressed + full.lost, packets);
+    assert_eq!(full.suppressed, repeats);
     assert!(full.emitted <= RING && full.emitted > RING - 20, "{full:?}");
+    // Most of the hundred lost their slot while the ring was full, and with it their count; the
+    // packets that were lost themselves are not counted once more.
     assert!(
-        full.displaced > 0,
-        "flows lost their slot while the ring was full"
+        full.displaced > repeats / 2 && full.displaced <= repeats,
+        "{full:?}"
     );
     // The last one has its slot still, and its packet in the count.
     let last = from_port(

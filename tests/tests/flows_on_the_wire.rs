@@ -1,5 +1,5 @@
 //! Flow semantics with real stacks and raw packets, through a gateway and on a host.
-#![allow(missing_docs, reason = "a test")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "a test and its helpers")]
 
 use std::{
     io::{Read as _, Write as _},
