@@ -161,7 +161,7 @@ pub const MAX_LOCAL: u32 = 8;
 /// Distinct classes of local addresses per family that the socket hooks go through. The verifier
 /// follows each turn of their loop: 16 turns with a class look-up each are over a million
 /// instructions, 4 turns over classes are 10 000.
-pub const MAX_LOCAL_CLASSES: u32 = 4;
+pub const MAX_LOCAL_CLASSES: u32 = 8;
 /// Count of local addresses when there are more than [`MAX_LOCAL`]: the hooks must not refuse.
 pub const LOCAL_UNKNOWN: u32 = u32::MAX;
 

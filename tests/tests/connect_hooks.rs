@@ -1,6 +1,12 @@
 //! The socket hooks refuse only what TC denies, and only to processes of the enforcer's own
 //! network namespace: random policies, real sockets.
-#![allow(missing_docs, reason = "a test")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::{
     cell::{Cell, RefCell},

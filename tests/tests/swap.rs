@@ -1,5 +1,11 @@
 //! Guarantee 2: under load, every packet is judged wholly by one of two policies that take turns.
-#![allow(missing_docs, reason = "a test")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::{
     collections::BTreeSet,

@@ -265,7 +265,8 @@ fn buckets<const N: usize>(
 fn write_local(env: &Environment, writer: &mut Writer) -> Result<(), Full> {
     let mut v4 = Vec::new();
     let mut v6 = Vec::new();
-    for address in &env.host_addresses {
+    // Loopback never meets TC, and the hooks know it by its prefix.
+    for address in env.host_addresses.iter().filter(|ip| !ip.is_loopback()) {
         match address {
             IpAddr::V4(ip) => v4.push(ip.to_bits()),
             IpAddr::V6(ip) => v6.extend(quarters(ip.to_bits())),
