@@ -94,7 +94,7 @@ pub fn key_of(tuple: &Tuple, ifindex: u32) -> (FlowKey, bool) {
     let forward = match tuple.kind {
         Kind::IcmpRequest => true,
         Kind::IcmpReply => false,
-        _ => ordered(tuple),
+        Kind::Other | Kind::Tcp | Kind::Ports | Kind::IcmpError | Kind::IcmpOther => ordered(tuple),
     };
     let scope = if link_local(&tuple.source, tuple.v6) || link_local(&tuple.destination, tuple.v6) {
         ifindex
@@ -378,12 +378,12 @@ fn judge_icmp_error<W: Words + ?Sized, T: FlowTable>(
             if fresh(&entry, inner.protocol, clock) {
                 let from_opener = (entry.flags & OPENER_IS_LOW != 0) == from_low;
                 let verdict = current(image, inner, &entry, &slot, from_opener);
-                return match verdict.reason {
-                    Reason::Revoked => verdict,
-                    _ => Decision {
-                        rule: verdict.rule,
-                        ..Decision::pass(Reason::Related)
-                    },
+                if !verdict.outcome.passes() {
+                    return verdict;
+                }
+                return Decision {
+                    rule: verdict.rule,
+                    ..Decision::pass(Reason::Related)
                 };
             }
         }

@@ -175,7 +175,8 @@ fn vlan_tags() {
     const Q: u16 = 0x8100;
     const AD: u16 = 0x88a8;
     let metadata = |vlan| Link { vlan, ..LINK };
-    let cases: &[(Option<u16>, &[(u16, u16)], Result<(), Reason>)] = &[
+    type Case = (Option<u16>, &'static [(u16, u16)], Result<(), Reason>);
+    let cases: &[Case] = &[
         (None, &[], Ok(())),
         (None, &[(Q, 5)], Ok(())),
         (None, &[(Q, 0)], Ok(())),
