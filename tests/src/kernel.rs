@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use aya::{
     maps::HashMap,
-    programs::{Program, SchedClassifier, TestRun as _, TestRunOptions},
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use enforcer::{
     compile::{self, Image, Options},
@@ -178,13 +178,8 @@ impl Programs {
             .ebpf_mut()
             .programs()
             .map(|(name, program)| {
-                let info = match program {
-                    Program::SchedClassifier(p) => p.info(),
-                    Program::CgroupSockAddr(p) => p.info(),
-                    _ => panic!("{name}: an unknown type of program"),
-                };
-                let count = info.unwrap().verified_instruction_count().unwrap();
-                (name.to_owned(), count)
+                let info = program.info().unwrap();
+                (name.to_owned(), info.verified_instruction_count().unwrap())
             })
             .collect()
     }
