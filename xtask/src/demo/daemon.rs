@@ -54,6 +54,8 @@ pub fn start_servers(keep: bool) -> Result<()> {
         .args(["demo", "--serve"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
+    // Not ours: kept servers would hold the pipe open that someone reads us through.
+    command.stderr(fs::File::create(Path::new(DIR).join("servers.log"))?);
     let mut child = start(&mut command, None, keep)?;
     let stdout = child.stdout.take().context("the servers have no output")?;
     let mut line = String::new();
