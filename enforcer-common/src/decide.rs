@@ -84,71 +84,79 @@ pub fn generation<W: Words + ?Sized>(image: &W) -> u32 {
     image.word(header::GENERATION)
 }
 
-/// Judges a flow that is about to be opened. Calls nothing but loads: 10 to 20 of them, whatever
-/// the number of rules and members (IPv6: up to 32 trie nodes, in practice 2 to 5). Not inlined:
-/// see [`image::address_class`].
-#[inline(never)]
-pub fn decide<W: Words + ?Sized>(image: &W, query: &Query) -> Decision {
-    let source = image::address_class(image, &query.source);
-    Decision::unpack(decide_class(image, source, &Target::of(image, query)))
-}
-
-/// The part of a query that does not change with the source.
-#[derive(Clone, Copy, Debug)]
-pub struct Target {
-    class: u32,
-    service: u32,
-}
-
-impl Target {
-    /// Looks up a query's destination and service.
-    #[inline(always)]
-    pub fn of<W: Words + ?Sized>(image: &W, query: &Query) -> Self {
-        Self {
-            class: image::address_class(image, &query.destination),
-            service: image::service_class(
-                image,
-                query.destination.is_v6(),
-                query.protocol,
-                query.selector,
-            ),
-        }
-    }
-}
-
-/// The verdict words for a source class and a target, the first in the lower half:
-/// [`Decision::unpack`]. For those who ask for many sources in a loop: plain words keep the
-/// verifier from following each outcome and reason on a path of its own.
-#[inline(never)]
-pub fn decide_class<W: Words + ?Sized>(image: &W, source: u32, target: &Target) -> u64 {
-    let (row, offset) = image::row_of(image, source, target.class);
-    let (word, subject) = image::verdict_of(image, row, offset, target.service);
-    u64::from(word) | u64::from(subject) << 32
-}
-
-/// The verdict of a denial of form: no rule is asked, only who guards the addresses.
+/// Judges a flow that is about to be opened.
 #[inline(always)]
-pub fn decide_form<W: Words + ?Sized>(
-    image: &W,
-    addresses: Option<(Address, Address)>,
-    reason: Reason,
-) -> Decision {
-    let (word, subject) = match addresses {
-        Some((source, destination)) => {
-            let source = image::address_class(image, &source);
-            let destination = image::address_class(image, &destination);
-            let (_, offset) = image::row_of(image, source, destination);
-            (
-                image.word(offset.wrapping_add(2)),
-                image.word(offset.wrapping_add(3)),
-            )
+pub fn decide<W: Words + ?Sized>(image: &W, query: &Query) -> Decision {
+    Decision::unpack(answer(image, &Ask::rules(query)))
+}
+
+/// What [`answer`] is asked: plain words without padding, passed by address in the kernel.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Ask {
+    source: Address,
+    destination: Address,
+    protocol: u32,
+    selector: u32,
+    form: u64,
+}
+
+impl Ask {
+    /// What the rules say of a flow.
+    #[inline(always)]
+    pub const fn rules(query: &Query) -> Self {
+        Self {
+            source: query.source,
+            destination: query.destination,
+            protocol: query.protocol as u32,
+            selector: query.selector as u32,
+            form: 0,
         }
-        None => (image.word(header::FORM_UNREADABLE), EMPTY),
-    };
-    Decision {
-        outcome: Outcome::from_bits(word),
-        reason,
-        rule: EMPTY,
-        segment: subject,
     }
+
+    /// All zeros but `form`: for memory that is written before it is read.
+    pub const EMPTY: Self = Self::form(Address::v4(0), Address::v4(0));
+
+    /// The service selector asked about.
+    #[inline(always)]
+    pub const fn selector(&self) -> u32 {
+        self.selector
+    }
+
+    /// What becomes of a denial of form between two addresses.
+    #[inline(always)]
+    pub const fn form(source: Address, destination: Address) -> Self {
+        Self {
+            source,
+            destination,
+            protocol: 0,
+            selector: 0,
+            form: 1,
+        }
+    }
+}
+
+/// Two verdict words, the first in the lower half: see [`Decision::unpack`]. Nothing but loads, 10
+/// to 20 of them, whatever the number of rules and members (IPv6: up to 32 trie nodes, in
+/// practice 2 to 5).
+///
+/// Not inlined: in the kernel it is a subprogram, or a judgement would hold a dozen copies (51 000
+/// instructions a program instead of 3 000).
+#[inline(never)]
+pub fn answer<W: Words + ?Sized>(image: &W, ask: &Ask) -> u64 {
+    let source = image::address_class(image, &ask.source);
+    let destination = image::address_class(image, &ask.destination);
+    let (row, offset) = image::row_of(image, source, destination);
+    let (word, subject) = if ask.form != 0 {
+        (
+            image.word(offset.wrapping_add(2)),
+            image.word(offset.wrapping_add(3)),
+        )
+    } else {
+        let (protocol, selector) = (ask.protocol as u8, ask.selector as u16);
+        let v6 = ask.destination.is_v6();
+        let service = image::service_class(image, v6, protocol, selector);
+        image::verdict_of(image, row, offset, service)
+    };
+    u64::from(word) | u64::from(subject) << 32
 }

@@ -1,13 +1,11 @@
-//! Flow state and the judgement of a packet: image × flow table × packet → verdict.
+//! Flow state: keys, what an entry means, when it counts as absent.
 //!
-//! The table itself is behind [`FlowTable`]; what an entry means is decided here only, for every
-//! table, in the kernel and on the host. Time is an argument, in jiffies.
+//! The table itself is behind [`FlowTable`]; what an entry means is decided here and in
+//! [`crate::judge`] only, for every table, in the kernel and on the host. Time is an argument, in
+//! jiffies.
 
 use crate::{
-    decide::{Decision, Query, decide, decide_form, generation},
-    image::{Words, header},
-    packet::{Kind, Packet, Tuple, tcp},
-    verdict::{Outcome, Reason},
+    packet::{Kind, Tuple, tcp},
     wire::{FlowEntry, FlowKey},
 };
 
@@ -66,25 +64,6 @@ pub mod idle {
     pub const OTHER: u64 = 600;
 }
 
-/// The judgement of a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Judgement {
-    /// The verdict.
-    pub decision: Decision,
-    /// Whether the table refused the flow's entry.
-    pub insert_failed: bool,
-}
-
-impl Judgement {
-    #[inline(always)]
-    const fn of(decision: Decision) -> Self {
-        Self {
-            decision,
-            insert_failed: false,
-        }
-    }
-}
-
 /// The key of a packet's flow, the same for both directions, and whether the packet comes from
 /// the key's low end.
 #[inline(always)]
@@ -101,38 +80,51 @@ pub fn key_of(tuple: &Tuple, ifindex: u32) -> (FlowKey, bool) {
     } else {
         0
     };
-    let key = if forward {
-        FlowKey::new(
-            tuple.source,
-            tuple.destination,
-            tuple.source_port,
-            tuple.destination_port,
-            tuple.protocol,
-            tuple.v6,
-            scope,
-        )
+    let (low, high) = if forward {
+        (tuple.source, tuple.destination)
     } else {
-        FlowKey::new(
-            tuple.destination,
-            tuple.source,
-            tuple.destination_port,
-            tuple.source_port,
-            tuple.protocol,
-            tuple.v6,
-            scope,
-        )
+        (tuple.destination, tuple.source)
     };
+    let (low_port, high_port) = match (tuple.kind, forward) {
+        // Both ends share the identifier. The type asked for takes the other place, or an echo
+        // that is allowed would carry a timestamp request that is not.
+        (Kind::IcmpRequest, _) => (tuple.source_port, tuple.selector >> 8),
+        (Kind::IcmpReply, _) => (tuple.source_port, request_of(tuple.selector >> 8)),
+        (_, true) => (tuple.source_port, tuple.destination_port),
+        (_, false) => (tuple.destination_port, tuple.source_port),
+    };
+    let key = FlowKey::new(
+        low,
+        high,
+        low_port,
+        high_port,
+        tuple.protocol,
+        tuple.v6,
+        scope,
+    );
     (key, forward)
+}
+
+/// The type of the ICMP or ICMPv6 request that a reply of this type answers.
+#[inline(always)]
+const fn request_of(reply: u16) -> u16 {
+    match reply {
+        0 => 8,
+        // Timestamp, and echo in ICMPv6: the number before.
+        other => other.wrapping_sub(1),
+    }
 }
 
 #[inline(always)]
 fn ordered(tuple: &Tuple) -> bool {
-    let mut word = 0;
-    while word < 4 {
-        if tuple.source[word] != tuple.destination[word] {
-            return tuple.source[word] < tuple.destination[word];
-        }
-        word += 1;
+    let half = |a: &[u32; 4], at: usize| (u64::from(a[at]) << 32) | u64::from(a[at + 1]);
+    let (s, d) = (&tuple.source, &tuple.destination);
+    // Halves, not words: each comparison is a fork for the verifier.
+    if half(s, 0) != half(d, 0) {
+        return half(s, 0) < half(d, 0);
+    }
+    if half(s, 2) != half(d, 2) {
+        return half(s, 2) < half(d, 2);
     }
     tuple.source_port <= tuple.destination_port
 }
@@ -146,8 +138,9 @@ fn link_local(address: &[u32; 4], v6: bool) -> bool {
     }
 }
 
+/// Whether the destination is multicast or limited broadcast.
 #[inline(always)]
-fn is_multicast(tuple: &Tuple) -> bool {
+pub(crate) fn is_multicast(tuple: &Tuple) -> bool {
     if tuple.v6 {
         tuple.destination[0] >> 24 == 0xff
     } else {
@@ -155,8 +148,9 @@ fn is_multicast(tuple: &Tuple) -> bool {
     }
 }
 
+/// Whether an entry is young enough to speak for its flow.
 #[inline(always)]
-fn fresh(entry: &FlowEntry, protocol: u8, clock: &Clock) -> bool {
+pub(crate) fn fresh(entry: &FlowEntry, protocol: u8, clock: &Clock) -> bool {
     let seconds = match protocol {
         6 if entry.flags & CLOSING != 0 => idle::TCP_CLOSING,
         6 if entry.flags & REPLIED != 0 => idle::TCP_ESTABLISHED,
@@ -170,105 +164,9 @@ fn fresh(entry: &FlowEntry, protocol: u8, clock: &Clock) -> bool {
     clock.now.saturating_sub(entry.last_seen) <= seconds * u64::from(clock.hz)
 }
 
+/// The state flags that a packet of a flow brings.
 #[inline(always)]
-fn query(tuple: &Tuple) -> Query {
-    Query {
-        source: tuple.source_address(),
-        destination: tuple.destination_address(),
-        protocol: tuple.protocol,
-        selector: tuple.selector,
-    }
-}
-
-/// The question whether the flow may be opened from the packet's far end.
-#[inline(always)]
-fn reverse_query(tuple: &Tuple, selector: u16) -> Query {
-    Query {
-        source: tuple.destination_address(),
-        destination: tuple.source_address(),
-        protocol: tuple.protocol,
-        selector,
-    }
-}
-
-/// Judges a packet whose form is sound.
-// A subprogram in the kernel, with a stack frame of its own.
-#[inline(never)]
-pub fn judge<W: Words + ?Sized, T: FlowTable>(
-    image: &W,
-    table: &T,
-    packet: &Packet,
-    clock: &Clock,
-) -> Judgement {
-    if packet.essential & image.word(header::ESSENTIALS) != 0 {
-        return Judgement::of(Decision::pass(Reason::Essential));
-    }
-    let tuple = &packet.tuple;
-    if tuple.kind == Kind::IcmpError {
-        return Judgement::of(judge_icmp_error(image, table, packet, clock));
-    }
-    if is_multicast(tuple) || tuple.kind == Kind::IcmpOther {
-        return Judgement::of(decide(image, &query(tuple)));
-    }
-    let (key, from_low) = key_of(tuple, packet.ifindex);
-    let opens = tuple.kind == Kind::Tcp
-        && tuple.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) == tcp::SYN;
-    let mut known = None;
-    if let Some(slot) = table.find(&key) {
-        let entry = slot.load();
-        if fresh(&entry, tuple.protocol, clock) {
-            let from_opener = (entry.flags & OPENER_IS_LOW != 0) == from_low;
-            // A SYN asks for a new flow: it is judged as one, even over a live entry.
-            if !opens {
-                let flags = state_flags(tuple, from_opener);
-                let decision = current(image, tuple, &entry, &slot, from_opener);
-                if decision.outcome.passes() {
-                    slot.touch(clock.now, flags);
-                }
-                return Judgement::of(decision);
-            }
-            known = Some((entry, from_opener));
-        }
-    }
-    judge_new(image, table, tuple, &key, from_low, opens, known, clock)
-}
-
-/// The verdict on a packet of a tracked flow: one comparison while the policy is the one that
-/// admitted it, else the opener's flow is judged again.
-#[inline(always)]
-fn current<W: Words + ?Sized, S: FlowSlot>(
-    image: &W,
-    tuple: &Tuple,
-    entry: &FlowEntry,
-    slot: &S,
-    from_opener: bool,
-) -> Decision {
-    let generation = generation(image);
-    if entry.generation == generation {
-        return Decision {
-            rule: entry.rule,
-            ..Decision::pass(Reason::Established)
-        };
-    }
-    let again = if from_opener {
-        let mut q = query(tuple);
-        q.selector = entry.selector as u16;
-        decide(image, &q)
-    } else {
-        decide(image, &reverse_query(tuple, entry.selector as u16))
-    };
-    if !again.outcome.passes() {
-        return Decision {
-            reason: Reason::Revoked,
-            ..again
-        };
-    }
-    slot.admit(generation, again.rule);
-    again
-}
-
-#[inline(always)]
-fn state_flags(tuple: &Tuple, from_opener: bool) -> u32 {
+pub(crate) fn state_flags(tuple: &Tuple, from_opener: bool) -> u32 {
     let mut flags = 0;
     if !from_opener {
         flags |= REPLIED;
@@ -277,125 +175,4 @@ fn state_flags(tuple: &Tuple, from_opener: bool) -> u32 {
         flags |= CLOSING;
     }
     flags
-}
-
-/// The verdict on a packet that no current entry speaks for.
-#[inline(always)]
-#[expect(
-    clippy::too_many_arguments,
-    reason = "inlined into judge(); a struct would be spilled"
-)]
-fn judge_new<W: Words + ?Sized, T: FlowTable>(
-    image: &W,
-    table: &T,
-    tuple: &Tuple,
-    key: &FlowKey,
-    from_low: bool,
-    opens: bool,
-    known: Option<(FlowEntry, bool)>,
-    clock: &Clock,
-) -> Judgement {
-    let mut decision;
-    let mut opener_is_source = true;
-    if tuple.kind == Kind::Tcp && !opens {
-        if tuple.tcp_flags & (tcp::ACK | tcp::SYN | tcp::RST) != tcp::ACK {
-            let addresses = Some((tuple.source_address(), tuple.destination_address()));
-            return Judgement::of(decide_form(image, addresses, Reason::NoFlow));
-        }
-        // Mid-stream: whichever end may have opened the flow. A clear "allowed" in either
-        // direction goes before a pass that would be recorded.
-        decision = decide(image, &query(tuple));
-        if decision.outcome != Outcome::Allowed {
-            let reverse = decide(image, &reverse_query(tuple, tuple.source_port));
-            if reverse.outcome == Outcome::Allowed
-                || (!decision.outcome.passes() && reverse.outcome.passes())
-            {
-                decision = reverse;
-                opener_is_source = false;
-            }
-        }
-    } else {
-        decision = decide(image, &query(tuple));
-    }
-    if !decision.outcome.passes() || tuple.kind == Kind::IcmpReply {
-        return Judgement::of(decision);
-    }
-    if let Some((entry, from_opener)) = known {
-        // Simultaneous open, or a spoofed SYN against a live flow: it may pass, but it takes
-        // nothing from the flow that is there.
-        if !from_opener && entry.flags & (REPLIED | CLOSING) == REPLIED {
-            return Judgement::of(decision);
-        }
-    }
-    let mut flags = state_flags(tuple, opener_is_source);
-    if opener_is_source == from_low {
-        flags |= OPENER_IS_LOW;
-    }
-    let selector = if opener_is_source {
-        tuple.selector
-    } else {
-        tuple.source_port
-    };
-    let entry = FlowEntry {
-        last_seen: clock.now,
-        generation: generation(image),
-        rule: decision.rule,
-        flags,
-        selector: u32::from(selector),
-    };
-    let insert_failed = !table.insert(key, &entry);
-    Judgement {
-        decision,
-        insert_failed,
-    }
-}
-
-/// ICMP errors pass when they speak of a current flow, to the end whose packet they quote.
-#[inline(always)]
-fn judge_icmp_error<W: Words + ?Sized, T: FlowTable>(
-    image: &W,
-    table: &T,
-    packet: &Packet,
-    clock: &Clock,
-) -> Decision {
-    let tuple = &packet.tuple;
-    let inner = &packet.inner;
-    if packet.has_inner && inner.source == tuple.destination {
-        let (key, from_low) = key_of(inner, packet.ifindex);
-        if let Some(slot) = table.find(&key) {
-            let entry = slot.load();
-            if fresh(&entry, inner.protocol, clock) {
-                let from_opener = (entry.flags & OPENER_IS_LOW != 0) == from_low;
-                let verdict = current(image, inner, &entry, &slot, from_opener);
-                if !verdict.outcome.passes() {
-                    return verdict;
-                }
-                return Decision {
-                    rule: entry.rule,
-                    ..Decision::pass(Reason::Related)
-                };
-            }
-        }
-    }
-    let addresses = Some((tuple.source_address(), tuple.destination_address()));
-    decide_form(image, addresses, Reason::IcmpUnrelated)
-}
-
-/// The verdict on a packet whose form is not sound.
-#[inline(always)]
-pub fn judge_form<W: Words + ?Sized>(image: &W, packet: &Packet, reason: Reason) -> Decision {
-    if reason as u8 == Reason::Ethertype as u8
-        && packet.essential & image.word(header::ESSENTIALS) != 0
-    {
-        return Decision::pass(Reason::Essential);
-    }
-    let addresses = if packet.addresses {
-        Some((
-            packet.tuple.source_address(),
-            packet.tuple.destination_address(),
-        ))
-    } else {
-        None
-    };
-    decide_form(image, addresses, reason)
 }

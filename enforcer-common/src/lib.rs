@@ -5,7 +5,8 @@
 //! - [`packet`]: frame → [`packet::Packet`], or the reason why it cannot be read
 //! - [`image`]: the policy image, a flat array of words, and how to look things up in it
 //! - [`decide`]: image × flow → [`decide::Decision`]
-//! - [`flow`]: what an entry of the flow table means, and the judgement of a packet
+//! - [`flow`]: what an entry of the flow table means
+//! - [`judge`]: the judgement of a packet: flow table, then image
 //! - [`wire`]: map values and event records, byte for byte
 //!
 //! Must not know: any I/O, any clock (time is an argument), tokio, aya's programs, YAML.
@@ -16,6 +17,7 @@
 pub mod decide;
 pub mod flow;
 pub mod image;
+pub mod judge;
 pub mod packet;
 #[cfg(feature = "user")]
 mod pod;

@@ -386,8 +386,8 @@ fn ipv6<B: Bytes + ?Sized>(
                     tuple.protocol = e[0];
                     return Err(Reason::Fragment);
                 }
-                // Offset 0 without "more": an atomic fragment (RFC 6946) is a whole packet.
-                fragmented |= field & 1 != 0;
+                // Offset 0: a first fragment, or an atomic one (RFC 6946), which is a whole packet.
+                fragmented = true;
                 8
             }
             43 if e[3] != 0 => {
@@ -408,7 +408,8 @@ fn ipv6<B: Bytes + ?Sized>(
     transport(bytes, at, end, packet)?;
     let tuple = &packet.tuple;
     if fragmented {
-        // RFC 6980: neighbour discovery is never fragmented, so nothing here is essential.
+        // RFC 6980: neighbour discovery never carries a fragment header, not even an atomic one,
+        // so nothing here is essential.
         return Ok(());
     }
     packet.essential = match tuple.protocol {

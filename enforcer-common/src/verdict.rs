@@ -174,8 +174,9 @@ pub enum Record {
     Lost = 2,
     /// The flow table refused an entry: the packet passed, its replies may be judged anew.
     FlowInsertFailed = 3,
-    /// Suppressed packets whose slot another flow took over while the ring buffer was full: unless
-    /// a scan saw them before, no record names their flow. Also among `Suppressed`.
+    /// Packets without a record of their own whose slot another flow took over while the ring
+    /// buffer was full: unless a scan saw them before, no record names their flow. Also among
+    /// `Suppressed` or `Lost`.
     Displaced = 4,
 }
 
@@ -232,6 +233,7 @@ mod tests {
                 Record::Suppressed,
                 Record::Lost,
                 Record::FlowInsertFailed,
+                Record::Displaced,
             ] {
                 assert!(seen.insert(record_counter(hook, record)));
             }

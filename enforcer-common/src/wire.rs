@@ -12,7 +12,7 @@ use crate::verdict::{Hook, Outcome, Reason};
 pub struct FlowKey {
     low: [u32; 4],
     high: [u32; 4],
-    /// Low end's port in the upper half.
+    /// Low end's port in the upper half. ICMP: identifier, type of the request.
     ports: u32,
     /// `ifindex` of link-local addresses (0 otherwise) `<< 9 | v6 << 8 | protocol`.
     rest: u32,

@@ -39,7 +39,7 @@ pub fn account(ctx: &TcContext, packet: &Packet, judged: &Judged) {
         Outcome::Denied | Outcome::WouldDeny => {}
         Outcome::Allowed | Outcome::Off => return,
     }
-    let index = hash(packet, decision) & (DENIED_SLOTS - 1);
+    let index = hash(packet, judged) & (DENIED_SLOTS - 1);
     let Some(slot) = DENIED.get_ptr_mut(index) else {
         return;
     };
@@ -182,13 +182,16 @@ fn same(slot: &DeniedSlot, packet: &Packet, judged: &Judged) -> bool {
 }
 
 /// Any spread will do: a collision costs a record more, not a count.
+/// Hook and interface take part: a forwarded packet that is only observed comes by twice.
 #[inline(always)]
-fn hash(packet: &Packet, decision: &Decision) -> u32 {
+fn hash(packet: &Packet, judged: &Judged) -> u32 {
+    let Judged { hook, decision, .. } = judged;
     let t = &packet.tuple;
     let mut h = t.source[3] ^ t.source[2].rotate_left(7) ^ t.source[1].rotate_left(13);
     h = h.wrapping_mul(0x9e37_79b1) ^ t.destination[3] ^ t.destination[2].rotate_left(9);
     h = h.wrapping_mul(0x85eb_ca77) ^ (u32::from(t.source_port) << 16 | u32::from(t.selector));
     h = h.wrapping_mul(0xc2b2_ae3d)
         ^ (u32::from(t.protocol) << 16 | u32::from(decision.reason as u8) << 8 | t.kind as u32);
+    h = h.wrapping_mul(0x27d4_eb2f) ^ (packet.ifindex << 2 | *hook as u32);
     h ^ (h >> 15)
 }

@@ -16,26 +16,27 @@ use aya_ebpf::{
     macros::{cgroup_sock_addr, classifier},
     programs::{SockAddrContext, TcContext},
 };
-use aya_log_ebpf::debug;
+use aya_log_ebpf::info;
 use enforcer_common::{
     decide::{Decision, generation},
-    flow::{self, Clock},
-    packet,
+    flow::Clock,
+    judge, packet,
     verdict::{Hook, Record, record_counter},
     wire::CONTROL_DEBUG,
 };
 use events::Judged;
+use maps::Work;
 
 /// Packets coming into the host.
 #[classifier]
 pub fn tc_ingress(ctx: TcContext) -> i32 {
-    judge(&ctx, Hook::TcIngress)
+    run(&ctx, Hook::TcIngress)
 }
 
 /// Packets going out of the host.
 #[classifier]
 pub fn tc_egress(ctx: TcContext) -> i32 {
-    judge(&ctx, Hook::TcEgress)
+    run(&ctx, Hook::TcEgress)
 }
 
 /// Returns the low half of jiffies, for the daemon to measure ticks a second. Never attached.
@@ -91,7 +92,7 @@ fn now() -> u64 {
 }
 
 #[inline(always)]
-fn judge(ctx: &TcContext, hook: Hook) -> i32 {
+fn run(ctx: &TcContext, hook: Hook) -> i32 {
     let control = maps::control();
     let clock = Clock {
         now: now(),
@@ -111,19 +112,21 @@ fn judge(ctx: &TcContext, hook: Hook) -> i32 {
     };
     if let Some(image) = maps::live() {
         work.judged.generation = generation(&image);
-        work.judged.decision = match packet::parse(&ctx::Skb(ctx), &link, &mut work.packet) {
+        match packet::parse(&ctx::Skb(ctx), &link, &mut work.packet) {
             Ok(()) => {
-                let judgement = flow::judge(&image, &maps::LruFlows, &work.packet, &clock);
-                if judgement.insert_failed {
-                    maps::count(record_counter(hook, Record::FlowInsertFailed), 1);
-                    if control.flags & CONTROL_DEBUG != 0 {
-                        debug!(ctx, "flow table took no entry on ifindex {}", link.ifindex);
-                    }
-                }
-                judgement.decision
+                let Work { packet, plan, .. } = &mut *work;
+                judge::plan(&image, &maps::LruFlows, packet, &clock, plan);
             }
-            Err(reason) => flow::judge_form(&image, &work.packet, reason),
-        };
+            Err(reason) => judge::plan_form(&image, &work.packet, reason, &mut work.plan),
+        }
+        let judgement = judge::carry_out(&image, &maps::LruFlows, &clock, &work.plan);
+        work.judged.decision = judgement.decision;
+        if judgement.insert_failed {
+            maps::count(record_counter(hook, Record::FlowInsertFailed), 1);
+            if control.flags & CONTROL_DEBUG != 0 {
+                info!(ctx, "flow table took no entry on ifindex {}", link.ifindex);
+            }
+        }
     }
     events::account(ctx, &work.packet, &work.judged);
     action(&work.judged.decision)

@@ -10,6 +10,7 @@ use enforcer_common::{
     decide,
     flow::{FlowSlot, FlowTable},
     image::Words,
+    judge::Plan,
     packet::Packet,
     verdict::COUNTERS as COUNTER_COUNT,
     wire::{
@@ -116,6 +117,7 @@ pub fn count(index: u32, packets: u64) {
 pub struct Work {
     pub packet: Packet,
     pub judged: Judged,
+    pub plan: Plan,
 }
 
 /// This run's workspace; `packet` is empty.

@@ -17,9 +17,9 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use enforcer_common::{
-    decide::{Decision, Query, Target, decide_class, generation},
+    decide::{Ask, Decision, Query, answer, generation},
     flow::{self, FlowTable as _},
-    image::{LOCAL_UNKNOWN, MAX_LOCAL, MAX_LOCAL_CLASSES, Words as _, address_class, header},
+    image::{Address, LOCAL_UNKNOWN, MAX_LOCAL, MAX_LOCAL_CLASSES, Words as _, header},
     packet::{Kind, Tuple},
     verdict::{Hook, Outcome, Record, packet_counter, record_counter},
     wire::{CONTROL_SOCKET_REFUSE, Control, Event, Process},
@@ -80,25 +80,22 @@ pub fn judge_v6(ctx: &SockAddrContext, hook: Hook) -> bool {
             (*sk).src_port as u16,
         )
     };
-    if destination[0] == 0 && destination[1] == 0 && destination[2] == 0xffff {
-        let bound = if message[2] == 0xffff {
-            message[3]
-        } else if socket[2] == 0xffff {
-            socket[3]
-        } else {
-            u32::from_be(socket4)
-        };
-        return judge(
-            ctx,
-            hook,
-            false,
-            [0, 0, 0, destination[3]],
-            [0, 0, 0, bound],
-            source_port,
-        );
-    }
-    let bound = if message == [0; 4] { socket } else { message };
-    judge(ctx, hook, true, destination, bound, source_port)
+    let mapped = destination[0] == 0 && destination[1] == 0 && destination[2] == 0xffff;
+    let bound = if !mapped {
+        if message == [0; 4] { socket } else { message }
+    } else if message[2] == 0xffff {
+        [0, 0, 0, message[3]]
+    } else if socket[2] == 0xffff {
+        [0, 0, 0, socket[3]]
+    } else {
+        [0, 0, 0, u32::from_be(socket4)]
+    };
+    let destination = if mapped {
+        [0, 0, 0, destination[3]]
+    } else {
+        destination
+    };
+    judge(ctx, hook, !mapped, destination, bound, source_port)
 }
 
 /// Four big-endian words of a context, each with a load of its own as the verifier demands.
@@ -162,22 +159,9 @@ fn judge(
     if unjudged(&image, &tuple) {
         return true;
     }
-    let target = Target::of(
-        &image,
-        &Query {
-            source: tuple.source_address(),
-            destination: tuple.destination_address(),
-            protocol: tuple.protocol,
-            selector: tuple.selector,
-        },
-    );
-    let words = if bound == [0; 4] {
-        every_class(&image, v6, &target)
-    } else {
-        let class = address_class(&image, &tuple.source_address());
-        denied(&image, class, &target)
+    let Some(words) = denied(&image, &tuple) else {
+        return true;
     };
-    let Some(words) = words else { return true };
     if answers_a_flow(&image, &mut tuple) {
         return true;
     }
@@ -283,43 +267,45 @@ fn local(image: &Image, v6: bool, i: u32) -> [u32; 4] {
     }
 }
 
-/// The verdict words if TC would deny a packet from this source class; `None` if not.
+/// The verdict words if TC would deny a packet from this socket: from the address it is bound to,
+/// or from every local one. `None` when one would pass, or the image names none.
 #[inline(always)]
-fn denied(image: &Image, class: u32, target: &Target) -> Option<u64> {
-    let words = decide_class(image, class, target);
-    if Outcome::from_bits(words as u32).passes() {
-        None
-    } else {
-        Some(words)
-    }
-}
-
-/// The verdict words if every local address, taken as the source, is denied; `None` when one is
-/// not, or the image names none.
-#[inline(always)]
-fn every_class(image: &Image, v6: bool, target: &Target) -> Option<u64> {
-    let (base, count) = if v6 {
-        (
+fn denied(image: &Image, tuple: &Tuple) -> Option<u64> {
+    let bound = tuple.source != [0; 4];
+    let (base, count) = match (bound, tuple.v6) {
+        (true, _) => (0, 1),
+        (false, true) => (
             image.word(header::LOCAL6_CLASSES),
             image.word(header::LOCAL6_CLASSES_COUNT),
-        )
-    } else {
-        (
+        ),
+        (false, false) => (
             image.word(header::LOCAL4_CLASSES),
             image.word(header::LOCAL4_CLASSES_COUNT),
-        )
+        ),
     };
     if count > MAX_LOCAL_CLASSES {
         return None;
     }
+    let mut query = Query {
+        source: tuple.source_address(),
+        destination: tuple.destination_address(),
+        protocol: tuple.protocol,
+        selector: tuple.selector,
+    };
     let mut words = None;
     let mut i = 0;
     while i < MAX_LOCAL_CLASSES {
         if i >= count {
             break;
         }
-        words = denied(image, image.word(base.wrapping_add(i)), target);
-        words?;
+        if !bound {
+            query.source = Address::of_class(image.word(base.wrapping_add(i)));
+        }
+        let verdict = answer(image, &Ask::rules(&query));
+        if Outcome::from_bits(verdict as u32).passes() {
+            return None;
+        }
+        words = Some(verdict);
         i += 1;
     }
     words

@@ -1,6 +1,8 @@
 //! What runs is what was written: `decide` on the compiled image says what the reference
 //! interpreter says of the policy, for every flow.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{
     cell::Cell,
     collections::{BTreeMap, BTreeSet},
@@ -55,13 +57,6 @@ impl Words for Spy<'_> {
     }
 }
 
-fn address(ip: IpAddr) -> Address {
-    match ip {
-        IpAddr::V4(ip) => Address::v4(ip.to_bits()),
-        IpAddr::V6(ip) => Address::v6((ip.to_bits() >> 64) as u64, ip.to_bits() as u64),
-    }
-}
-
 /// The reference's judgement in the words of the image.
 fn expected(policy: &Policy, env: &Environment, query: &FlowQuery) -> Decision {
     let judgement = reference::judge(policy, env, query);
@@ -89,8 +84,8 @@ fn outcome(outcome: reference::Outcome) -> Outcome {
 
 fn decided<W: Words>(image: &W, query: &FlowQuery) -> Decision {
     let query = Query {
-        source: address(query.src),
-        destination: address(query.dst),
+        source: query.src.into(),
+        destination: query.dst.into(),
         protocol: query.protocol,
         selector: query.selector,
     };
@@ -110,7 +105,7 @@ fn check(
     };
     prop_assert_eq!(decided(&spy, query), expected(policy, env, query));
 
-    let addresses = (address(query.src), address(query.dst));
+    let addresses = (Address::from(query.src), Address::from(query.dst));
     let form = decide_form(&spy, Some(addresses), Reason::Fragment);
     let (strength, guard) = reference::judge_form(policy, env, Some((query.src, query.dst)));
     prop_assert_eq!(form.outcome, outcome(strength));
@@ -174,7 +169,7 @@ fn representatives(policy: &Policy, env: &Environment, image: &Image) -> Vec<Vec
     let mut classes: BTreeMap<(u32, bool), BTreeSet<IpAddr>> = BTreeMap::new();
     let four = around4.map(|a| IpAddr::V4(Ipv4Addr::from_bits(a)));
     for ip in four.chain(around6.map(|a| IpAddr::V6(Ipv6Addr::from_bits(a)))) {
-        let class = address_class(image.words(), &address(ip));
+        let class = address_class(image.words(), &ip.into());
         classes.entry((class, ip.is_ipv6())).or_default().insert(ip);
     }
     let met: BTreeSet<u32> = classes.keys().map(|(class, _)| *class).collect();

@@ -73,3 +73,72 @@ pub fn icmp(kind: u8, code: u8, identifier: u16) -> Vec<u8> {
     message.extend([0, 1]);
     message
 }
+
+/// VLAN tags (tag protocol, tag control information) put behind the addresses.
+pub fn tagged(frame: &[u8], tags: &[(u16, u16)]) -> Vec<u8> {
+    let mut out = frame[..12].to_vec();
+    for (protocol, tci) in tags {
+        out.extend(protocol.to_be_bytes());
+        out.extend(tci.to_be_bytes());
+    }
+    out.extend(&frame[12..]);
+    out
+}
+
+/// The IPv4 frame with `words` words of NOP options.
+pub fn with_options(frame: &[u8], words: u8) -> Vec<u8> {
+    let mut out = frame[..34].to_vec();
+    out.extend(vec![1; usize::from(words) * 4]);
+    out.extend(&frame[34..]);
+    out[14] = 0x45 + words;
+    let total = u16::try_from(out.len() - 14).unwrap();
+    out[16..18].copy_from_slice(&total.to_be_bytes());
+    out
+}
+
+/// The IPv4 frame as a fragment: offset in units of eight bytes.
+pub fn as_fragment(frame: &[u8], offset: u16, more: bool) -> Vec<u8> {
+    let mut out = frame.to_vec();
+    let field = offset | if more { 0x2000 } else { 0 };
+    out[20..22].copy_from_slice(&field.to_be_bytes());
+    out
+}
+
+/// An IPv6 extension header.
+#[derive(Clone, Copy, Debug)]
+pub enum Extension {
+    HopByHop,
+    Options,
+    /// Segments left.
+    Routing(u8),
+    /// Offset in units of eight bytes, and whether more fragments follow.
+    Fragment(u16, bool),
+}
+
+/// A payload behind extension headers of eight bytes each, and the protocol of the first.
+pub fn extended(headers: &[Extension], protocol: u8, payload: &[u8]) -> (u8, Vec<u8>) {
+    let mut next = protocol;
+    let mut bytes = payload.to_vec();
+    for header in headers.iter().rev() {
+        let (number, mut all) = match *header {
+            Extension::HopByHop => (0, vec![next, 0, 1, 4, 0, 0, 0, 0]),
+            Extension::Options => (60, vec![next, 0, 1, 4, 0, 0, 0, 0]),
+            Extension::Routing(left) => (43, vec![next, 0, 0, left, 0, 0, 0, 0]),
+            Extension::Fragment(offset, more) => {
+                let [a, b] = (offset << 3 | u16::from(more)).to_be_bytes();
+                (44, vec![next, 0, a, b, 0, 0, 0, 7])
+            }
+        };
+        all.extend(bytes);
+        bytes = all;
+        next = number;
+    }
+    (next, bytes)
+}
+
+/// An ICMP or ICMPv6 error of this type that quotes a packet.
+pub fn icmp_error(kind: u8, code: u8, quoted: &[u8]) -> Vec<u8> {
+    let mut message = vec![kind, code, 0, 0, 0, 0, 0, 0];
+    message.extend(quoted);
+    message
+}

@@ -4,12 +4,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use aya::{
     maps::HashMap,
-    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+    programs::{Program, SchedClassifier, TestRun as _, TestRunOptions},
 };
 use enforcer::{
     compile::{self, Image, Options},
     dataplane::{
-        Counters, Dataplane as _, EventSource,
+        Counters, Dataplane as _, EventSource, PacketCount, RecordCount,
         kernel::{KernelDataplane, LoadOptions},
     },
     policy::model::{Environment, Policy},
@@ -17,7 +17,7 @@ use enforcer::{
 use enforcer_common::{
     image::essential,
     verdict::{Hook, Outcome, Reason},
-    wire::{Event, FlowEntry, FlowKey, FlowKey4},
+    wire::{Event, FlowEntry, FlowKey, FlowKey4, Interface},
 };
 
 static GENERATION: AtomicU32 = AtomicU32::new(1);
@@ -41,6 +41,18 @@ pub struct Programs {
     pub dataplane: KernelDataplane,
     pub events: Box<dyn EventSource>,
     last: Counters,
+}
+
+/// A flow table, copied.
+pub type Flows<K> = std::collections::HashMap<K, FlowEntry>;
+
+/// Keeps this thread on the CPU it is on, so that per-CPU aggregation sees all of its packets.
+pub fn pin() {
+    // SAFETY: no arguments, no effects.
+    let cpu = unsafe { libc::sched_getcpu() };
+    let mut set = nix::sched::CpuSet::new();
+    set.set(usize::try_from(cpu).unwrap()).unwrap();
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set).unwrap();
 }
 
 /// What one packet got.
@@ -78,6 +90,12 @@ impl Programs {
 
     /// Runs a frame through a hook's program; the raw action.
     pub fn run(&mut self, hook: Hook, frame: &[u8]) -> i32 {
+        self.run_often(hook, frame, 1).0
+    }
+
+    /// Runs a frame `times` times on one CPU; the last action and the frame as it comes out.
+    pub fn run_often(&mut self, hook: Hook, frame: &[u8], times: u32) -> (i32, Vec<u8>) {
+        let mut out = vec![0; frame.len() + 256];
         let program: &mut SchedClassifier = self
             .dataplane
             .ebpf_mut()
@@ -87,17 +105,88 @@ impl Programs {
             .unwrap();
         let options = TestRunOptions {
             data_in: Some(frame),
+            data_out: Some(&mut out),
+            repeat: times,
             ..TestRunOptions::new()
         };
-        program
-            .test_run(options)
-            .expect("the kernel runs it")
-            .return_value
-            .cast_signed()
+        let result = program.test_run(options).expect("the kernel runs it");
+        out.truncate(result.data_size_out as usize);
+        (result.return_value.cast_signed(), out)
     }
 
     pub fn counters(&self) -> Counters {
         self.dataplane.counters().expect("counters")
+    }
+
+    /// Forgets what `judge` saw last, after frames that did not come through it.
+    pub fn settle(&mut self) {
+        self.last = self.counters();
+    }
+
+    /// Packets counted at a hook with this outcome, whatever the reason.
+    pub fn count(&self, hook: Hook, outcome: Outcome) -> u64 {
+        let counters = self.counters();
+        let here = |c: &&PacketCount| (c.hook, c.outcome) == (hook, outcome);
+        counters
+            .packets
+            .iter()
+            .filter(here)
+            .map(|c| c.packets)
+            .sum()
+    }
+
+    /// The fates of records at a hook, after checking that each denial has exactly one.
+    pub fn records(&self, hook: Hook) -> RecordCount {
+        let counters = self.counters();
+        for records in &counters.records {
+            let judged: u64 = counters
+                .packets
+                .iter()
+                .filter(|c| c.hook == records.hook)
+                .filter(|c| matches!(c.outcome, Outcome::Denied | Outcome::WouldDeny))
+                .map(|c| c.packets)
+                .sum();
+            let accounted = records.emitted + records.suppressed + records.lost;
+            assert_eq!(judged, accounted, "{records:?}");
+        }
+        *counters.records.iter().find(|r| r.hook == hook).unwrap()
+    }
+
+    /// Both flow tables, IPv4 first.
+    pub fn flows(&mut self) -> (Flows<FlowKey4>, Flows<FlowKey>) {
+        fn all<K: aya::Pod + Eq + std::hash::Hash>(map: &aya::maps::Map) -> Flows<K> {
+            let flows: HashMap<_, K, FlowEntry> = map.try_into().unwrap();
+            flows.iter().map(Result::unwrap).collect()
+        }
+        let ebpf = self.dataplane.ebpf_mut();
+        (
+            all(ebpf.map("FLOWS4").unwrap()),
+            all(ebpf.map("FLOWS6").unwrap()),
+        )
+    }
+
+    /// How the kernel sees the packets of an interface (`INTERFACE_*` bits).
+    pub fn set_interface(&mut self, ifindex: u32, flags: u32) {
+        let map = self.dataplane.ebpf_mut().map_mut("INTERFACES").unwrap();
+        let mut interfaces: HashMap<_, u32, Interface> = map.try_into().unwrap();
+        interfaces.insert(ifindex, Interface { flags }, 0).unwrap();
+    }
+
+    /// Instructions that the verifier went through for each program that gets attached.
+    pub fn verified_instructions(&mut self) -> Vec<(String, u32)> {
+        self.dataplane
+            .ebpf_mut()
+            .programs()
+            .map(|(name, program)| {
+                let info = match program {
+                    Program::SchedClassifier(p) => p.info(),
+                    Program::CgroupSockAddr(p) => p.info(),
+                    _ => panic!("{name}: an unknown type of program"),
+                };
+                let count = info.unwrap().verified_instruction_count().unwrap();
+                (name.to_owned(), count)
+            })
+            .collect()
     }
 
     /// Empties both flow tables.

@@ -9,5 +9,7 @@
 
 pub mod daemon;
 pub mod frame;
+pub mod host;
 pub mod kernel;
 pub mod netns;
+pub mod traffic;

@@ -230,7 +230,7 @@ pub struct ProcessInfo {
 /// One or more packets (or calls) of one flow that were denied or would have been.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Denial {
-    /// Time of the last of them.
+    /// Time of the last of them, to within a second when there are several.
     pub time: Time,
     /// What happened.
     pub verdict: Verdict,

@@ -5,9 +5,10 @@ use std::net::IpAddr;
 use jiff::{civil::Date, tz::TimeZone};
 
 use crate::api::{
-    client::{Client, DenialsQuery},
+    client::{Client, ClientError, DenialsQuery},
     types::{Default as DenyDefault, Denial, Lost, LostCause, Peer, Record, Time, Verdict},
 };
+use crate::poll::Closed;
 
 use super::{
     Exit, Failure, Format, Globals, block_on,
@@ -44,7 +45,20 @@ pub fn run(args: &Args, globals: &Globals, out: &mut Out) -> Result<Exit, Failur
     block_on(async {
         let mut records = client.denials(&query).await?;
         let zone = TimeZone::system();
-        while let Some(record) = records.next().await? {
+        let closed = Closed::new(&std::io::stdout());
+        loop {
+            let next = tokio::select! {
+                next = records.next() => next,
+                // `denials -f | head -1` must not wait for a second denial.
+                () = closed.wait() => return Ok(Exit::Fine),
+            };
+            let record = match next {
+                Ok(Some(record)) => record,
+                Ok(None) => break,
+                // It does not say good-bye to followers.
+                Err(ClientError::Broken(_)) if args.follow => break,
+                Err(error) => return Err(error.into()),
+            };
             match args.output {
                 Format::Json => out.json_line(&record)?,
                 Format::Text => {

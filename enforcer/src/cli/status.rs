@@ -82,7 +82,7 @@ fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
 
     section(out, "packets", "")?;
     if status.counters.is_empty() {
-        field(out, "none yet", "")?;
+        out.line("  none yet")?;
     }
     for counter in &status.counters {
         let what = format!("{} ({})", counter.outcome.replace('_', " "), counter.reason);

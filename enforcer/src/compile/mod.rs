@@ -214,7 +214,7 @@ impl Tables<'_> {
                 let host = self.hosts4.get(key as usize);
                 host.map_or([0, EMPTY], |(address, class)| [*address, *class])
             });
-            writer.set(header::V4_HOSTS_MASK, hosts4.mask);
+            writer.set(header::V4_HOSTS_BUCKETS, hosts4.buckets);
             let at = writer.append_aligned(&table)?;
             writer.set(header::V4_HOSTS, at);
         }
@@ -226,7 +226,7 @@ impl Tables<'_> {
                     [a, b, c, d, *class]
                 })
             });
-            writer.set(header::V6_HOSTS_MASK, hosts6.mask);
+            writer.set(header::V6_HOSTS_BUCKETS, hosts6.buckets);
             let at = writer.append_aligned(&table)?;
             writer.set(header::V6_HOSTS, at);
         }
@@ -237,7 +237,7 @@ impl Tables<'_> {
                     [e.row, e.service, e.verdict.0, e.verdict.1]
                 })
             });
-            writer.set(header::EXCEPTIONS_MASK, exceptions.mask);
+            writer.set(header::EXCEPTIONS_BUCKETS, exceptions.buckets);
             let at = writer.append_aligned(&table)?;
             writer.set(header::EXCEPTIONS, at);
         }

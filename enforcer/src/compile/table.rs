@@ -3,12 +3,12 @@
 
 use enforcer_common::image::{self, EMPTY};
 
-/// Moves before a placement is given up. At the loads that [`mask_for`] allows, a placement that
+/// Moves before a placement is given up. At the loads that [`fewest`] allows, a placement that
 /// exists is found within a few dozen.
 const KICKS: usize = 1_000;
 /// Seeds tried before the tables grow, and again after each growth.
 const SEEDS_PER_SIZE: u64 = 2;
-/// Attempts in all. Every second one doubles what did not fit, so few are ever made.
+/// Attempts in all. Every second one adds an eighth to what did not fit, so few are ever made.
 const ATTEMPTS: u64 = 24;
 
 /// The keys of one table, and the shape of its buckets.
@@ -24,8 +24,8 @@ pub(super) struct Keys<'a> {
 /// Where the keys of one table are.
 #[derive(Debug)]
 pub(super) struct Placed {
-    /// Number of buckets minus one.
-    pub(super) mask: u32,
+    /// Number of buckets.
+    pub(super) buckets: u32,
     /// Per slot, bucket by bucket: the index of its key, or [`EMPTY`].
     pub(super) slots: Vec<u32>,
 }
@@ -34,15 +34,18 @@ pub(super) struct Placed {
 ///
 /// `None` when no seed did: keys that hash alike under every seed, so practically never.
 pub(super) fn place(tables: &[Keys<'_>]) -> Option<(u64, Vec<Placed>)> {
-    let mut masks: Vec<u32> = tables.iter().map(mask_for).collect();
+    let mut sizes: Vec<u32> = tables.iter().map(fewest).collect();
     for attempt in 0..ATTEMPTS {
         let seed = image::mix(attempt, 0x656e_666f_7263_6572);
         let mut placed = Vec::with_capacity(tables.len());
         let grow = attempt % SEEDS_PER_SIZE == SEEDS_PER_SIZE - 1;
-        for (table, mask) in tables.iter().zip(&mut masks) {
-            match place_one(table, *mask, seed) {
-                Some(slots) => placed.push(Placed { mask: *mask, slots }),
-                None if grow => *mask = mask.wrapping_mul(2).wrapping_add(1),
+        for (table, buckets) in tables.iter().zip(&mut sizes) {
+            match place_one(table, *buckets, seed) {
+                Some(slots) => placed.push(Placed {
+                    buckets: *buckets,
+                    slots,
+                }),
+                None if grow => *buckets = buckets.saturating_add(*buckets / 8 + 1),
                 None => {}
             }
         }
@@ -53,22 +56,21 @@ pub(super) fn place(tables: &[Keys<'_>]) -> Option<(u64, Vec<Placed>)> {
     None
 }
 
-/// Fewest buckets that fill to 96 % (four slots; possible up to 98 %) or 92 % (three; 96 %).
-fn mask_for(keys: &Keys<'_>) -> u32 {
+/// Fewest buckets: full to 96 % (four slots; 98 % is possible) or 92 % (three; 96 %).
+fn fewest(keys: &Keys<'_>) -> u32 {
     let percent = if keys.slots > 3 { 96 } else { 92 };
-    let buckets = (keys.count * 100).div_ceil(keys.slots * percent);
-    super::word(buckets.next_power_of_two() - 1)
+    super::word((keys.count * 100).div_ceil(keys.slots * percent))
 }
 
-fn place_one(keys: &Keys<'_>, mask: u32, seed: u64) -> Option<Vec<u32>> {
-    let mut slots = vec![EMPTY; (mask as usize + 1) * keys.slots];
+fn place_one(keys: &Keys<'_>, buckets: u32, seed: u64) -> Option<Vec<u32>> {
+    let mut slots = vec![EMPTY; buckets as usize * keys.slots];
     let mut random = seed;
     for key in 0..keys.count {
         let mut key = super::word(key);
         let mut from = None;
         let mut kicks = 0;
         loop {
-            let (first, second) = image::buckets((keys.hash)(key as usize, seed), mask);
+            let (first, second) = image::buckets((keys.hash)(key as usize, seed), buckets);
             if put(&mut slots, keys.slots, first, key) || put(&mut slots, keys.slots, second, key) {
                 break;
             }

@@ -258,31 +258,35 @@ fn placed_keys_sit_in_one_of_their_two_buckets_once() {
         let mut seen = vec![false; count];
         for (bucket, keys) in (0u32..).zip(placed[0].slots.chunks(slots)) {
             for key in keys.iter().filter(|key| **key != EMPTY) {
-                let (first, second) = layout::buckets(hash(*key as usize, seed), placed[0].mask);
+                let (first, second) = layout::buckets(hash(*key as usize, seed), placed[0].buckets);
                 assert!(bucket == first || bucket == second);
                 assert!(!std::mem::replace(&mut seen[*key as usize], true));
             }
         }
         assert!(seen.into_iter().all(|found| found));
-        // Never twice as large as it needs to be.
-        assert!(placed[0].slots.len() <= slots * (2 * count / slots + 4));
+        // Hardly larger than its keys.
+        assert!(placed[0].slots.len() <= count + count / 8 + 8);
     }
 }
 
 #[test]
 fn a_table_grows_when_its_keys_crowd() {
-    // Hashes that differ above bit 2 only: one bucket until there are 16, four when there are 32.
-    let hash = |key: usize, _| {
-        let bucket = key as u64 % 4 * 8;
-        bucket << 32 | bucket
+    // Hashes that differ in their upper two bits only: four buckets at most, whatever the table.
+    let crowd = |count| {
+        let hash = |key: usize, _| {
+            let half = (key as u64 % 4) << 30;
+            half << 32 | half
+        };
+        table::place(&[Keys {
+            count,
+            slots: 4,
+            hash: &hash,
+        }])
     };
-    let (_, placed) = table::place(&[Keys {
-        count: 12,
-        slots: 4,
-        hash: &hash,
-    }])
-    .unwrap();
-    assert_eq!(placed[0].mask, 31);
+    // Three buckets would hold twelve keys, were they spread; so it takes four.
+    let (_, placed) = crowd(11).unwrap();
+    assert_eq!(placed[0].buckets, 4);
+    assert!(crowd(17).is_none());
     // Keys that hash alike under every seed have no place in any table.
     let alike = |_: usize, _: u64| 5;
     let placed = table::place(&[Keys {

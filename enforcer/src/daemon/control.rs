@@ -86,6 +86,9 @@ impl Control {
         self.links.sync_hooks(&self.shared.dataplane, &host)?;
         self.shared.note(|board| {
             board.interfaces = statuses;
+            board
+                .addresses
+                .clone_from(&self.host.environment.host_addresses);
             board.socket_hooks = self.links.socket_hooks();
         });
         Ok(())
@@ -94,7 +97,7 @@ impl Control {
     /// Runs until `stop` turns true.
     ///
     /// # Errors
-    /// When the policy's files cannot be watched.
+    /// When the policy's files or the interfaces cannot be watched at the start.
     pub async fn run(
         &mut self,
         mut asks: mpsc::Receiver<Ask>,
@@ -103,12 +106,13 @@ impl Control {
     ) -> io::Result<()> {
         let mut watch = Watch::new(&self.segments)?;
         let mut netlink = Netlink::new()?;
+        // Loading the programs takes a second, in which nobody was watching.
+        self.files_changed().await;
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                // An error means that the sender is gone: no reason to go on either.
-                _ = stop.wait_for(|stop| *stop) => return Ok(()),
+                () = stopped(stop) => return Ok(()),
                 Some(ask) = asks.recv() => {
                     let answer = self.reload("request").await;
                     // The client may have left.
@@ -118,14 +122,17 @@ impl Control {
                     // Logged, and on the board.
                     let _ = self.reload("SIGHUP").await;
                 }
-                changed = watch.changed() => {
-                    changed?;
-                    self.files_changed().await;
-                }
-                removed = netlink.changed() => {
-                    self.links.removed(&self.shared.dataplane, &removed?);
-                    self.look().await;
-                }
+                changed = watch.changed() => match changed {
+                    Ok(()) => self.files_changed().await,
+                    Err(error) => broken("cannot watch the policy's files", &error).await,
+                },
+                removed = netlink.changed() => match removed {
+                    Ok(removed) => {
+                        self.links.removed(&self.shared.dataplane, &removed);
+                        self.look().await;
+                    }
+                    Err(error) => broken("cannot listen to rtnetlink", &error).await,
+                },
                 _ = tick.tick() => {
                     watch.repair();
                     self.look().await;
@@ -156,6 +163,9 @@ impl Control {
         }
         self.shared.note(|board| {
             board.interfaces = statuses;
+            board
+                .addresses
+                .clone_from(&self.host.environment.host_addresses);
             board.socket_hooks = self.links.socket_hooks();
             board.problems = error.into_iter().collect();
         });
@@ -271,6 +281,17 @@ impl Control {
             generation,
         })
     }
+}
+
+/// Enforcement goes on without: SIGHUP and the tick do the same, later.
+async fn broken(what: &str, error: &io::Error) {
+    tracing::error!(%error, "{what}");
+    tokio::time::sleep(TICK).await;
+}
+
+async fn stopped(stop: &mut signal::Receiver<bool>) {
+    // An error means that the sender is gone: no reason to go on either.
+    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// Why a reload changed nothing.

@@ -1,1 +1,138 @@
+//! A dataplane in memory: what the daemon asked for, and records at the test's word.
 
+use std::{
+    collections::{BTreeSet, VecDeque},
+    io::{Read, Write},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use enforcer_common::wire::Event;
+
+use crate::{
+    compile::Image,
+    dataplane::{Counters, Dataplane, DataplaneError, EventSource, Interface, SocketHooks},
+};
+
+/// What has happened, and what is to happen.
+#[derive(Default)]
+pub struct Fake {
+    /// Images applied, by generation and hash.
+    pub applied: Vec<(u32, u64)>,
+    /// Attached now.
+    pub attached: BTreeSet<u32>,
+    pub hooks: Option<SocketHooks>,
+    pub detached_all: bool,
+    pub refuse_apply: bool,
+    pub refuse_attach: bool,
+    pub counters: Counters,
+    pub running: Vec<Event>,
+    pub size_class: u32,
+    events: VecDeque<Event>,
+    wake: Option<UnixStream>,
+}
+
+/// A fake and the test's handle on it.
+#[derive(Clone, Default)]
+pub struct Handle(Arc<Mutex<Fake>>);
+
+impl Handle {
+    pub fn lock(&self) -> MutexGuard<'_, Fake> {
+        self.0.lock().unwrap()
+    }
+
+    pub fn open(&self, size_class: u32) -> Box<dyn Dataplane> {
+        self.lock().size_class = size_class;
+        Box::new(self.clone())
+    }
+
+    /// Puts records into the ring buffer.
+    pub fn emit(&self, events: &[Event]) {
+        let mut fake = self.lock();
+        fake.events.extend(events);
+        let wake = fake.wake.as_mut().unwrap();
+        wake.write_all(&[1]).unwrap();
+    }
+}
+
+fn refused(call: &str) -> DataplaneError {
+    DataplaneError::Syscall {
+        call: call.to_owned(),
+        source: std::io::Error::from_raw_os_error(12),
+    }
+}
+
+impl Dataplane for Handle {
+    fn apply(&mut self, image: &Image) -> Result<(), DataplaneError> {
+        let mut fake = self.lock();
+        if fake.refuse_apply {
+            return Err(refused("apply"));
+        }
+        fake.applied.push((image.generation(), image.hash()));
+        Ok(())
+    }
+
+    fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
+        let mut fake = self.lock();
+        assert!(!fake.applied.is_empty(), "attached before a policy is live");
+        if fake.refuse_attach {
+            return Err(refused("attach"));
+        }
+        fake.attached.insert(interface.ifindex);
+        Ok(())
+    }
+
+    fn detach(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
+        self.lock().attached.remove(&ifindex);
+        Ok(())
+    }
+
+    fn socket_hooks(&mut self, mode: SocketHooks) -> Result<(), DataplaneError> {
+        self.lock().hooks = Some(mode);
+        Ok(())
+    }
+
+    fn counters(&self) -> Result<Counters, DataplaneError> {
+        Ok(self.lock().counters.clone())
+    }
+
+    fn running_counts(&self) -> Result<Vec<Event>, DataplaneError> {
+        Ok(self.lock().running.clone())
+    }
+
+    fn take_events(&mut self) -> Option<Box<dyn EventSource>> {
+        let (wake, woken) = UnixStream::pair().unwrap();
+        woken.set_nonblocking(true).unwrap();
+        self.lock().wake = Some(wake);
+        Some(Box::new(Source {
+            handle: self.clone(),
+            woken,
+        }))
+    }
+
+    fn detach_all(&mut self) -> Result<(), DataplaneError> {
+        let mut fake = self.lock();
+        fake.attached.clear();
+        fake.detached_all = true;
+        Ok(())
+    }
+}
+
+struct Source {
+    handle: Handle,
+    woken: UnixStream,
+}
+
+impl EventSource for Source {
+    fn next(&mut self) -> Option<Event> {
+        let _ = self.woken.read(&mut [0; 64]);
+        self.handle.lock().events.pop_front()
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.woken.as_fd()
+    }
+}

@@ -176,3 +176,100 @@ fn status(name: &str, ifindex: u32, error: Option<String>) -> InterfaceStatus {
         error,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::daemon::fake::Handle;
+
+    fn link(ifindex: u32, name: &str) -> Link {
+        Link {
+            ifindex,
+            name: name.to_owned(),
+            kind: if name == "lo" { 772 } else { 1 },
+            up: true,
+            loopback: name == "lo",
+        }
+    }
+
+    fn host(links: &[(u32, &str)]) -> Host {
+        Host {
+            links: links.iter().map(|(i, name)| link(*i, name)).collect(),
+            ..Host::default()
+        }
+    }
+
+    fn setup(patterns: &[&str]) -> (Handle, SharedDataplane, Links) {
+        let fake = Handle::default();
+        fake.lock().applied.push((1, 1));
+        let dataplane: SharedDataplane = Arc::new(Mutex::new(fake.open(0)));
+        let patterns = patterns.iter().map(|p| p.parse().unwrap()).collect();
+        (fake, dataplane, Links::new(patterns, SocketHooks::Refuse))
+    }
+
+    fn attached(fake: &Handle) -> Vec<u32> {
+        fake.lock().attached.iter().copied().collect()
+    }
+
+    #[test]
+    fn hooks_follow_interfaces_that_come_go_and_change_names() {
+        let (fake, dataplane, mut links) = setup(&["veth*", "eth0"]);
+        links.sync(
+            &dataplane,
+            &host(&[(1, "lo"), (2, "eth0"), (3, "veth1"), (4, "x")]),
+        );
+        assert_eq!(attached(&fake), [2, 3]);
+        links.sync(
+            &dataplane,
+            &host(&[(2, "eth0"), (4, "veth9"), (5, "veth2")]),
+        );
+        assert_eq!(attached(&fake), [2, 4, 5]);
+        // Away and back between two looks: the hooks are gone with the first one.
+        fake.lock().attached.remove(&5);
+        links.removed(&dataplane, &[5, 99]);
+        let statuses = links.sync(&dataplane, &host(&[(4, "veth9"), (5, "veth2")]));
+        assert_eq!(attached(&fake), [4, 5]);
+        let missing = statuses.iter().find(|s| s.name == "eth0").unwrap();
+        assert!(!missing.enforced && missing.ifindex == 0);
+    }
+
+    #[test]
+    fn a_failure_is_reported_and_tried_again() {
+        let (fake, dataplane, mut links) = setup(&["eth0"]);
+        fake.lock().refuse_attach = true;
+        let status = links.sync(&dataplane, &host(&[(2, "eth0")])).remove(0);
+        assert!(!status.enforced && status.hooks.is_empty());
+        assert!(status.error.unwrap().contains("attach"));
+        fake.lock().refuse_attach = false;
+        let status = links.sync(&dataplane, &host(&[(2, "eth0")])).remove(0);
+        assert!(status.enforced && status.error.is_none());
+    }
+
+    #[test]
+    fn a_glob_spares_the_loopback_and_a_name_does_not() {
+        let (fake, dataplane, mut links) = setup(&["*"]);
+        links.sync(&dataplane, &host(&[(1, "lo"), (2, "eth0")]));
+        assert_eq!(attached(&fake), [2]);
+        let (fake, dataplane, mut links) = setup(&["lo"]);
+        links.sync(&dataplane, &host(&[(1, "lo")]));
+        assert_eq!(attached(&fake), [1]);
+    }
+
+    #[test]
+    fn socket_hooks_refuse_only_while_every_way_out_is_enforced() {
+        let (fake, dataplane, mut links) = setup(&["eth*"]);
+        let mut mode = |host: &Host| {
+            links.sync(&dataplane, host);
+            links.sync_hooks(&dataplane, host).unwrap();
+            fake.lock().hooks
+        };
+        let all = host(&[(1, "lo"), (2, "eth0")]);
+        assert_eq!(mode(&all), Some(SocketHooks::Refuse));
+        let mut open = host(&[(1, "lo"), (2, "eth0"), (3, "wg0")]);
+        assert_eq!(mode(&open), Some(SocketHooks::Observe));
+        open.links[2].up = false;
+        assert_eq!(mode(&open), Some(SocketHooks::Refuse));
+    }
+}

@@ -132,12 +132,8 @@ pub async fn run(
 
     let reader = match events {
         Some(source) => {
-            let names = Arc::clone(&shared);
-            let enricher = Enricher::new(
-                generations,
-                Box::new(move |ifindex| names.interface_name(ifindex)),
-                Cgroups::new(cgroup2_root().ok()),
-            );
+            let cgroups = Cgroups::new(cgroup2_root().ok());
+            let enricher = Enricher::new(generations, Arc::clone(&shared) as _, cgroups);
             let dataplane = Arc::clone(&shared.dataplane);
             let store = Arc::clone(&shared.store);
             let reader = Reader::new(source, dataplane, enricher, store);

@@ -1,6 +1,8 @@
 //! What the daemon's tasks share, and the status made of it.
 
 use std::{
+    collections::BTreeSet,
+    net::IpAddr,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
@@ -12,7 +14,7 @@ use crate::{
     },
     compile::Image,
     dataplane::{Counters, Dataplane, SocketHooks},
-    events::{Generations, Store, reader::SharedDataplane},
+    events::{Generations, Store, enrich::Local, reader::SharedDataplane},
     policy::model::Policy,
 };
 
@@ -40,6 +42,8 @@ pub struct Board {
     pub interfaces: Vec<InterfaceStatus>,
     /// What the socket hooks do.
     pub socket_hooks: Option<SocketHooks>,
+    /// Addresses of this host.
+    pub addresses: BTreeSet<IpAddr>,
     /// Other things that are wrong.
     pub problems: Vec<String>,
 }
@@ -83,15 +87,6 @@ impl Shared {
     /// Changes the board; do not wait inside.
     pub fn note<T>(&self, change: impl FnOnce(&mut Board) -> T) -> T {
         change(&mut self.board.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// The name of an enforced interface.
-    pub fn interface_name(&self, ifindex: u32) -> Option<Arc<str>> {
-        self.note(|board| {
-            let mut interfaces = board.interfaces.iter();
-            let interface = interfaces.find(|i| i.ifindex == ifindex)?;
-            Some(interface.name.as_str().into())
-        })
     }
 
     /// Asks the live image about a flow.
@@ -146,6 +141,20 @@ impl Shared {
             pid: std::process::id(),
             started_at: self.started_at,
         }
+    }
+}
+
+impl Local for Shared {
+    fn interface_name(&self, ifindex: u32) -> Option<Arc<str>> {
+        self.note(|board| {
+            let mut interfaces = board.interfaces.iter();
+            let interface = interfaces.find(|i| i.ifindex == ifindex)?;
+            Some(interface.name.as_str().into())
+        })
+    }
+
+    fn addresses(&self) -> BTreeSet<IpAddr> {
+        self.note(|board| board.addresses.clone())
     }
 }
 

@@ -18,12 +18,18 @@ use aya::{
     },
     util::KernelVersion,
 };
+use aya_log::EbpfLogger;
 use enforcer_common::{
     verdict::{COUNTERS, Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::{
         CONTROL_DEBUG, CONTROL_SOCKET_REFUSE, Control, DeniedSlot, Event, INTERFACE_L3,
         Interface as WireInterface, slot,
     },
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
 use super::{
@@ -109,6 +115,9 @@ impl KernelDataplane {
             events,
         };
         this.write_control()?;
+        if options.debug {
+            forward_messages(&mut this.ebpf)?;
+        }
         Ok(this)
     }
 
@@ -266,12 +275,12 @@ impl Dataplane for KernelDataplane {
     }
 
     fn counters(&self) -> Result<Counters, DataplaneError> {
-        let map: PerCpuArray<_, u64> = typed(&self.ebpf, "COUNTERS")?;
-        let mut sums = Vec::with_capacity(COUNTERS as usize);
-        for index in 0..COUNTERS {
-            let values = map.get(&index, 0).map_err(map_error("read COUNTERS"))?;
-            sums.push(values.iter().fold(0u64, |sum, v| sum.wrapping_add(*v)));
-        }
+        let Some(Map::PerCpuArray(map)) = self.ebpf.map("COUNTERS") else {
+            return Err(missing("COUNTERS"));
+        };
+        // One call: the daemon reads them often, and 544 calls are half a millisecond.
+        let cpus = aya::util::nr_cpus().map_err(|(_, e)| syscall("count CPUs")(e))?;
+        let sums = sys::sums(map.fd().as_fd(), COUNTERS, cpus).map_err(syscall("read COUNTERS"))?;
         let at = |index: u32| sums.get(index as usize).copied().unwrap_or(0);
         let mut counters = Counters::default();
         for hook in Hook::ALL {
@@ -352,6 +361,25 @@ impl EventSource for KernelEvents {
     fn fd(&self) -> BorrowedFd<'_> {
         self.ring.as_fd()
     }
+}
+
+/// Passes what the programs say through aya-log on to `log`, and so to the daemon's own log, from
+/// a thread that ends with the process.
+fn forward_messages(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
+    let mut logger = EbpfLogger::init(ebpf).map_err(|e| load_error("AYA_LOGS", &e))?;
+    std::thread::Builder::new()
+        .name("kernel-debug".to_owned())
+        .spawn(move || {
+            loop {
+                let mut fds = [PollFd::new(logger.as_fd(), PollFlags::POLLIN)];
+                if poll(&mut fds, PollTimeout::NONE).is_err_and(|e| e != Errno::EINTR) {
+                    return;
+                }
+                logger.flush();
+            }
+        })
+        .map(drop)
+        .map_err(syscall("start a thread for debug messages"))
 }
 
 /// Learns the kernel's ticks a second from a program that returns jiffies.

@@ -9,6 +9,7 @@ use std::{
 const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_FREEZE: libc::c_long = 22;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_F_RDONLY_PROG: u32 = 1 << 7;
 
@@ -36,6 +37,19 @@ struct ElementAttr {
     flags: u64,
 }
 
+/// `bpf_attr` of the batch commands.
+#[repr(C)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
 /// `bpf_attr` of BPF_MAP_FREEZE.
 #[repr(C)]
 struct FreezeAttr {
@@ -44,7 +58,8 @@ struct FreezeAttr {
 
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
     // SAFETY: `attr` is a live, exclusive, fully initialised structure and its size is passed
-    // along; the kernel reads at most that much and writes nothing for these commands.
+    // along; the kernel reads at most that much, and writes only to `count` and the buffers of
+    // their stated lengths that a batch look-up names.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -111,6 +126,42 @@ fn update(map: BorrowedFd<'_>, index: &u32, value: *const u8) -> io::Result<()> 
         flags: 0,
     };
     bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// The first `count` elements of a per-CPU array of `u64`, each summed over CPUs, by one system
+/// call (Linux 5.13). `cpus` is the number of possible CPUs.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn sums(map: BorrowedFd<'_>, count: u32, cpus: usize) -> io::Result<Vec<u64>> {
+    let elements = count as usize;
+    let mut keys = vec![0u32; elements];
+    let mut values = vec![0u64; elements * cpus];
+    let mut next = 0u32;
+    let mut attr = BatchAttr {
+        in_batch: 0,
+        out_batch: std::ptr::from_mut(&mut next) as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count,
+        map_fd: map.as_raw_fd().unsigned_abs(),
+        elem_flags: 0,
+        flags: 0,
+    };
+    match bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) {
+        Ok(_) => {}
+        // The whole map was read: there is no next batch.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+        Err(error) => return Err(error),
+    }
+    let mut sums = vec![0u64; elements];
+    let read = attr.count as usize;
+    for (key, values) in keys.iter().zip(values.chunks(cpus)).take(read) {
+        if let Some(sum) = sums.get_mut(*key as usize) {
+            *sum = values.iter().fold(0, |sum, v| sum.wrapping_add(*v));
+        }
+    }
+    Ok(sums)
 }
 
 /// Makes a map read-only for user space as well, for good.

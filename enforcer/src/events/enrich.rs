@@ -1,7 +1,7 @@
 //! From a record's numbers to names, file and line, process and wall-clock time.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
@@ -28,6 +28,8 @@ pub type Names = Arc<[Arc<str>]>;
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     offset: i128,
+    /// Nanoseconds since boot when it was sampled.
+    pub boottime: u64,
 }
 
 impl Clock {
@@ -40,6 +42,7 @@ impl Clock {
         let boot = i128::from(boot.tv_sec()) * 1_000_000_000 + i128::from(boot.tv_nsec());
         Ok(Self {
             offset: jiff::Timestamp::now().as_nanosecond() - boot,
+            boottime: u64::try_from(boot).unwrap_or(0),
         })
     }
 
@@ -122,25 +125,29 @@ fn because_gone(generation: u32, rule: u32, segment: u32) -> Because {
     }
 }
 
+/// What records leave to be looked up on this host.
+pub trait Local: Send + Sync {
+    /// The name of an interface.
+    fn interface_name(&self, ifindex: u32) -> Option<Arc<str>>;
+    /// This host's addresses.
+    fn addresses(&self) -> BTreeSet<IpAddr>;
+}
+
 /// Turns records into [`Denial`]s.
 pub struct Enricher {
     generations: Arc<Generations>,
-    interface_name: Box<dyn Fn(u32) -> Option<Arc<str>> + Send>,
+    local: Arc<dyn Local>,
     cgroups: Cgroups,
     names: HashMap<IpAddr, Names>,
     names_of: Option<Arc<Policy>>,
 }
 
 impl Enricher {
-    /// `interface_name` gives the name of an ifindex.
-    pub fn new(
-        generations: Arc<Generations>,
-        interface_name: Box<dyn Fn(u32) -> Option<Arc<str>> + Send>,
-        cgroups: Cgroups,
-    ) -> Self {
+    /// Nothing is looked up yet.
+    pub fn new(generations: Arc<Generations>, local: Arc<dyn Local>, cgroups: Cgroups) -> Self {
         Self {
             generations,
-            interface_name,
+            local,
             cgroups,
             names: HashMap::new(),
             names_of: None,
@@ -156,6 +163,7 @@ impl Enricher {
             None => because_gone(event.generation, event.rule, event.segment),
         };
         let mut names = |ip: Option<IpAddr>| match (&policy, ip) {
+            (Some(policy), Some(ip)) if ip.is_unspecified() => self.local_names(policy, ip),
             (Some(policy), Some(ip)) => self.names(policy, ip),
             _ => Names::from([]),
         };
@@ -216,11 +224,26 @@ impl Enricher {
         Arc::clone(names)
     }
 
+    /// A socket that is not bound yet may take any address of this host: the names of all of
+    /// them. Not cached, since addresses come and go.
+    fn local_names(&mut self, policy: &Arc<Policy>, unspecified: IpAddr) -> Names {
+        let addresses = self.local.addresses().into_iter();
+        let segments: BTreeSet<SegmentId> = addresses
+            .filter(|ip| ip.is_ipv4() == unspecified.is_ipv4() && !ip.is_loopback())
+            .flat_map(|ip| policy.segments_of(ip))
+            .collect();
+        segments
+            .into_iter()
+            .filter_map(|id| policy.segment(id))
+            .map(|segment| segment.name.as_str().into())
+            .collect()
+    }
+
     fn interface(&self, ifindex: u32) -> Option<Arc<str>> {
         if ifindex == 0 {
             return None;
         }
-        let name = (self.interface_name)(ifindex);
+        let name = self.local.interface_name(ifindex);
         Some(name.unwrap_or_else(|| format!("ifindex {ifindex}").into()))
     }
 
@@ -393,11 +416,25 @@ pub(crate) mod tests {
         }
     }
 
+    struct Here;
+
+    impl Local for Here {
+        fn interface_name(&self, ifindex: u32) -> Option<Arc<str>> {
+            (ifindex == 3).then(|| "gw-guest".into())
+        }
+
+        fn addresses(&self) -> BTreeSet<IpAddr> {
+            ["127.0.0.1", "10.99.0.1", "::1"]
+                .iter()
+                .map(|ip| ip.parse().unwrap())
+                .collect()
+        }
+    }
+
     fn enricher() -> Enricher {
         let generations = Arc::new(Generations::default());
         generations.insert(1, Arc::new(policy()));
-        let name = |ifindex| (ifindex == 3).then(|| "gw-guest".into());
-        Enricher::new(generations, Box::new(name), Cgroups::new(None))
+        Enricher::new(generations, Arc::new(Here), Cgroups::new(None))
     }
 
     pub(crate) fn denial(event: &Event) -> Denial {
@@ -494,5 +531,12 @@ pub(crate) mod tests {
             (named.direction.as_str(), named.src_port),
             ("connect", None)
         );
+
+        let unbound = denial(&Event {
+            source: [0; 4],
+            hook: Hook::Connect as u8,
+            ..event()
+        });
+        assert_eq!(&*unbound.from_segments, ["guest-wifi".into()]);
     }
 }

@@ -109,6 +109,11 @@ impl Reader {
         match result {
             Ok(Ok((mut running, counters))) => {
                 self.complained = false;
+                // The kernel notes the time of records, not of packets in a count. These came
+                // since the last scan.
+                if let Ok(clock) = Clock::sample() {
+                    running.iter_mut().for_each(|e| e.time = clock.boottime);
+                }
                 self.record(&mut running);
                 self.losses(&counters);
             }
@@ -138,7 +143,8 @@ impl Reader {
     }
 
     fn losses(&mut self, counters: &Counters) {
-        let lost: u64 = counters.records.iter().map(|r| r.lost).sum();
+        // Later records may make good for the first; the second are gone. Rather one too many.
+        let lost: u64 = counters.records.iter().map(|r| r.lost + r.displaced).sum();
         let more = lost.saturating_sub(self.lost);
         self.lost = lost;
         if more > 0 {

@@ -1,0 +1,328 @@
+//! Start, stop, interfaces that come and go, exit codes, accounting.
+#![allow(missing_docs, reason = "a test")]
+
+use std::{
+    fs,
+    os::unix::process::CommandExt as _,
+    process::{Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use enforcer_tests::{
+    daemon::{Daemon, LONG, Setup, binary, wait_for},
+    netns::{Family, Netns, Pair, Routed},
+    traffic::{self, QUIET, Tap},
+};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+const NOTHING: &str = r#"version: 1
+segments:
+  all: { members: [{cidr: 0.0.0.0/0}, {cidr: "::/0"}] }
+"#;
+
+/// Runs to the end; what it said on stderr.
+fn ends(setup: &Setup<'_>, code: i32) -> String {
+    let output = setup
+        .command()
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    complaint(&output, code)
+}
+
+fn complaint(output: &Output, code: i32) -> String {
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{said}");
+    assert!(output.stdout.is_empty());
+    said
+}
+
+fn interface(daemon: &Daemon<'_>, name: &str) -> Option<Value> {
+    let status = daemon.status();
+    let interfaces = status["interfaces"].as_array().unwrap();
+    interfaces.iter().find(|i| i["name"] == name).cloned()
+}
+
+#[test]
+fn interfaces_that_appear_are_enforced_within_a_second() {
+    let net = Pair::new();
+    let daemon = Setup::new(&net.host, "eth*", NOTHING)
+        .with(&["--socket-hooks", "off"])
+        .start();
+    let late = Netns::new("late");
+    let mut best = Duration::MAX;
+    let mut indices = Vec::new();
+    for _ in 0..3 {
+        net.host.cable("eth7", &late, "eth0");
+        let start = Instant::now();
+        let found = wait_for("eth7 to be enforced", LONG, || {
+            interface(&daemon, "eth7").filter(|i| i["enforced"] == true)
+        });
+        best = best.min(start.elapsed());
+        assert_eq!(
+            found["hooks"],
+            serde_json::json!(["tc_ingress", "tc_egress"])
+        );
+        indices.push(found["ifindex"].as_u64().unwrap());
+        assert_eq!(daemon.status()["state"], "enforcing");
+
+        net.host.addresses("eth7", &["10.7.0.1/24"]);
+        late.addresses("eth0", &["10.7.0.2/24"]);
+        let denied = daemon.counted("tc_ingress", "denied", "default_deny");
+        assert!(!traffic::pings(&late, [10, 7, 0, 1].into(), QUIET));
+        assert!(daemon.counted("tc_ingress", "denied", "default_deny") > denied);
+
+        net.host.ip("link del eth7\n");
+        wait_for("eth7 to be gone", LONG, || {
+            interface(&daemon, "eth7").is_none().then_some(())
+        });
+        assert_eq!(daemon.status()["state"], "enforcing");
+    }
+    assert!(best <= Duration::from_secs(1), "{best:?} at best");
+    indices.dedup();
+    assert_eq!(indices.len(), 3, "each was another interface");
+    // One that the pattern does not mean is left alone.
+    net.host.cable("other0", &late, "eth0");
+    thread::sleep(Duration::from_millis(1200));
+    assert_eq!(interface(&daemon, "other0"), None);
+}
+
+#[test]
+fn sigterm_detaches_cleanly() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let net = Pair::new();
+        let mut daemon = Setup::new(&net.host, "eth0", NOTHING).start();
+        let peer = Family::V4.address(1, 2);
+        let me = Family::V4.address(1, 1);
+        traffic::udp_echo(&net.host, traffic::any(7000));
+        traffic::udp_echo(&net.peer, traffic::any(7000));
+        assert!(!traffic::udp_answers(&net.peer, None, (me, 7000)));
+        let refused = || {
+            let socket = traffic::udp(&net.host, ([0, 0, 0, 0], 0), QUIET);
+            socket
+                .send_to(b"x", (peer, 7000))
+                .map_err(|e| e.raw_os_error())
+        };
+        assert_eq!(refused(), Err(Some(libc::EPERM)));
+        assert!(daemon.ask("status", &[]).status.success());
+
+        daemon.signal(signal);
+        assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
+        assert!(!daemon.setup.socket().exists());
+        assert_eq!(refused(), Ok(1));
+        assert!(traffic::udp_answers_soon(&net.peer, (me, 7000)));
+        assert!(traffic::udp_answers_soon(&net.host, (peer, 7000)));
+        assert_eq!(daemon.ask("status", &[]).status.code(), Some(5));
+    }
+}
+
+#[test]
+fn a_killed_daemon_leaves_a_socket_that_the_next_one_takes() {
+    let net = Pair::new();
+    let mut daemon = Setup::new(&net.host, "eth0", NOTHING).start();
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait();
+    assert!(daemon.setup.socket().exists());
+    assert_eq!(daemon.ask("status", &[]).status.code(), Some(5));
+    let setup = daemon.setup;
+    let daemon = setup.start();
+    assert_eq!(daemon.status()["state"], "enforcing");
+}
+
+#[test]
+fn a_second_daemon_refuses_to_start() {
+    let net = Pair::new();
+    let daemon = Setup::new(&net.host, "eth0", NOTHING).start();
+    let said = ends(&daemon.setup, 3);
+    assert!(said.contains("another enforcer answers at"), "{said}");
+    assert_eq!(daemon.status()["state"], "enforcing");
+    assert!(daemon.setup.socket().exists());
+    assert!(!traffic::pings(&net.peer, Family::V4.address(1, 1), QUIET));
+}
+
+#[test]
+fn without_root_it_says_what_is_missing() {
+    let net = Pair::new();
+    let setup = Setup::new(&net.host, "eth0", NOTHING);
+    // The binary may be where nobody else may look.
+    let copy = setup.segments().with_file_name("enforcer");
+    fs::copy(binary(), &copy).unwrap();
+    for path in [
+        &copy,
+        &setup.policy(),
+        &setup.segments(),
+        &setup.segments().join(".."),
+    ] {
+        use std::os::unix::fs::PermissionsExt as _;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let mut command = std::process::Command::new(&copy);
+    command
+        .args(setup.command().get_args())
+        .stdin(Stdio::null())
+        .uid(65534)
+        .gid(65534);
+    let said = complaint(&command.output().unwrap(), 3);
+    for word in ["CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON", "sudo"] {
+        assert!(said.contains(word), "{word} in {said}");
+    }
+    // What needs no root works without.
+    let mut check = std::process::Command::new(&copy);
+    check
+        .arg("check")
+        .arg(setup.segments())
+        .stdin(Stdio::null())
+        .uid(65534)
+        .gid(65534);
+    assert_eq!(check.output().unwrap().status.code(), Some(0));
+}
+
+#[test]
+fn a_policy_that_is_broken_or_missing_prevents_the_start() {
+    let net = Pair::new();
+    let setup = Setup::new(&net.host, "eth0", "version: 1\nsegmnts: {}\n");
+    let said = ends(&setup, 1);
+    assert!(
+        said.contains("policy.yaml:2:1") && said.contains("segments"),
+        "{said}"
+    );
+    fs::remove_file(setup.policy()).unwrap();
+    ends(&setup, 1);
+    assert!(!setup.socket().exists());
+    // Nothing is left behind that would judge packets.
+    assert!(traffic::pings(&net.peer, Family::V4.address(1, 1), LONG));
+}
+
+#[test]
+fn an_interface_that_is_not_there_is_waited_for() {
+    let net = Pair::new();
+    let daemon = Setup::new(&net.host, "eth9", NOTHING).spawn();
+    wait_for("an answer", LONG * 2, || {
+        // Not reachable and not enforcing are one code, but two answers.
+        let output = daemon.ask("status", &["-o", "json"]);
+        let status: Value = serde_json::from_slice(&output.stdout).ok()?;
+        assert_eq!(output.status.code(), Some(5));
+        (status["interfaces"][0]["name"] == "eth9").then_some(())
+    });
+    let status = daemon.status();
+    assert_eq!(status["state"], "not_enforcing");
+    assert_eq!(status["interfaces"][0]["enforced"], false);
+    let problems = status["problems"].to_string();
+    assert!(
+        problems.contains("eth9") && problems.contains("no such interface"),
+        "{problems}"
+    );
+    assert!(traffic::pings(&net.peer, Family::V4.address(1, 1), LONG));
+    // It comes, and all is well.
+    let late = Netns::new("late");
+    net.host.cable("eth9", &late, "eth0");
+    wait_for("eth9 to be enforced", LONG, || {
+        daemon.ask("status", &[]).status.success().then_some(())
+    });
+    // One of two is gone: degraded.
+    net.host.ip("link del eth9\n");
+    wait_for("not enforcing", LONG, || {
+        (daemon.ask("status", &[]).status.code() == Some(5)).then_some(())
+    });
+}
+
+#[test]
+fn enforcing_a_part_is_degraded() {
+    let net = Pair::new();
+    let daemon = Setup::new(&net.host, "eth0,eth9", NOTHING).spawn();
+    let output = wait_for("an answer", LONG * 2, || {
+        let output = daemon.ask("status", &["-o", "json"]);
+        (output.status.code() == Some(4)).then_some(output)
+    });
+    let status: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(status["state"], "degraded");
+    assert!(!traffic::pings(&net.peer, Family::V4.address(1, 1), QUIET));
+}
+
+/// The three that every denied packet falls into.
+fn records(status: &Value) -> [u64; 3] {
+    ["emitted", "suppressed", "lost"].map(|name| status["events"][name].as_u64().unwrap())
+}
+
+#[test]
+fn every_denied_packet_is_accounted_for() {
+    const FLOWS: u64 = 50;
+    const EACH: u64 = 200;
+    let net = Routed::new();
+    let daemon = Setup::new(&net.gateway, "gw-*", NOTHING).start();
+    let (to, to6) = (Family::V4.address(2, 2), Family::V6.address(2, 2));
+    let tap = Tap::new(&net.b);
+    let mut sent = 0;
+    for number in 0..FLOWS {
+        let to = if number % 2 == 0 { to } else { to6 };
+        let socket = traffic::udp(&net.a, (traffic::unspecified(to), 0), QUIET);
+        socket.connect((to, 7000)).unwrap();
+        for _ in 0..EACH {
+            sent += u64::from(socket.send(b"burst").is_ok());
+        }
+    }
+    assert_eq!(sent, FLOWS * EACH);
+    // Of denials by default to this port there are exactly those packets.
+    wait_for("all packets to be counted", LONG, || {
+        (daemon.counted("tc_ingress", "denied", "default_deny") >= sent).then_some(())
+    });
+    assert!(!tap.sees(b"burst", QUIET));
+    let mut named = 0;
+    let deadline = Instant::now() + LONG;
+    while named < sent && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(100));
+        let denials = daemon.denials(&[]);
+        assert!(denials.iter().all(|d| d["verdict"] != "LOST"));
+        let burst = denials.iter().filter(|d| d["dst_port"] == 7000);
+        named = burst.map(|d| d["packets"].as_u64().unwrap()).sum();
+    }
+    assert_eq!(named, sent, "packets named by records");
+    let status = daemon.status();
+    let denied = denied(&status);
+    assert_eq!(records(&status).iter().sum::<u64>(), denied);
+    assert!(denied >= sent);
+    // Most were counted and not recorded one by one.
+    assert!(records(&status)[1] > sent / 2, "{:?}", records(&status));
+}
+
+fn denied(status: &Value) -> u64 {
+    let counters = status["counters"].as_array().unwrap();
+    let denied = counters
+        .iter()
+        .filter(|c| c["outcome"] == "denied" || c["outcome"] == "would_deny");
+    denied.map(|c| c["packets"].as_u64().unwrap()).sum()
+}
+
+/// More flows than the daemon keeps up with: records may be lost, counts may not.
+#[test]
+fn a_flood_of_flows_is_counted_to_the_last() {
+    let net = Routed::new();
+    let daemon = Setup::new(&net.gateway, "gw-*", NOTHING).start();
+    let to = Family::V4.address(2, 2);
+    daemon.signal(Signal::SIGSTOP);
+    let mut sent = 0;
+    let socket = traffic::udp(&net.a, ([0, 0, 0, 0], 0), QUIET);
+    for port in 1..=20_000u16 {
+        sent += u64::from(socket.send_to(b"flood", (to, port)).is_ok());
+    }
+    daemon.signal(Signal::SIGCONT);
+    assert_eq!(sent, 20_000);
+    let status = wait_for("all packets to be counted", LONG, || {
+        let status = daemon.status();
+        (denied(&status) >= sent).then_some(status)
+    });
+    let [emitted, suppressed, lost] = records(&status);
+    assert_eq!(emitted + suppressed + lost, denied(&status));
+    assert!(lost > 0, "the ring holds fewer records than that");
+    // The gap is shown where the denials are.
+    let shown = wait_for("the gap", LONG, || {
+        let denials = daemon.denials(&[]);
+        let gaps = denials.iter().filter(|d| d["verdict"] == "LOST");
+        let shown: u64 = gaps.map(|d| d["events"].as_u64().unwrap()).sum();
+        (shown >= lost).then_some(shown)
+    });
+    assert_eq!(shown, lost);
+}

@@ -1,0 +1,119 @@
+//! What the enforcer permits goes on to other programs on the same hook; what it denies does not.
+#![allow(missing_docs, reason = "a test")]
+
+use enforcer::{
+    dataplane::{Dataplane as _, Interface, LinkType},
+    policy::{SourceFile, model::Environment, parse},
+};
+use enforcer_common::{image::SIZE_CLASSES, verdict::Hook};
+use enforcer_tests::{
+    daemon::{LONG, Setup, wait_for},
+    kernel::{self, Programs},
+    netns::{Family, Netns, Routed},
+    traffic,
+};
+
+const POLICY: &str = r#"version: 1
+segments:
+  b: { members: [{cidr: 10.2.0.0/24}, {cidr: "fd02::/64"}] }
+rules:
+  - { name: some, from: [any], to: [b], services: [udp/7000] }
+"#;
+
+/// Ten packets each of what is allowed and of what is not; returns when they are judged.
+fn traffic(net: &Routed) {
+    for family in Family::BOTH {
+        let to = family.address(2, 2);
+        let receiver = traffic::udp(&net.b, (to, 7000), LONG);
+        let sender = traffic::udp(&net.a, (traffic::unspecified(to), 0), LONG);
+        for _ in 0..5 {
+            sender.send_to(b"deny", (to, 7001)).unwrap();
+            sender.send_to(b"pass", (to, 7000)).unwrap();
+            assert_eq!(receiver.recv(&mut [0; 8]).unwrap(), 4);
+        }
+    }
+}
+
+/// UDP packets that a program judged at ingress: it allows all, so each is there once.
+fn seen(programs: &Programs) -> u64 {
+    let counters = programs.counters();
+    let mut reasons = counters
+        .packets
+        .iter()
+        .filter(|c| c.hook == Hook::TcIngress);
+    let udp = |name: &str| matches!(name, "unsegmented" | "established");
+    reasons
+        .by_ref()
+        .filter(|c| udp(c.reason.name()))
+        .map(|c| c.packets)
+        .sum()
+}
+
+/// A program that lets everything pass, and counts.
+fn witness(namespace: &Netns, interface: &str) -> Programs {
+    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
+    let text = "version: 1\n".to_owned();
+    let policy = parse(&[SourceFile {
+        name: "all.yaml".to_owned(),
+        text,
+    }])
+    .unwrap();
+    programs.apply(&kernel::compile(&policy, &Environment::default()));
+    namespace.enter(|| {
+        let interface = Interface {
+            ifindex: nix::net::if_::if_nametoindex(interface).unwrap(),
+            name: interface.to_owned(),
+            link: LinkType::Ethernet,
+        };
+        programs.dataplane.attach(&interface).unwrap();
+    });
+    programs
+}
+
+#[test]
+fn a_program_behind_sees_what_is_permitted_only() {
+    let net = Routed::new();
+    // The daemon's programs go before those that are there.
+    let behind = witness(&net.gateway, "gw-a");
+    let _daemon = Setup::new(&net.gateway, "gw-*", POLICY).start();
+    let before = witness(&net.gateway, "gw-a");
+    traffic(&net);
+    assert_eq!(seen(&before), 20, "the control: in front of the enforcer");
+    assert_eq!(seen(&behind), 10);
+}
+
+#[test]
+fn a_classic_filter_sees_what_is_permitted_only() {
+    let net = Routed::new();
+    let tc = |arguments: &str| {
+        let words: Vec<&str> = arguments.split(' ').collect();
+        net.gateway.ask("tc", &words)
+    };
+    tc("qdisc add dev gw-a clsact").expect("clsact, of module sch_ingress");
+    // A mirror is the action that every kernel seems to have. Where it goes nobody looks.
+    let sink = Netns::new("sink");
+    net.gateway.cable("sink0", &sink, "eth0");
+    let mirror = "filter add dev gw-a ingress protocol ip u32 match u32 0 0 \
+                  action mirred egress mirror dev sink0";
+    if let Err(error) = tc(mirror) {
+        println!("left out, this kernel has no such filter to look through: {error}");
+        return;
+    }
+    let _daemon = Setup::new(&net.gateway, "gw-*", POLICY).start();
+    let packets = || -> u64 {
+        let shown = tc("-s filter show dev gw-a ingress").unwrap();
+        let words: Vec<&str> = shown.split_whitespace().collect();
+        let at = words
+            .iter()
+            .position(|word| word.starts_with("pkt"))
+            .unwrap();
+        words[at - 1].parse().unwrap()
+    };
+    let before = packets();
+    traffic(&net);
+    // The IPv4 half of what is permitted.
+    wait_for("the filter's count", LONG, || {
+        (packets() - before >= 5).then_some(())
+    });
+    assert_eq!(packets() - before, 5);
+}

@@ -1,0 +1,249 @@
+//! New policies take over; broken ones change nothing and say why.
+#![allow(missing_docs, reason = "a test")]
+
+use std::{fs, thread, time::Duration};
+
+use enforcer_tests::{
+    daemon::{Daemon, LONG, Setup, broken_examples, enforcer, wait_for},
+    netns::{Family, Routed},
+    traffic,
+};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+const SEGMENTS: &str = r#"version: 1
+segments:
+  a: { members: [{cidr: 10.1.0.0/24}, {cidr: "fd01::/64"}] }
+  b: { members: [{cidr: 10.2.0.0/24}, {cidr: "fd02::/64"}] }
+"#;
+
+/// A policy that lets `a` reach one UDP port of `b`.
+fn policy(port: u16) -> String {
+    format!("{SEGMENTS}rules:\n  - {{ name: one, from: [a], to: [b], services: [udp/{port}] }}\n")
+}
+
+/// Two echo ports at `b`.
+fn net() -> Routed {
+    let net = Routed::new();
+    for port in [7001, 7002] {
+        traffic::udp_echo(&net.b, traffic::any(port));
+    }
+    net
+}
+
+/// That exactly one of the two ports is open from `a` to `b`, on new sockets.
+fn only(net: &Routed, open: u16) {
+    for family in Family::BOTH {
+        let to = family.address(2, 2);
+        assert!(
+            traffic::udp_answers_soon(&net.a, (to, open)),
+            "{open} is open"
+        );
+        let other = 7001 + 7002 - open;
+        assert!(
+            !traffic::udp_answers(&net.a, None, (to, other)),
+            "{other} is closed"
+        );
+    }
+}
+
+/// The error of the policy on disk, once it contains `part`.
+fn error_with(daemon: &Daemon<'_>, part: &str) -> String {
+    wait_for(part, LONG, || {
+        let status = daemon.status();
+        let error = status["policy"]["last_error"].as_str()?;
+        error.contains(part).then(|| error.to_owned())
+    })
+}
+
+/// That the policy on disk is the one in force.
+fn is_well(daemon: &Daemon<'_>) {
+    let status = wait_for("no error", LONG, || {
+        let status = daemon.status();
+        (status["policy"]["last_error"] == Value::Null).then_some(status)
+    });
+    assert_eq!(status["state"], "enforcing");
+    assert!(daemon.ask("status", &[]).status.success());
+}
+
+#[test]
+fn edits_and_sighup_swap_the_policy() {
+    let net = net();
+    let daemon = Setup::new(&net.gateway, "gw-*", &policy(7001)).start();
+    assert_eq!(daemon.generation(), 1);
+    only(&net, 7001);
+
+    // Saved by renaming, seen without being told.
+    daemon.swap(&policy(7002));
+    assert_eq!(daemon.generation(), 2);
+    only(&net, 7002);
+
+    // Written in place.
+    fs::write(daemon.setup.policy(), policy(7001)).unwrap();
+    daemon.wait_swapped(2);
+    only(&net, 7001);
+
+    // A second file in the directory; names and lines are reported per file.
+    let more = "rules:\n  - { name: two, from: [a], to: [b], services: [udp/7002] }\n";
+    fs::write(
+        daemon.setup.segments().join("more.yml"),
+        format!("version: 1\n{more}"),
+    )
+    .unwrap();
+    daemon.wait_swapped(3);
+    assert_eq!(daemon.status()["policy"]["rules"], 2);
+    assert!(traffic::udp_answers_soon(
+        &net.a,
+        (Family::V4.address(2, 2), 7002)
+    ));
+    fs::remove_file(daemon.setup.segments().join("more.yml")).unwrap();
+    daemon.wait_swapped(4);
+    only(&net, 7001);
+
+    // The same meaning is no new generation, told or not.
+    let generation = daemon.generation();
+    daemon
+        .setup
+        .write(&format!("# a comment\n{}", policy(7001)));
+    daemon.signal(Signal::SIGHUP);
+    wait_for("the log to say so", LONG, || {
+        let log = daemon.log();
+        (log.contains("policy unchanged") && log.contains("SIGHUP")).then_some(())
+    });
+    assert_eq!(daemon.generation(), generation);
+    only(&net, 7001);
+    is_well(&daemon);
+}
+
+/// SIGHUP reads what no directory event told of: a file behind a link in another directory.
+#[test]
+fn sighup_reads_what_no_event_told() {
+    let net = net();
+    let setup = Setup::new(&net.gateway, "gw-*", &policy(7001));
+    let elsewhere = enforcer_tests::netns::directory();
+    let real = elsewhere.path().join("real.yaml");
+    fs::rename(setup.policy(), &real).unwrap();
+    std::os::unix::fs::symlink(&real, setup.policy()).unwrap();
+    let daemon = setup.start();
+    fs::write(&real, policy(7002)).unwrap();
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(
+        daemon.generation(),
+        1,
+        "the directory itself did not change"
+    );
+    daemon.signal(Signal::SIGHUP);
+    daemon.wait_swapped(1);
+    only(&net, 7002);
+}
+
+/// An edit while the programs are being loaded is not lost.
+#[test]
+fn an_edit_during_the_start_is_seen() {
+    let net = net();
+    let daemon = Setup::new(&net.gateway, "gw-*", &policy(7001)).spawn();
+    // The socket's file is there once the policy was read, before the programs are loaded.
+    wait_for("the socket", LONG, || {
+        daemon.setup.socket().exists().then_some(())
+    });
+    daemon.setup.write(&policy(7002));
+    wait_for("the second policy", LONG, || {
+        let output = daemon.ask("status", &["-o", "json"]).stdout;
+        let status: Value = serde_json::from_slice(&output).ok()?;
+        (status["generation"] == 2).then_some(())
+    });
+    only(&net, 7002);
+}
+
+#[test]
+fn broken_policies_change_nothing() {
+    let net = net();
+    let daemon = Setup::new(&net.gateway, "gw-*", &policy(7001)).start();
+    let before = daemon.status();
+    let examples = broken_examples();
+    assert!(examples.len() >= 45, "{} examples", examples.len());
+    for (number, example) in examples.iter().enumerate() {
+        let name = example.display();
+        let check = enforcer(&["check", example.to_str().unwrap()]);
+        assert_eq!(check.status.code(), Some(1), "check {name}");
+        assert!(
+            check.stdout.is_empty() || check.stderr.is_empty(),
+            "{check:?}"
+        );
+
+        fs::copy(example, daemon.setup.policy()).unwrap();
+        let (code, answer) = daemon.reload();
+        assert_ne!(code, 200, "{name}: {answer}");
+        assert!(
+            answer["error"]
+                .as_str()
+                .is_some_and(|e| e.contains("error")),
+            "{name}: {answer}"
+        );
+
+        let status = daemon.status();
+        assert_eq!(status["generation"], before["generation"], "{name}");
+        assert_eq!(status["policy"]["hash"], before["policy"]["hash"], "{name}");
+        assert_eq!(status["state"], "degraded", "{name}");
+        let error = status["policy"]["last_error"].as_str().unwrap();
+        assert!(error.starts_with("policy.yaml:"), "{name}: {error}");
+        if number % 10 == 0 {
+            only(&net, 7001);
+        }
+    }
+    only(&net, 7001);
+    assert_eq!(daemon.ask("status", &[]).status.code(), Some(4));
+
+    // Repaired: the same meaning, so the same generation, and no error any more.
+    daemon.setup.write(&policy(7001));
+    is_well(&daemon);
+    assert_eq!(daemon.generation(), 1);
+    daemon.swap(&policy(7002));
+    only(&net, 7002);
+}
+
+#[test]
+fn failing_tests_and_missing_files_block_the_swap() {
+    let net = net();
+    let daemon = Setup::new(&net.gateway, "gw-*", &policy(7001)).start();
+
+    let tested = |expect: &str| {
+        format!(
+            "{}tests:\n  - {{ from: 10.1.0.2, to: 10.2.0.2, service: udp/7002, expect: {expect} }}\n",
+            policy(7002)
+        )
+    };
+    let text = tested("deny");
+    daemon.setup.write(&text);
+    let line = enforcer_tests::daemon::line_of(&text, "service: udp/7002, expect");
+    error_with(&daemon, &format!("policy.yaml:{line}"));
+    assert_eq!(daemon.generation(), 1);
+    only(&net, 7001);
+    daemon.swap(&tested("allow"));
+    only(&net, 7002);
+    is_well(&daemon);
+
+    // The file, and the whole directory, go and come back.
+    let generation = daemon.generation();
+    fs::remove_file(daemon.setup.policy()).unwrap();
+    error_with(&daemon, "no *.yaml");
+    assert_eq!(daemon.generation(), generation);
+    only(&net, 7002);
+    fs::remove_dir(daemon.setup.segments()).unwrap();
+    daemon.signal(Signal::SIGHUP);
+    error_with(&daemon, "No such file");
+    only(&net, 7002);
+    fs::create_dir(daemon.setup.segments()).unwrap();
+    daemon.setup.write(&policy(7001));
+    daemon.wait_swapped(generation);
+    only(&net, 7001);
+    is_well(&daemon);
+
+    // Cut off in the middle of a save.
+    let text = policy(7002);
+    fs::write(daemon.setup.policy(), &text[..text.len() / 2]).unwrap();
+    error_with(&daemon, "policy.yaml:");
+    only(&net, 7001);
+    daemon.swap(&text);
+    only(&net, 7002);
+}
