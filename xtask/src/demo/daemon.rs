@@ -122,6 +122,8 @@ impl Denials {
         command
             .args(["-f", "-o", "text", "--color", "never"])
             .stdout(Stdio::piped());
+        // What it says of a daemon that goes away is no part of the demo.
+        command.stderr(fs::File::create(Path::new(DIR).join("denials.log"))?);
         let mut child = start(&mut command, None, false)?;
         let stdout = child.stdout.take().context("denials -f has no output")?;
         let lines = Arc::new(Mutex::new(Vec::new()));
