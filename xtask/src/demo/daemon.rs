@@ -54,6 +54,8 @@ pub fn start_servers(keep: bool) -> Result<()> {
         .args(["demo", "--serve"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
+    // Not ours: kept servers would hold the pipe open that someone reads us through.
+    command.stderr(fs::File::create(Path::new(DIR).join("servers.log"))?);
     let mut child = start(&mut command, None, keep)?;
     let stdout = child.stdout.take().context("the servers have no output")?;
     let mut line = String::new();
@@ -120,6 +122,8 @@ impl Denials {
         command
             .args(["-f", "-o", "text", "--color", "never"])
             .stdout(Stdio::piped());
+        // What it says of a daemon that goes away is no part of the demo.
+        command.stderr(fs::File::create(Path::new(DIR).join("denials.log"))?);
         let mut child = start(&mut command, None, false)?;
         let stdout = child.stdout.take().context("denials -f has no output")?;
         let lines = Arc::new(Mutex::new(Vec::new()));
