@@ -24,7 +24,7 @@ use serde_json::Value;
 use crate::netns::{self, Netns};
 
 /// Beyond what a loaded machine takes for anything.
-pub const LONG: Duration = Duration::from_secs(20);
+pub const LONG: Duration = Duration::from_secs(60);
 
 /// Polls until `look` finds something.
 pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {

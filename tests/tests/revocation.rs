@@ -82,7 +82,7 @@ impl Flow {
         let stop = Arc::clone(&self.stop);
         thread::spawn(move || {
             while !stop.load(Ordering::Relaxed) && talk().is_ok() {
-                thread::sleep(Duration::from_millis(2));
+                thread::sleep(Duration::from_millis(10));
             }
         });
         let (stop, arrived) = (Arc::clone(&self.stop), Arc::clone(&self.arrived));
