@@ -148,8 +148,8 @@ fn reference_image_and_bytecode_agree() {
                 continue; // repeats of a denied flow are counted, not recorded
             }
             if !has_ports(query)
-                && !(seen.insert((query.src, query.dst, query.protocol))
-                    && seen.insert((query.dst, query.src, query.protocol)))
+                && (!seen.insert((query.src, query.dst, query.protocol))
+                    || !seen.insert((query.dst, query.src, query.protocol)))
             {
                 continue;
             }
