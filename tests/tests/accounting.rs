@@ -7,19 +7,18 @@
     reason = "tests and their helpers"
 )]
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, sync::MutexGuard, time::Duration};
 
 use enforcer::dataplane::Dataplane as _;
 use enforcer_common::{
     flow::{CLOSING, OPENER_IS_LOW, REPLIED},
-    image::SIZE_CLASSES,
     verdict::{Hook, Outcome, Reason},
     wire::{Event, FlowEntry, FlowKey},
 };
 use enforcer_tests::{
     frame::{self, ACK, FIN, RST, SYN},
     host::image,
-    kernel::{Programs, pin},
+    kernel::Programs,
 };
 
 const POLICY: &str = r#"
@@ -56,9 +55,8 @@ fn udp(from: (u8, u16), to: (u8, u16)) -> Vec<u8> {
     frame::frame(ip(from.0), ip(to.0), 17, &frame::udp(from.1, to.1))
 }
 
-fn load(text: &str) -> Programs {
-    pin();
-    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
+fn load(text: &str) -> MutexGuard<'static, Programs> {
+    let mut programs = Programs::shared();
     programs.apply(&image(text));
     programs
 }

@@ -147,7 +147,7 @@ fn size_classes_judge_alike() {
 
 #[test]
 fn an_image_that_is_too_large_changes_nothing() {
-    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
+    let mut programs = Programs::shared();
     programs.apply(&image(ALLOWS));
     let tcp = |flags| between(false, 6, &frame::tcp(4000, 8080, flags));
     let verdict = programs.judge(Hook::TcIngress, &tcp(SYN));
@@ -165,6 +165,7 @@ fn an_image_that_is_too_large_changes_nothing() {
     let verdict = programs.judge(Hook::TcIngress, &tcp(ACK));
     assert_eq!(verdict.reason, Reason::Established, "the old policy stays");
     // The class above takes it.
+    drop(programs);
     let mut programs = Programs::load(large.words().len());
     assert_eq!(programs.dataplane.image_words(), SIZE_CLASSES[1]);
     programs.apply(&large);
@@ -186,7 +187,7 @@ segments:
 rules:
   - { name: web, from: [a], to: [unsegmented], services: [tcp/8080] }
 "#;
-    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
+    let mut programs = Programs::shared();
     programs.apply(&image(text));
     // Test frames are on the loopback device.
     programs.set_interface(1, INTERFACE_L3);
