@@ -267,7 +267,7 @@ fn a_displaced_count_is_emitted() {
     programs.run_often(INGRESS, &tcp((2, 5000), (1, 22), SYN), 10);
     assert_eq!(programs.drain()[0].total, 1);
     let mut displaced = None;
-    for port in 6000..60_000 {
+    for port in 6000..20_000 {
         programs.run(INGRESS, &tcp((2, port), (1, 22), SYN));
         if let Some(event) = from_port(&programs.drain(), 5000).first() {
             displaced = Some(*event);
