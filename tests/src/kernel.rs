@@ -1,9 +1,12 @@
 //! The loaded programs under BPF_PROG_TEST_RUN.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{
+    LazyLock, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU32, Ordering},
+};
 
 use aya::{
-    maps::HashMap,
+    maps::{HashMap, PerCpuArray, PerCpuValues},
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use enforcer::{
@@ -15,9 +18,9 @@ use enforcer::{
     policy::model::{Environment, Policy},
 };
 use enforcer_common::{
-    image::essential,
+    image::{SIZE_CLASSES, essential},
     verdict::{Hook, Outcome, Reason},
-    wire::{Event, FlowEntry, FlowKey, FlowKey4, Interface},
+    wire::{DENIED_SLOTS, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, Interface},
 };
 
 static GENERATION: AtomicU32 = AtomicU32::new(1);
@@ -41,6 +44,15 @@ pub struct Programs {
     pub dataplane: KernelDataplane,
     pub events: Box<dyn EventSource>,
     last: Counters,
+    /// What `count` and `records` count from.
+    base: Counters,
+}
+
+/// Packets counted at a hook with these outcomes, whatever the reason.
+fn packets(counters: &Counters, hook: Hook, outcomes: &[Outcome]) -> u64 {
+    let here = |c: &&PacketCount| c.hook == hook && outcomes.contains(&c.outcome);
+    let packets = counters.packets.iter().filter(here);
+    packets.map(|c| c.packets).sum()
 }
 
 /// A flow table, copied.
@@ -80,8 +92,33 @@ impl Programs {
         Self {
             dataplane,
             events,
+            base: last.clone(),
             last,
         }
+    }
+
+    /// The smallest size class, loaded once for all tests of a binary: the verifier takes two
+    /// seconds. As good as new, but for the image of the test before.
+    pub fn shared() -> MutexGuard<'static, Self> {
+        static SHARED: LazyLock<Mutex<Programs>> =
+            LazyLock::new(|| Mutex::new(Programs::load(SIZE_CLASSES[0] as usize)));
+        let mut programs = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        pin();
+        programs.forget_flows();
+        programs.set_interface(1, 0);
+        let map = programs.dataplane.ebpf_mut().map_mut("DENIED").unwrap();
+        let mut slots: PerCpuArray<_, DeniedSlot> = map.try_into().unwrap();
+        let cpus = aya::util::nr_cpus().unwrap();
+        // SAFETY: all zeros is a slot never used.
+        let unused = unsafe { std::mem::zeroed::<DeniedSlot>() };
+        for index in 0..DENIED_SLOTS {
+            let values = PerCpuValues::try_from(vec![unused; cpus]).unwrap();
+            slots.set(index, values, 0).unwrap();
+        }
+        programs.drain();
+        programs.settle();
+        programs.base = programs.last.clone();
+        programs
     }
 
     pub fn apply(&mut self, image: &Image) {
@@ -126,30 +163,28 @@ impl Programs {
     /// Packets counted at a hook with this outcome, whatever the reason.
     pub fn count(&self, hook: Hook, outcome: Outcome) -> u64 {
         let counters = self.counters();
-        let here = |c: &&PacketCount| (c.hook, c.outcome) == (hook, outcome);
-        counters
-            .packets
-            .iter()
-            .filter(here)
-            .map(|c| c.packets)
-            .sum()
+        packets(&counters, hook, &[outcome]) - packets(&self.base, hook, &[outcome])
     }
 
     /// The fates of records at a hook, after checking that each denial has exactly one.
     pub fn records(&self, hook: Hook) -> RecordCount {
         let counters = self.counters();
+        let judged_denied = [Outcome::Denied, Outcome::WouldDeny];
         for records in &counters.records {
-            let judged: u64 = counters
-                .packets
-                .iter()
-                .filter(|c| c.hook == records.hook)
-                .filter(|c| matches!(c.outcome, Outcome::Denied | Outcome::WouldDeny))
-                .map(|c| c.packets)
-                .sum();
+            let judged = packets(&counters, records.hook, &judged_denied);
             let accounted = records.emitted + records.suppressed + records.lost;
             assert_eq!(judged, accounted, "{records:?}");
         }
-        *counters.records.iter().find(|r| r.hook == hook).unwrap()
+        let of = |counters: &Counters| *counters.records.iter().find(|r| r.hook == hook).unwrap();
+        let (now, base) = (of(&counters), of(&self.base));
+        RecordCount {
+            hook,
+            emitted: now.emitted - base.emitted,
+            suppressed: now.suppressed - base.suppressed,
+            lost: now.lost - base.lost,
+            displaced: now.displaced - base.displaced,
+            flow_insert_failed: now.flow_insert_failed - base.flow_insert_failed,
+        }
     }
 
     /// Both flow tables, IPv4 first.

@@ -1,5 +1,5 @@
 //! The loaded programs as such: their cost to the verifier, their size classes, the swap of a
-//! policy, and that they leave packets as they are.
+//! policy, link types, and that they leave packets as they are.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -86,10 +86,12 @@ fn frames() -> Vec<Vec<u8>> {
     all
 }
 
+/// Measured on 6.18, of the million that every kernel allows: tc_ingress and tc_egress 369 000,
+/// connect6 and sendmsg6 271 000, connect4 and sendmsg4 57 000. Parsing and accounting are 7 000
+/// of the first, the rest is judgement. Two rearrangements that look cheaper cost more: one call
+/// of `decide()` for all kinds of packet 807 000, an IPv6 trie without branches 557 000.
 #[test]
-fn the_verifier_has_room_to_spare() {
-    // Measured on 6.18: see the table in the assertion below; the limit is a million on every
-    // kernel, and others count differently.
+fn the_verifier_has_room_to_spare_and_without_a_policy_everything_is_dropped() {
     let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
     let counts = programs.verified_instructions();
     assert!(counts.len() >= 7);
@@ -97,25 +99,6 @@ fn the_verifier_has_room_to_spare() {
         println!("{name}: {count} verified instructions");
         assert!(count < 600_000, "{name}: {count}");
     }
-}
-
-#[test]
-fn packets_come_out_as_they_went_in() {
-    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
-    for text in [ALLOWS, DENIES] {
-        programs.apply(&image(text));
-        for bytes in frames() {
-            for hook in HOOKS {
-                let (_, out) = programs.run_often(hook, &bytes, 1);
-                assert_eq!(out, bytes);
-            }
-        }
-    }
-}
-
-#[test]
-fn without_a_policy_everything_is_dropped() {
-    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
     for bytes in frames() {
         for hook in HOOKS {
             let verdict = programs.judge(hook, &bytes);
@@ -146,6 +129,9 @@ fn size_classes_judge_alike() {
             programs.forget_flows();
             for bytes in frames() {
                 for hook in HOOKS {
+                    let (_, out) = programs.run_often(hook, &bytes, 1);
+                    assert_eq!(out, bytes, "a packet comes out as it went in");
+                    programs.settle();
                     got.push(programs.judge(hook, &bytes));
                 }
             }
@@ -161,7 +147,7 @@ fn size_classes_judge_alike() {
 
 #[test]
 fn an_image_that_is_too_large_changes_nothing() {
-    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
+    let mut programs = Programs::shared();
     programs.apply(&image(ALLOWS));
     let tcp = |flags| between(false, 6, &frame::tcp(4000, 8080, flags));
     let verdict = programs.judge(Hook::TcIngress, &tcp(SYN));
@@ -179,6 +165,7 @@ fn an_image_that_is_too_large_changes_nothing() {
     let verdict = programs.judge(Hook::TcIngress, &tcp(ACK));
     assert_eq!(verdict.reason, Reason::Established, "the old policy stays");
     // The class above takes it.
+    drop(programs);
     let mut programs = Programs::load(large.words().len());
     assert_eq!(programs.dataplane.image_words(), SIZE_CLASSES[1]);
     programs.apply(&large);
@@ -200,7 +187,7 @@ segments:
 rules:
   - { name: web, from: [a], to: [unsegmented], services: [tcp/8080] }
 "#;
-    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
+    let mut programs = Programs::shared();
     programs.apply(&image(text));
     // Test frames are on the loopback device.
     programs.set_interface(1, INTERFACE_L3);
