@@ -59,9 +59,10 @@ pub struct Plan {
     rule: u32,
     /// State flags for the entry if the packet's source is its opener, or of the packet.
     flags: u32,
-    /// The same if the destination is.
+    /// The same for an entry that comes of `reverse`.
     reverse_flags: u32,
-    unused: u32,
+    /// Whether `reverse` is to be asked when `ask` does not settle it.
+    has_reverse: u32,
 }
 
 impl Plan {
@@ -75,7 +76,7 @@ impl Plan {
         rule: EMPTY,
         flags: 0,
         reverse_flags: 0,
-        unused: 0,
+        has_reverse: 0,
     };
 
     #[inline(always)]
@@ -97,6 +98,13 @@ impl Plan {
         self.step = step;
         self.ask = forward(tuple, tuple.selector);
     }
+}
+
+/// SYN with FIN or RST: no stack sends it, but some take it for a SYN, so it must not ride on an
+/// entry past the judgement that a SYN gets.
+#[inline(always)]
+const fn impossible(flags: u8) -> bool {
+    flags & tcp::SYN != 0 && flags & (tcp::FIN | tcp::RST) != 0
 }
 
 /// May the packet's source open this flow?
@@ -153,8 +161,8 @@ pub fn carry_out<W: Words + ?Sized, T: FlowTable>(
 ) -> Judgement {
     let words = question(image, plan);
     let mut reverse = words;
-    if plan.step == MIDSTREAM && Outcome::from_bits(words as u32) as u32 != Outcome::Allowed as u32
-    {
+    let allowed = Outcome::from_bits(words as u32) as u32 == Outcome::Allowed as u32;
+    if plan.has_reverse != 0 && !allowed {
         reverse = answer(image, &plan.reverse);
     }
     let told = Told {
@@ -178,6 +186,7 @@ fn question<W: Words + ?Sized>(image: &W, plan: &Plan) -> u64 {
 /// Plans a denial of form, or the pass of an essential protocol below IP.
 #[inline(never)]
 pub fn plan_form<W: Words + ?Sized>(image: &W, packet: &Packet, reason: Reason, plan: &mut Plan) {
+    plan.has_reverse = 0;
     if reason as u32 == Reason::Ethertype as u32
         && packet.essential & image.word(header::ESSENTIALS) != 0
     {
@@ -200,6 +209,8 @@ pub fn plan<W: Words + ?Sized, T: FlowTable>(
     clock: &Clock,
     plan: &mut Plan,
 ) {
+    // The kernel's plan still holds the last packet's.
+    plan.has_reverse = 0;
     if packet.essential & image.word(header::ESSENTIALS) != 0 {
         return plan.pass(Reason::Essential, EMPTY);
     }
@@ -210,6 +221,9 @@ pub fn plan<W: Words + ?Sized, T: FlowTable>(
     }
     if error && !(packet.has_inner && packet.inner.source == tuple.destination) {
         return plan.form(tuple, Reason::IcmpUnrelated);
+    }
+    if tuple.kind == Kind::Tcp && impossible(tuple.tcp_flags) {
+        return plan.form(tuple, Reason::NoFlow);
     }
     // An ICMP error passes when it speaks of a current flow, to the end whose packet it quotes.
     let subject = if error { &packet.inner } else { tuple };
@@ -226,7 +240,9 @@ pub fn plan<W: Words + ?Sized, T: FlowTable>(
             if opens {
                 // Simultaneous open, or a spoofed SYN against a live flow: it may pass, but it
                 // takes nothing from the flow that is there.
-                if !from_opener && entry.flags & (REPLIED | CLOSING) == REPLIED {
+                let live = entry.flags & (REPLIED | CLOSING) == REPLIED
+                    && entry.generation == generation(image);
+                if !from_opener && live {
                     return plan.rules(RULES, tuple);
                 }
             } else {
@@ -239,11 +255,19 @@ pub fn plan<W: Words + ?Sized, T: FlowTable>(
                     return plan.pass(Reason::Established, entry.rule);
                 }
                 plan.step = if error { REJUDGE_RELATED } else { REJUDGE };
-                plan.ask = if from_opener {
-                    forward(subject, entry.selector as u16)
-                } else {
-                    backward(subject, entry.selector as u16)
-                };
+                if from_opener {
+                    plan.ask = forward(subject, entry.selector as u16);
+                    return;
+                }
+                plan.ask = backward(subject, entry.selector as u16);
+                // The far end may have a right of its own to this flow (a rule each way between
+                // two fixed ports). Not for TCP: there a SYN says who opens, and data in the
+                // other direction must not outlive the opener's rule.
+                if !error && matches!(subject.kind, Kind::Ports | Kind::Other) {
+                    plan.has_reverse = 1;
+                    plan.reverse = forward(subject, subject.selector);
+                    plan.reverse_flags = if from_low { OPENER_IS_LOW } else { 0 };
+                }
                 return;
             }
         }
@@ -267,6 +291,7 @@ pub fn plan<W: Words + ?Sized, T: FlowTable>(
             return plan.form(tuple, Reason::NoFlow);
         }
         plan.step = MIDSTREAM;
+        plan.has_reverse = 1;
         plan.reverse = backward(tuple, tuple.source_port);
     }
 }
@@ -344,7 +369,20 @@ fn conclude<T: FlowTable>(table: &T, plan: &Plan, told: &Told) -> Judgement {
                     decision.reason = Reason::Related;
                 }
             } else {
-                decision.reason = Reason::Revoked;
+                let own = Decision::unpack(told.reverse);
+                if plan.has_reverse != 0 && own.outcome.passes() {
+                    let entry = FlowEntry {
+                        last_seen: told.now,
+                        generation: told.generation,
+                        rule: own.rule,
+                        flags: plan.reverse_flags,
+                        selector: plan.reverse.selector(),
+                    };
+                    insert_failed = !table.insert(&plan.key, &entry);
+                    decision = own;
+                } else {
+                    decision.reason = Reason::Revoked;
+                }
             }
             decision
         }

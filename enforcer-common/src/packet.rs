@@ -414,7 +414,8 @@ fn ipv6<B: Bytes + ?Sized>(
     }
     packet.essential = match tuple.protocol {
         ICMPV6 => match (tuple.selector >> 8, hop_limit) {
-            (133..=136, 255) => essential::ND,
+            // Nobody puts extension headers before neighbour discovery but to hide it.
+            (133..=136, 255) if walked == 0 => essential::ND,
             (130 | 131 | 132 | 143, 1)
                 if link_local_v6(&tuple.source) || tuple.source == [0; 4] =>
             {

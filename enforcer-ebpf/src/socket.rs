@@ -156,7 +156,7 @@ fn judge(
         tcp_flags: 0,
         selector: port,
     };
-    if unjudged(&image, &tuple) {
+    if unjudged(&image, &tuple) || essential(&tuple) {
         return true;
     }
     let Some(words) = denied(&image, &tuple) else {
@@ -242,6 +242,16 @@ fn unjudged(image: &Image, tuple: &Tuple) -> bool {
     false
 }
 
+/// The DHCP client's messages: essential to TC whatever the rules say.
+#[inline(always)]
+fn essential(tuple: &Tuple) -> bool {
+    matches!(tuple.kind, Kind::Ports)
+        && matches!(
+            (tuple.source_port, tuple.destination_port),
+            (68, 67) | (546, 547)
+        )
+}
+
 #[inline(always)]
 fn locals(image: &Image, v6: bool) -> (u32, u32) {
     if v6 {
@@ -319,21 +329,28 @@ fn answers_a_flow(image: &Image, tuple: &mut Tuple) -> bool {
         return false;
     }
     if tuple.source != [0; 4] {
-        return LruFlows.find(&flow::key_of(tuple, 0).0).is_some();
+        return scoped(tuple) || LruFlows.find(&flow::key_of(tuple, 0).0).is_some();
     }
     let (_, count) = locals(image, tuple.v6);
+    let mut found = false;
     let mut i = 0;
     while i < MAX_LOCAL {
-        if i >= count {
+        if i >= count || found {
             break;
         }
         tuple.source = local(image, tuple.v6, i);
-        if LruFlows.find(&flow::key_of(tuple, 0).0).is_some() {
-            return true;
-        }
+        found = scoped(tuple) || LruFlows.find(&flow::key_of(tuple, 0).0).is_some();
         i += 1;
     }
-    false
+    tuple.source = [0; 4];
+    found
+}
+
+/// A link-local IPv4 source (node-local DNS has one): its flows are keyed by an interface that is
+/// not known here. An IPv6 one only ever answers a link-local peer, which is left to TC anyway.
+#[inline(always)]
+fn scoped(tuple: &Tuple) -> bool {
+    !tuple.v6 && tuple.source[3] >> 16 == 0xa9fe
 }
 
 #[inline(always)]
