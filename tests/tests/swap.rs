@@ -74,7 +74,7 @@ fn send_numbers(from: &Netns, to: SocketAddr, stop: &AtomicBool) -> u32 {
     while !stop.load(Ordering::Relaxed) {
         socket.send(&number.to_be_bytes()).unwrap();
         number += 1;
-        thread::sleep(Duration::from_micros(500));
+        thread::sleep(Duration::from_millis(1));
     }
     number
 }
