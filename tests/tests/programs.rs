@@ -86,10 +86,9 @@ fn frames() -> Vec<Vec<u8>> {
     all
 }
 
-/// Measured on 6.18, of the million that every kernel allows: tc_ingress and tc_egress 369 000,
-/// connect6 and sendmsg6 271 000, connect4 and sendmsg4 57 000. Parsing and accounting are 7 000
-/// of the first, the rest is judgement. Two rearrangements that look cheaper cost more: one call
-/// of `decide()` for all kinds of packet 807 000, an IPv6 trie without branches 557 000.
+/// Measured on 6.18, of the million that every kernel allows: tc_ingress and tc_egress 174 000,
+/// connect6 and sendmsg6 377 000, connect4 and sendmsg4 174 000. The bound is half the limit:
+/// Linux 6.1 walks more than 6.18 for the same program.
 #[test]
 fn the_verifier_has_room_to_spare_and_without_a_policy_everything_is_dropped() {
     let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
@@ -97,7 +96,7 @@ fn the_verifier_has_room_to_spare_and_without_a_policy_everything_is_dropped() {
     assert!(counts.len() >= 7);
     for (name, count) in counts {
         println!("{name}: {count} verified instructions");
-        assert!(count < 600_000, "{name}: {count}");
+        assert!(count < 500_000, "{name}: {count}");
     }
     for bytes in frames() {
         for hook in HOOKS {
