@@ -195,6 +195,13 @@ fn be32(a: u8, b: u8, c: u8, d: u8) -> u32 {
     u32::from_be_bytes([a, b, c, d])
 }
 
+/// An address in an IPv6 header, as big-endian words.
+#[inline(always)]
+fn v6_address(h: &[u8; 40], at: usize) -> [u32; 4] {
+    let word = |i: usize| be32(h[at + i], h[at + i + 1], h[at + i + 2], h[at + i + 3]);
+    [word(0), word(4), word(8), word(12)]
+}
+
 /// Reads a packet. On error `packet` holds what was read until then.
 ///
 /// # Errors
@@ -347,18 +354,8 @@ fn ipv6<B: Bytes + ?Sized>(
     }
     let tuple = &mut packet.tuple;
     tuple.v6 = true;
-    tuple.source = [
-        be32(h[8], h[9], h[10], h[11]),
-        be32(h[12], h[13], h[14], h[15]),
-        be32(h[16], h[17], h[18], h[19]),
-        be32(h[20], h[21], h[22], h[23]),
-    ];
-    tuple.destination = [
-        be32(h[24], h[25], h[26], h[27]),
-        be32(h[28], h[29], h[30], h[31]),
-        be32(h[32], h[33], h[34], h[35]),
-        be32(h[36], h[37], h[38], h[39]),
-    ];
+    tuple.source = v6_address(&h, 8);
+    tuple.destination = v6_address(&h, 24);
     packet.addresses = true;
     let end = offset + 40 + u32::from(be16([h[4], h[5]]));
     if end > bytes.length() || mapped(&tuple.source) || mapped(&tuple.destination) {
@@ -526,18 +523,8 @@ fn inner<B: Bytes + ?Sized>(
         if h[0] >> 4 != 6 {
             return None;
         }
-        tuple.source = [
-            be32(h[8], h[9], h[10], h[11]),
-            be32(h[12], h[13], h[14], h[15]),
-            be32(h[16], h[17], h[18], h[19]),
-            be32(h[20], h[21], h[22], h[23]),
-        ];
-        tuple.destination = [
-            be32(h[24], h[25], h[26], h[27]),
-            be32(h[28], h[29], h[30], h[31]),
-            be32(h[32], h[33], h[34], h[35]),
-            be32(h[36], h[37], h[38], h[39]),
-        ];
+        tuple.source = v6_address(&h, 8);
+        tuple.destination = v6_address(&h, 24);
         tuple.protocol = h[6];
         transport_at = at + 40;
     } else {
