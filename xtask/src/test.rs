@@ -1,6 +1,8 @@
 //! Runs the whole suite: what needs no privilege as we are, the rest as root.
 
 use std::ffi::OsString;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -31,14 +33,14 @@ pub fn run(options: &Options) -> Result<()> {
         "--no-fail-fast",
     ]);
     cargo.args(&options.filter).env("ENFORCER_BIN", &binary);
-    let units = ui::succeeds(&mut cargo)?;
+    let (units, mut totals) = counted(&mut cargo)?;
     ui::note(&format!(
         "{} in {}",
         if units { "passed" } else { "FAILED" },
         ui::took(start)
     ));
     if options.quick {
-        return verdict(units, true);
+        return verdict(units, true, &totals);
     }
 
     ui::step("Kernel and namespace tests");
@@ -59,12 +61,75 @@ pub fn run(options: &Options) -> Result<()> {
         let value = toml_array(&words);
         cargo.args(["--config", &format!("target.'cfg(unix)'.runner={value}")]);
     }
-    // Cargo's own summary closes the output: nothing is printed behind it when all is well.
-    let kernel = ui::succeeds(&mut cargo)?;
-    verdict(units, kernel)
+    let (kernel, more) = counted(&mut cargo)?;
+    totals.add(&more);
+    verdict(units, kernel, &totals)
 }
 
-fn verdict(units: bool, kernel: bool) -> Result<()> {
+/// What the test runners counted.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Totals {
+    passed: u64,
+    failed: u64,
+    ignored: u64,
+}
+
+impl Totals {
+    fn add(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+    }
+
+    /// Adds a line like `test result: ok. 4 passed; 0 failed; 1 ignored; …`; others are nothing.
+    fn read(&mut self, line: &str) {
+        let Some(counts) = line.trim_start().strip_prefix("test result: ") else {
+            return;
+        };
+        for count in counts.split([';', '.']) {
+            let mut words = count.split_whitespace();
+            let (Some(Ok(number)), Some(what)) =
+                (words.next().map(str::parse::<u64>), words.next())
+            else {
+                continue;
+            };
+            match what {
+                "passed" => self.passed += number,
+                "failed" => self.failed += number,
+                "ignored" => self.ignored += number,
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Runs cargo with its output passed on, and counts what the runners say.
+fn counted(cargo: &mut Command) -> Result<(bool, Totals)> {
+    let mut child = cargo
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {}", ui::describe(cargo)))?;
+    let mut totals = Totals::default();
+    if let Some(stdout) = child.stdout.take() {
+        for line in BufReader::new(stdout).lines() {
+            let line = line.context("cannot read the output of the tests")?;
+            println!("{line}");
+            totals.read(&line);
+        }
+    }
+    Ok((child.wait()?.success(), totals))
+}
+
+/// Closes the output with the sums over all runners, whose own lines are many and end with those
+/// of crates that have no tests.
+fn verdict(units: bool, kernel: bool, totals: &Totals) -> Result<()> {
+    println!(
+        "\n{} passed, {} failed, {} skipped",
+        totals.passed, totals.failed, totals.ignored
+    );
+    if units && kernel && totals.passed == 0 {
+        bail!("no test ran");
+    }
     match (units, kernel) {
         (true, true) => Ok(()),
         (false, true) => bail!("unit, property or documentation tests failed"),
@@ -98,6 +163,20 @@ fn toml_array(words: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sums_of_the_runners() {
+        let mut totals = Totals::default();
+        totals.read("test result: ok. 85 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out");
+        totals.read("test result: FAILED. 9 passed; 2 failed; 0 ignored; 0 measured");
+        totals.read("test something::passed ... ok");
+        let want = Totals {
+            passed: 94,
+            failed: 2,
+            ignored: 1,
+        };
+        assert_eq!(totals, want);
+    }
 
     #[test]
     fn words_survive_as_toml() {
