@@ -1,79 +1,85 @@
 //! A set of small numbers (rules, service classes), one bit each.
 
 /// A bit set of fixed length.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct Bits(Vec<u64>);
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Bits(Vec<u32>);
 
 impl Bits {
     pub(super) fn empty(length: usize) -> Self {
-        Self(vec![0; length.div_ceil(64)])
+        Self(vec![0; length.div_ceil(32)])
     }
 
     pub(super) fn full(length: usize) -> Self {
-        let mut bits = Self(vec![u64::MAX; length.div_ceil(64)]);
+        let mut bits = Self(vec![u32::MAX; length.div_ceil(32)]);
         if let Some(last) = bits.0.last_mut()
-            && !length.is_multiple_of(64)
+            && !length.is_multiple_of(32)
         {
-            *last = (1 << (length % 64)) - 1;
+            *last = (1 << (length % 32)) - 1;
         }
         bits
     }
 
     /// Numbers past the length are not in the set and stay out of it.
     pub(super) fn insert(&mut self, number: usize) {
-        if let Some(word) = self.0.get_mut(number / 64) {
-            *word |= 1 << (number % 64);
+        if let Some(word) = self.0.get_mut(number / 32) {
+            *word |= 1 << (number % 32);
         }
     }
 
     pub(super) fn remove(&mut self, number: usize) {
-        if let Some(word) = self.0.get_mut(number / 64) {
-            *word &= !(1 << (number % 64));
+        if let Some(word) = self.0.get_mut(number / 32) {
+            *word &= !(1 << (number % 32));
         }
     }
 
     pub(super) fn contains(&self, number: usize) -> bool {
         self.0
-            .get(number / 64)
-            .is_some_and(|word| word >> (number % 64) & 1 != 0)
+            .get(number / 32)
+            .is_some_and(|word| word >> (number % 32) & 1 != 0)
     }
 
-    pub(super) fn unite(&mut self, other: &Self) {
-        for (word, other) in self.0.iter_mut().zip(&other.0) {
-            *word |= other;
+    /// Makes it equal to `other`, which has the same length.
+    pub(super) fn copy(&mut self, other: &Self) {
+        self.0.copy_from_slice(&other.0);
+    }
+
+    /// Removes the numbers of `other` and tells each that was in the set.
+    pub(super) fn take(&mut self, other: &Self, mut act: impl FnMut(usize)) {
+        for (at, (word, other)) in self.0.iter_mut().zip(&other.0).enumerate() {
+            let taken = *word & other;
+            if taken != 0 {
+                *word &= !other;
+                ones(taken, at, &mut act);
+            }
         }
     }
 
-    pub(super) fn subtract(&mut self, other: &Self) {
-        for (word, other) in self.0.iter_mut().zip(&other.0) {
-            *word &= !other;
+    pub(super) fn words(&self) -> &[u32] {
+        &self.0
+    }
+}
+
+/// Tells the numbers in both sets, given as words, ascending.
+pub(super) fn common(a: &[u32], b: &[u32], mut act: impl FnMut(usize)) {
+    for (at, (a, b)) in a.iter().zip(b).enumerate() {
+        if a & b != 0 {
+            ones(a & b, at, &mut act);
         }
     }
+}
 
-    pub(super) fn intersection(&self, other: &Self) -> Self {
-        Self(self.0.iter().zip(&other.0).map(|(a, b)| a & b).collect())
+/// Tells the numbers in the set, given as words, ascending.
+pub(super) fn each(set: &[u32], mut act: impl FnMut(usize)) {
+    for (at, word) in set.iter().enumerate() {
+        ones(*word, at, &mut act);
     }
+}
 
-    pub(super) fn count(&self) -> usize {
-        self.0.iter().map(|word| word.count_ones() as usize).sum()
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.iter().all(|word| *word == 0)
-    }
-
-    /// The numbers in the set, ascending.
-    pub(super) fn iter(&self) -> impl Iterator<Item = usize> + '_ {
-        self.0.iter().enumerate().flat_map(|(at, word)| {
-            let mut rest = *word;
-            std::iter::from_fn(move || {
-                let bit = rest.trailing_zeros() as usize;
-                (rest != 0).then(|| {
-                    rest &= rest - 1;
-                    at * 64 + bit
-                })
-            })
-        })
+/// Tells the numbers in the word at index `at`, ascending.
+fn ones(mut word: u32, at: usize, act: &mut impl FnMut(usize)) {
+    while word != 0 {
+        act(at * 32 + word.trailing_zeros() as usize);
+        word &= word - 1;
     }
 }
 
@@ -100,23 +106,36 @@ mod tests {
             b in prop::collection::btree_set(0usize..200, 0..60),
         ) {
             let (x, y) = (bits(&a), bits(&b));
-            prop_assert_eq!(x.count(), a.len());
-            prop_assert_eq!(x.is_empty(), a.is_empty());
-            prop_assert_eq!(x.iter().collect::<BTreeSet<_>>(), a.clone());
-            prop_assert_eq!(x.intersection(&y), bits(&(&a & &b)));
-            let mut united = x.clone();
-            united.unite(&y);
-            prop_assert_eq!(united, bits(&(&a | &b)));
-            let mut rest = x;
-            rest.subtract(&y);
+            let mut both = Vec::new();
+            common(x.words(), y.words(), |n| both.push(n));
+            let expected: Vec<usize> = a.intersection(&b).copied().collect();
+            prop_assert_eq!(&both, &expected);
+            let mut all = Vec::new();
+            each(x.words(), |n| all.push(n));
+            prop_assert_eq!(all, a.iter().copied().collect::<Vec<_>>());
+            let mut rest = Bits::empty(200);
+            rest.copy(&x);
+            let mut taken = Vec::new();
+            rest.take(&y, |n| taken.push(n));
+            prop_assert_eq!(taken, expected);
             prop_assert_eq!(rest, bits(&(&a - &b)));
+            for number in 0..210 {
+                prop_assert_eq!(x.contains(number), a.contains(&number));
+            }
+            let mut none = x;
+            for number in &a {
+                none.remove(*number);
+            }
+            prop_assert_eq!(none, Bits::empty(200));
         }
     }
 
     #[test]
     fn full_has_exactly_its_length() {
-        for length in [0, 1, 63, 64, 65, 128, 200] {
-            assert_eq!(Bits::full(length).count(), length);
+        for length in [0, 1, 31, 32, 33, 128, 200] {
+            let mut count = 0;
+            Bits::full(length).take(&Bits::full(length), |_| count += 1);
+            assert_eq!(count, length);
             assert!(!Bits::full(length).contains(length));
         }
     }

@@ -1,12 +1,13 @@
 //! Members → elementary intervals: stretches of addresses that are in the same segments.
 //!
-//! One sweep per family over the sorted boundaries. A *set* is a list of segment numbers, stored
-//! once and named by its index; a table of (set, toggled segment) → set makes each step of the
-//! sweep one look-up, however many segments overlap.
+//! One sweep per family over the sorted boundaries. It tells a follower which segment is entered
+//! or left, and asks for a number at each stretch; it stores no sets itself.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::net::IpAddr;
 
 use crate::policy::model::{AddrRange, Environment, Policy};
+
+use super::{Stop, bits::Bits};
 
 /// Inclusive; IPv4 addresses as their 32-bit value.
 type Range = (u128, u128);
@@ -15,12 +16,18 @@ type Range = (u128, u128);
 /// next one's start. Neighbours differ.
 pub(super) type Intervals = Vec<(u128, u32)>;
 
-/// The outcome of the sweep. The intervals' numbers index `sets`.
+/// The outcome of the sweep, with the follower's numbers.
 pub(super) struct Sweep {
-    /// Sorted segment numbers. [`Sweep::host`] and [`Sweep::multicast`] stand behind the real ones.
-    pub(super) sets: Vec<Vec<u32>>,
     pub(super) v4: Intervals,
     pub(super) v6: Intervals,
+}
+
+/// Keeps the set of segments at the current address. No segment is in it at first.
+pub(super) trait Follow {
+    /// The segment, or [`host`] or [`multicast`], is entered or left.
+    fn toggle(&mut self, segment: u32, entered: bool);
+    /// The number for the current set.
+    fn number(&mut self) -> Result<u32, Stop>;
 }
 
 /// Number that stands for the built-in `host` in a set.
@@ -34,7 +41,11 @@ pub(super) fn multicast(policy: &Policy) -> u32 {
 }
 
 /// The intervals of both families.
-pub(super) fn sweep(policy: &Policy, env: &Environment) -> Sweep {
+pub(super) fn sweep(
+    policy: &Policy,
+    env: &Environment,
+    follower: &mut impl Follow,
+) -> Result<Sweep, Stop> {
     let mut v4 = Vec::new();
     let mut v6 = Vec::new();
     for (number, segment) in (0u32..).zip(&policy.segments) {
@@ -61,14 +72,11 @@ pub(super) fn sweep(policy: &Policy, env: &Environment) -> Sweep {
     add_segment(&mut v4, multicast(policy), multicast4, u128::from(u32::MAX));
     add_segment(&mut v6, multicast(policy), multicast6, u128::MAX);
 
-    let mut sets = Sets::new();
-    let v4 = sets.intervals(v4);
-    let v6 = sets.intervals(v6);
-    Sweep {
-        sets: sets.sets,
-        v4,
-        v6,
-    }
+    let segments = policy.segments.len() + 2;
+    Ok(Sweep {
+        v4: follow(v4, segments, follower)?,
+        v6: follow(v6, segments, follower)?,
+    })
 }
 
 /// A member's range minus its exceptions.
@@ -135,61 +143,34 @@ fn add_segment(points: &mut Vec<(u128, u32)>, number: u32, mut ranges: Vec<Range
     }
 }
 
-/// Every distinct set of segments that the sweep met.
-struct Sets {
-    sets: Vec<Vec<u32>>,
-    numbers: HashMap<Vec<u32>, u32>,
-    toggled: HashMap<(u32, u32), u32>,
-}
-
-impl Sets {
-    fn new() -> Self {
-        Self {
-            sets: vec![Vec::new()],
-            numbers: HashMap::from([(Vec::new(), 0)]),
-            toggled: HashMap::new(),
+/// Walks the points of one family; leaves the follower in no segment.
+fn follow(
+    mut points: Vec<(u128, u32)>,
+    segments: usize,
+    follower: &mut impl Follow,
+) -> Result<Intervals, Stop> {
+    points.sort_unstable();
+    let mut intervals: Intervals = Vec::new();
+    let mut inside = Bits::empty(segments);
+    let mut at = 0;
+    for (point, segment) in points {
+        if point != at {
+            push(&mut intervals, at, follower.number()?);
+            at = point;
         }
+        let entered = !inside.contains(segment as usize);
+        if entered {
+            inside.insert(segment as usize);
+        } else {
+            inside.remove(segment as usize);
+        }
+        follower.toggle(segment, entered);
     }
-
-    /// The set with `segment` added, or removed where it was in.
-    fn toggle(&mut self, set: u32, segment: u32) -> u32 {
-        if let Some(known) = self.toggled.get(&(set, segment)) {
-            return *known;
-        }
-        let mut segments = self.sets[set as usize].clone();
-        match segments.binary_search(&segment) {
-            Ok(at) => drop(segments.remove(at)),
-            Err(at) => segments.insert(at, segment),
-        }
-        let next = match self.numbers.get(&segments) {
-            Some(known) => *known,
-            None => {
-                let number = super::word(self.sets.len());
-                self.sets.push(segments.clone());
-                self.numbers.insert(segments, number);
-                number
-            }
-        };
-        self.toggled.insert((set, segment), next);
-        self.toggled.insert((next, segment), set);
-        next
-    }
-
-    fn intervals(&mut self, mut points: Vec<(u128, u32)>) -> Intervals {
-        points.sort_unstable();
-        let mut intervals: Intervals = Vec::new();
-        let mut set = 0;
-        let mut at = 0;
-        for (point, segment) in points {
-            if point != at {
-                push(&mut intervals, at, set);
-                at = point;
-            }
-            set = self.toggle(set, segment);
-        }
-        push(&mut intervals, at, set);
-        intervals
-    }
+    push(&mut intervals, at, follower.number()?);
+    inside.take(&Bits::full(segments), |segment| {
+        follower.toggle(super::word(segment), false);
+    });
+    Ok(intervals)
 }
 
 /// Appends an interval unless it continues the one before.

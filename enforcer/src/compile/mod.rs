@@ -7,10 +7,14 @@
 //!
 //! Hash maps are asked, never walked: their order differs from run to run.
 //!
+//! Space is asked for before it is used: beyond an image's limit, or [`SCRATCH`], the compiler stops
+//! at the first excess, so that no policy, however large, costs much more memory than an image.
+//!
 //! Must not know: YAML, the kernel, time.
 
 mod bits;
 mod image;
+mod intern;
 mod intervals;
 mod rows;
 mod services;
@@ -77,9 +81,40 @@ pub enum CompileError {
         /// Words of the largest size class.
         limit: usize,
     },
+    /// Its rules are too many, for so many kinds of service or address, to be compiled at all.
+    #[error(
+        "the policy is too large: {rules} rules tell at least {classes} kinds of address and \
+         {service_classes} kinds of service apart, which is more than can be compiled; merge \
+         rules, or services and segments that they do not tell apart"
+    )]
+    TooComplex {
+        /// Rules of the policy.
+        rules: usize,
+        /// Address classes when the compiler gave up.
+        classes: usize,
+        /// Service classes; 0 when it gave up on those.
+        service_classes: usize,
+    },
     /// The keys of a hash table found no place under any seed that was tried.
     #[error("the hash tables of the policy image could not be built")]
     Placement,
+}
+
+/// Words of any one table that is needed only while compiling: as many as the largest image has.
+const SCRATCH: usize = 1 << 24;
+
+/// Why the compiler stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    Full(Full),
+    /// A table would pass [`SCRATCH`].
+    Complex,
+}
+
+impl From<Full> for Stop {
+    fn from(full: Full) -> Self {
+        Self::Full(full)
+    }
 }
 
 /// Compiles a policy.
@@ -100,18 +135,29 @@ fn compile_within(
     options: &Options,
     limit: usize,
 ) -> Result<Image, CompileError> {
-    let mut sweep = intervals::sweep(policy, env);
-    let classes = sides::classify(policy, &mut sweep);
-    let services = services::Services::new(policy);
-    let class_count = classes.classes.len();
-    let too_large = |full: Full, rows: usize| CompileError::TooLarge {
-        classes: class_count,
+    let complex = |classes, service_classes| CompileError::TooComplex {
+        rules: policy.rules.len(),
+        classes,
+        service_classes,
+    };
+    let services = services::Services::new(policy).map_err(|_| complex(0, 0))?;
+    let too_large = |full: Full, classes: usize, rows: usize| CompileError::TooLarge {
+        classes,
         service_classes: services.count,
         rows,
         words: full.words,
         limit,
     };
-    let early = |full: Full| too_large(full, 0);
+
+    let denial = sides::denials(policy);
+    let mut classifier = sides::Classifier::new(policy, &denial, limit);
+    let sweep = intervals::sweep(policy, env, &mut classifier).map_err(|stop| match stop {
+        Stop::Full(full) => too_large(full, classifier.count(), 0),
+        Stop::Complex => complex(classifier.count(), services.count),
+    })?;
+    let classes = classifier.finish();
+    let class_count = classes.classes.len();
+    let early = |full: Full| too_large(full, class_count, 0);
 
     let mut writer = Writer::new(limit);
     let pairs = class_count.saturating_mul(class_count);
@@ -119,13 +165,18 @@ fn compile_within(
     let services_at = services.write(&mut writer).map_err(early)?;
     writer.set(header::SERVICES, services_at);
 
-    let rows = rows::build(policy, &classes, &services, &writer).map_err(early)?;
-    let late = |full: Full| too_large(full, rows.count());
+    let rows = rows::build(policy, &denial, &classes, &services, &writer)
+        .map_err(|(full, rows)| too_large(full, class_count, rows))?;
+    let row_count = rows.count();
+    let late = |full: Full| too_large(full, class_count, row_count);
     let rows_at = writer.append_aligned(&rows.words).map_err(late)?;
     let matrix = rows.matrix(&classes);
-    let pairs_at = writer.append_aligned(&matrix).map_err(late)?;
+    let pairs_at = writer.append_each(pairs, matrix).map_err(late)?;
     writer.set(header::ROWS, rows_at);
     writer.set(header::PAIRS, pairs_at);
+    // The rest is in the image now.
+    drop(classes);
+    let exceptions = rows.into_exceptions();
 
     let trie4 = v4::write(&sweep.v4, &mut writer).map_err(late)?;
     let (rest6, hosts6) = v6::split(&sweep.v6);
@@ -136,7 +187,7 @@ fn compile_within(
     let tables = Tables {
         hosts4: &trie4.hosts,
         hosts6: &hosts6,
-        exceptions: &rows.exceptions,
+        exceptions: &exceptions,
     };
     writer.reserve(tables.size()).map_err(late)?;
     let (seed, placed) = tables.place().ok_or(CompileError::Placement)?;
@@ -156,8 +207,8 @@ fn compile_within(
         (header::RULES, policy.rules.len()),
         (header::SEGMENTS, policy.segments.len()),
         (header::SERVICE_CLASSES, services.count),
-        (header::ROW_COUNT, rows.count()),
-        (header::EXCEPTION_COUNT, rows.exceptions.len()),
+        (header::ROW_COUNT, row_count),
+        (header::EXCEPTION_COUNT, exceptions.len()),
         (header::V4_HOST_COUNT, trie4.hosts.len()),
         (header::V6_HOST_COUNT, hosts6.len()),
     ] {
@@ -210,55 +261,59 @@ impl Tables<'_> {
             return Ok(());
         };
         if !self.hosts4.is_empty() {
-            let table = buckets(hosts4, layout::V4_BUCKET_SLOTS, 0, |key| {
+            let at = buckets(writer, hosts4, layout::V4_BUCKET_SLOTS, 0, |key| {
                 let host = self.hosts4.get(key as usize);
                 host.map_or([0, EMPTY], |(address, class)| [*address, *class])
-            });
+            })?;
             writer.set(header::V4_HOSTS_BUCKETS, hosts4.buckets);
-            let at = writer.append_aligned(&table)?;
             writer.set(header::V4_HOSTS, at);
         }
         if !self.hosts6.is_empty() {
-            let table = buckets(hosts6, layout::V6_BUCKET_SLOTS, 1, |key| {
+            let at = buckets(writer, hosts6, layout::V6_BUCKET_SLOTS, 1, |key| {
                 let host = self.hosts6.get(key as usize);
                 host.map_or([0, 0, 0, 0, EMPTY], |(address, class)| {
                     let [a, b, c, d] = quarters(*address);
                     [a, b, c, d, *class]
                 })
-            });
+            })?;
             writer.set(header::V6_HOSTS_BUCKETS, hosts6.buckets);
-            let at = writer.append_aligned(&table)?;
             writer.set(header::V6_HOSTS, at);
         }
         if !self.exceptions.is_empty() {
-            let table = buckets(exceptions, layout::EXCEPTION_BUCKET_SLOTS, 0, |key| {
-                let exception = self.exceptions.get(key as usize);
-                exception.map_or([EMPTY, EMPTY, 0, 0], |e| {
-                    [e.row, e.service, e.verdict.0, e.verdict.1]
-                })
-            });
+            let at = buckets(
+                writer,
+                exceptions,
+                layout::EXCEPTION_BUCKET_SLOTS,
+                0,
+                |key| {
+                    let exception = self.exceptions.get(key as usize);
+                    exception.map_or([EMPTY, EMPTY, 0, 0], |e| {
+                        [e.row, e.service, e.verdict.0, e.verdict.1]
+                    })
+                },
+            )?;
             writer.set(header::EXCEPTIONS_BUCKETS, exceptions.buckets);
-            let at = writer.append_aligned(&table)?;
             writer.set(header::EXCEPTIONS, at);
         }
         Ok(())
     }
 }
 
-/// The words of a table: each slot's, then the padding of the bucket. `slot` is asked with
+/// Writes a table: each slot's words, then the padding of the bucket. `slot` is asked with
 /// [`EMPTY`], no key's index, where there is none.
 fn buckets<const N: usize>(
+    writer: &mut Writer,
     placed: &Placed,
     slots: u32,
     padding: usize,
     slot: impl Fn(u32) -> [u32; N],
-) -> Vec<u32> {
-    let mut words = Vec::with_capacity(placed.slots.len() * (N + padding));
-    for bucket in placed.slots.chunks(slots as usize) {
-        words.extend(bucket.iter().flat_map(|key| slot(*key)));
-        words.resize(words.len() + padding, 0);
-    }
-    words
+) -> Result<u32, Full> {
+    let count = placed.slots.len() * N + placed.slots.len() / slots as usize * padding;
+    let words = placed.slots.chunks(slots as usize).flat_map(|bucket| {
+        let keys = bucket.iter().flat_map(|key| slot(*key));
+        keys.chain(std::iter::repeat_n(0, padding))
+    });
+    writer.append_each(count, words)
 }
 
 /// The host's own addresses, for the socket hooks.

@@ -1,45 +1,25 @@
 //! Class pairs → rows: the verdicts of every service class between two behaviours.
 
-use std::collections::{BTreeMap, HashMap};
-
 use enforcer_common::{
     decide::verdict_word,
-    image::{self, EMPTY, ROW_HAS_EXCEPTIONS},
+    image::{self, EMPTY, ROW_HAS_EXCEPTIONS, ROW_WORDS},
     verdict::{Outcome, Reason},
 };
 
-use crate::policy::model::{Action, Mode, Policy, Unsegmented};
+use crate::policy::model::{Mode, Policy, Unsegmented};
 
 use super::{
-    bits::Bits,
+    bits::{self, Bits},
+    intern::{Hasher, Interner, Slots},
     services::Services,
-    sides::{Classes, Guard, Side},
+    sides::{self, Classes, Guard, NO_MODE, Side},
     writer::{Full, Writer},
 };
 
 /// Both words of a verdict.
 type Verdict = (u32, u32);
 
-/// A row as written; equal ones are written once.
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct Row {
-    default: Verdict,
-    form: Verdict,
-    /// By service class, ascending.
-    exceptions: Vec<(u32, Verdict)>,
-}
-
-/// All that a row depends on.
-#[derive(PartialEq, Eq, Hash)]
-struct Key {
-    guard: Option<Guard>,
-    /// Matching deny rules, the one that decides first.
-    denials: Vec<(Mode, usize)>,
-    /// Matching allow rules in file order.
-    allows: Vec<usize>,
-}
-
-/// One word of the exception table.
+/// One entry of the exception table: exactly as large as in the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Exception {
     pub(super) row: u32,
@@ -47,58 +27,104 @@ pub(super) struct Exception {
     pub(super) verdict: Verdict,
 }
 
+/// Words of an exception in the image.
+pub(super) const EXCEPTION_WORDS: usize =
+    (image::EXCEPTION_BUCKET_WORDS / image::EXCEPTION_BUCKET_SLOTS) as usize;
+
 /// The rows, and which of them belongs to which pair of behaviours.
 pub(super) struct Rows {
     /// Four words a row.
     pub(super) words: Vec<u32>,
-    pub(super) exceptions: Vec<Exception>,
+    exceptions: Vec<Exception>,
     /// Source behaviour major.
     of_sides: Vec<u32>,
 }
 
 impl Rows {
     pub(super) fn count(&self) -> usize {
-        self.words.len() / image::ROW_WORDS as usize
+        self.words.len() / ROW_WORDS as usize
     }
 }
+
+/// A pair's guard and matching rules, as they are judged. In words: the guard's mode and segment,
+/// then each rule's number under its kind, which is the code of a denial's mode or [`ALLOW`]. So
+/// the order of the words is the order in which rules decide.
+#[derive(Default)]
+struct Key(Vec<u32>);
+
+/// Where a rule's kind stands, above its number.
+const KIND: u32 = 30;
+const ALLOW: u32 = 3;
+
+/// Words of keys that are remembered. A key that is not is judged again: that costs time alone.
+const REMEMBERED: usize = 1 << 22;
 
 struct Builder<'a> {
     policy: &'a Policy,
     services: &'a Services,
-    deny_rules: Bits,
-    by_key: HashMap<Key, u32>,
-    by_content: HashMap<Row, u32>,
+    denial: &'a [Option<u32>],
+    /// Words that rows and exceptions may take.
+    room: usize,
+    key: Key,
+    known: Interner,
+    row_of_key: Vec<u32>,
+    /// Rows by content.
+    known_rows: Slots,
     words: Vec<u32>,
     exceptions: Vec<Exception>,
+    /// Per row, its first exception.
+    starts: Vec<u32>,
+    judge: Judge,
 }
 
-/// Builds the row of every pair of behaviours. `room` is what the image can still take.
+/// Scratch of a judgement.
+struct Judge {
+    every: Bits,
+    left: Bits,
+    verdicts: Vec<Verdict>,
+    counts: Vec<usize>,
+    /// Per service class, the index of its verdict.
+    of_service: Vec<u32>,
+}
+
+/// Builds the row of every pair of behaviours, after which `writer` holds them and the matrix.
+/// On the first excess it stops, and says how many rows there were.
 pub(super) fn build(
     policy: &Policy,
+    denial: &[Option<u32>],
     classes: &Classes,
     services: &Services,
     writer: &Writer,
-) -> Result<Rows, Full> {
-    let mut deny_rules = Bits::empty(policy.rules.len());
-    for (number, rule) in policy.rules.iter().enumerate() {
-        if rule.action == Action::Deny {
-            deny_rules.insert(number);
-        }
-    }
+) -> Result<Rows, (Full, usize)> {
+    let taken = writer.words().len() + classes.classes.len() * classes.classes.len();
     let mut builder = Builder {
         policy,
         services,
-        deny_rules,
-        by_key: HashMap::new(),
-        by_content: HashMap::new(),
+        denial,
+        room: writer.limit().saturating_sub(taken),
+        key: Key::default(),
+        known: Interner::default(),
+        row_of_key: Vec::new(),
+        known_rows: Slots::default(),
         words: Vec::new(),
         exceptions: Vec::new(),
+        starts: Vec::new(),
+        judge: Judge {
+            every: Bits::full(services.count),
+            left: Bits::full(services.count),
+            verdicts: Vec::new(),
+            counts: Vec::new(),
+            of_service: vec![0; services.count],
+        },
     };
-    let mut of_sides = Vec::with_capacity(classes.sources.len() * classes.destinations.len());
-    for source in &classes.sources {
-        for destination in &classes.destinations {
-            of_sides.push(builder.row(source, destination));
-            writer.reserve(builder.size())?;
+    let mut of_sides = Vec::with_capacity(classes.pairs());
+    for source in classes.sources() {
+        for destination in classes.destinations() {
+            let row = builder.row(&source, &destination).map_err(|more| {
+                let words = taken + builder.size() + more;
+                (Full { words }, builder.starts.len())
+            })?;
+            of_sides.push(row);
         }
     }
     Ok(Rows {
@@ -111,150 +137,246 @@ pub(super) fn build(
 impl Builder<'_> {
     /// Words that the rows so far take, at least.
     fn size(&self) -> usize {
-        self.words.len() + self.exceptions.len() * 4
+        self.words.len() + self.exceptions.len() * EXCEPTION_WORDS
     }
 
-    fn row(&mut self, source: &Side, destination: &Side) -> u32 {
+    /// The row of a pair, or the words that a new one would take where there is no room for it.
+    fn row(&mut self, source: &Side<'_>, destination: &Side<'_>) -> Result<u32, usize> {
         // The strongest; the destination's on ties.
-        let guard = match (source.guard, destination.guard) {
+        let guard = match (source.guard(), destination.guard()) {
             (Some(out), Some(into)) if out.mode > into.mode => Some(out),
             (out, into) => into.or(out),
         };
-        let matching = source.rules.intersection(&destination.rules);
-        let mut denials = Vec::new();
-        let mut allows = Vec::new();
-        for rule in matching.iter() {
-            if self.deny_rules.contains(rule) {
-                // `None`, no segment, is the smallest.
-                let strength = source.strength(rule).max(destination.strength(rule));
-                denials.push((strength.unwrap_or(self.policy.defaults.mode), rule));
-            } else {
-                allows.push(rule);
-            }
-        }
-        denials.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
-        let key = Key {
+        self.key.fill(
             guard,
-            denials,
-            allows,
-        };
-        if let Some(known) = self.by_key.get(&key) {
-            return *known;
+            source,
+            destination,
+            self.denial,
+            self.policy.defaults.mode,
+        );
+        if let Some(known) = self.known.find(&self.key.0)
+            && let Some(row) = self.row_of_key.get(known as usize)
+        {
+            return Ok(*row);
         }
-        let row = self.judge(&key);
-        let number = self.number(row);
-        self.by_key.insert(key, number);
-        number
+        let form = self.form(guard);
+        let default = self.judge.run(self.policy, self.services, guard, &self.key);
+        let row = self.number(default, form)?;
+        if self.known.size() + self.known.len() < REMEMBERED {
+            self.known.intern(&self.key.0);
+            self.row_of_key.push(row);
+        }
+        Ok(row)
     }
 
-    fn judge(&self, key: &Key) -> Row {
-        let defaults = self.policy.defaults;
-        let (unmatched, form) = match (key.guard, defaults.unsegmented) {
-            (Some(guard), _) => (
-                denial(guard.mode, Reason::DefaultDeny, guard.segment),
-                denial(guard.mode, Reason::DefaultDeny, guard.segment),
-            ),
-            (None, Unsegmented::Allow) => (
-                verdict(Outcome::Allowed, Reason::Unsegmented, EMPTY),
-                verdict(Outcome::Off, Reason::Unsegmented, EMPTY),
-            ),
-            (None, Unsegmented::Deny) => (
-                denial(defaults.mode, Reason::Unsegmented, EMPTY),
-                denial(defaults.mode, Reason::Unsegmented, EMPTY),
-            ),
-        };
-        let denials = key.denials.iter().map(|(mode, rule)| {
-            let words = denial(*mode, Reason::RuleDeny, super::word(*rule));
-            (*rule, words)
-        });
-        let allows = key.allows.iter().map(|rule| {
-            let words = verdict(Outcome::Allowed, Reason::RuleAllow, super::word(*rule));
-            (*rule, words)
-        });
+    /// The verdict of denials of form.
+    fn form(&self, guard: Option<Guard>) -> Verdict {
+        match unmatched(self.policy, guard) {
+            (_, subject)
+                if guard.is_none() && self.policy.defaults.unsegmented == Unsegmented::Allow =>
+            {
+                (verdict_word(Outcome::Off, Reason::Unsegmented), subject)
+            }
+            denial => denial,
+        }
+    }
 
+    /// Number of the row just judged; equal rows are written once.
+    fn number(&mut self, default: usize, form: Verdict) -> Result<u32, usize> {
+        let judge = &self.judge;
+        let verdict = judge.verdicts.get(default).copied().unwrap_or_default();
+        let count = judge
+            .counts
+            .get(default)
+            .map_or(0, |most| self.services.count - most);
+        let flag = if count == 0 { 0 } else { ROW_HAS_EXCEPTIONS };
+        let words = [verdict.0 | flag, verdict.1, form.0, form.1];
+        let mut hasher = Hasher::new();
+        words.into_iter().for_each(|word| hasher.feed(word));
+        for (service, (word, subject)) in judge.exceptions(default) {
+            [service, word, subject]
+                .into_iter()
+                .for_each(|word| hasher.feed(word));
+        }
+        let hash = hasher.finish();
+        let same = |row: u32| {
+            let row = row as usize;
+            let at = row * ROW_WORDS as usize;
+            let start = self.starts.get(row).map_or(0, |start| *start as usize);
+            let end = self.starts.get(row + 1);
+            let end = end.map_or(self.exceptions.len(), |end| *end as usize);
+            self.words.get(at..at + ROW_WORDS as usize) == Some(&words)
+                && self.exceptions.get(start..end).is_some_and(|known| {
+                    let known = known.iter().map(|e| (e.service, e.verdict));
+                    end - start == count && known.eq(judge.exceptions(default))
+                })
+        };
+        if let Some(known) = self.known_rows.find(hash, same) {
+            return Ok(known);
+        }
+        let more = ROW_WORDS as usize + count * EXCEPTION_WORDS;
+        if self.size() + more > self.room {
+            return Err(more);
+        }
+        let row = super::word(self.starts.len());
+        self.starts.push(super::word(self.exceptions.len()));
+        self.words.extend(words);
+        let exceptions = judge.exceptions(default);
+        self.exceptions
+            .extend(exceptions.map(|(service, verdict)| Exception {
+                row,
+                service,
+                verdict,
+            }));
+        self.known_rows.insert(hash, row);
+        Ok(row)
+    }
+}
+
+impl Key {
+    fn fill(
+        &mut self,
+        guard: Option<Guard>,
+        source: &Side<'_>,
+        destination: &Side<'_>,
+        denial: &[Option<u32>],
+        weakest: Mode,
+    ) {
+        self.0.clear();
+        self.0.extend(guard.map_or([NO_MODE, 0], |guard| {
+            [sides::code(guard.mode), guard.segment]
+        }));
+        let mut sorted = true;
+        bits::common(source.rules, destination.rules, |rule| {
+            let kind = match denial.get(rule) {
+                Some(Some(denial)) => {
+                    sorted = false;
+                    match source.strength(*denial).min(destination.strength(*denial)) {
+                        NO_MODE => sides::code(weakest),
+                        strength => strength,
+                    }
+                }
+                _ => ALLOW,
+            };
+            self.0.push(kind << KIND | super::word(rule));
+        });
+        if !sorted && let Some(rules) = self.0.get_mut(2..) {
+            rules.sort_unstable();
+        }
+    }
+
+    /// Each rule and its verdict, the one that decides first at first.
+    fn rules(&self) -> impl Iterator<Item = (usize, Verdict)> + '_ {
+        self.0.iter().skip(2).map(|word| {
+            let rule = word & ((1 << KIND) - 1);
+            let verdict = match sides::mode(word >> KIND) {
+                Some(mode) => (verdict_word(outcome(mode), Reason::RuleDeny), rule),
+                None => (verdict_word(Outcome::Allowed, Reason::RuleAllow), rule),
+            };
+            (rule as usize, verdict)
+        })
+    }
+}
+
+impl Judge {
+    /// Gives each service class its verdict; returns the index of the row's default.
+    fn run(
+        &mut self,
+        policy: &Policy,
+        services: &Services,
+        guard: Option<Guard>,
+        key: &Key,
+    ) -> usize {
+        self.left.copy(&self.every);
+        self.verdicts.clear();
+        self.counts.clear();
+        self.of_service.fill(0);
+        self.verdicts.push(unmatched(policy, guard));
+        self.counts.push(0);
         // Each rule takes what those before it left.
-        let mut left = Bits::full(self.services.count);
-        let mut verdicts: Vec<(u32, Verdict)> = Vec::new();
-        let mut counts: BTreeMap<Verdict, usize> = BTreeMap::new();
-        for (rule, verdict) in denials.chain(allows) {
-            let Some(services) = self.services.of_rule.get(rule) else {
+        let mut left = services.count;
+        for (rule, verdict) in key.rules() {
+            let Some(matched) = services.of_rule(rule) else {
                 continue;
             };
-            let taken = left.intersection(services);
-            if taken.is_empty() {
+            let index = super::word(self.verdicts.len());
+            let mut count = 0;
+            self.left.take(matched, |class| {
+                count += 1;
+                if let Some(of_service) = self.of_service.get_mut(class) {
+                    *of_service = index;
+                }
+            });
+            if count == 0 {
                 continue;
             }
-            left.subtract(services);
-            verdicts.extend(taken.iter().map(|class| (super::word(class), verdict)));
-            *counts.entry(verdict).or_default() += taken.count();
+            self.verdicts.push(verdict);
+            self.counts.push(count);
+            left -= count;
+            if left == 0 {
+                break;
+            }
         }
-        *counts.entry(unmatched).or_default() += left.count();
+        if let Some(unmatched) = self.counts.first_mut() {
+            *unmatched = left;
+        }
         // The verdict of most service classes is the row's default, so that an `any` costs no
         // more than a single port. Of equally frequent ones the unmatched, then the smallest.
-        let most = counts.values().max().copied().unwrap_or(0);
-        let default = match counts.get(&unmatched) {
-            Some(count) if *count == most => unmatched,
-            _ => counts
-                .iter()
-                .find(|(_, count)| **count == most)
-                .map_or(unmatched, |(verdict, _)| *verdict),
-        };
-        verdicts.extend(left.iter().map(|class| (super::word(class), unmatched)));
-        verdicts.retain(|(_, verdict)| *verdict != default);
-        verdicts.sort_unstable();
-        Row {
-            default,
-            form,
-            exceptions: verdicts,
+        let most = self.counts.iter().max().copied().unwrap_or(0);
+        if left == most {
+            return 0;
         }
+        let frequent = self.verdicts.iter().zip(&self.counts).enumerate();
+        let frequent = frequent.filter(|(_, (_, count))| **count == most);
+        frequent
+            .min_by_key(|(_, (verdict, _))| **verdict)
+            .map_or(0, |(index, _)| index)
     }
 
-    fn number(&mut self, row: Row) -> u32 {
-        if let Some(known) = self.by_content.get(&row) {
-            return *known;
-        }
-        let number = super::word(self.words.len() / image::ROW_WORDS as usize);
-        let flag = if row.exceptions.is_empty() {
-            0
-        } else {
-            ROW_HAS_EXCEPTIONS
-        };
-        let (default, form) = (row.default, row.form);
-        self.words
-            .extend([default.0 | flag, default.1, form.0, form.1]);
-        self.exceptions
-            .extend(row.exceptions.iter().map(|(service, verdict)| Exception {
-                row: number,
-                service: *service,
-                verdict: *verdict,
-            }));
-        self.by_content.insert(row, number);
-        number
+    /// Service classes with another verdict than the default, ascending.
+    fn exceptions(&self, default: usize) -> impl Iterator<Item = (u32, Verdict)> + '_ {
+        (0u32..)
+            .zip(&self.of_service)
+            .filter(move |(_, index)| **index as usize != default)
+            .filter_map(|(service, index)| Some((service, *self.verdicts.get(*index as usize)?)))
     }
 }
 
 impl Rows {
+    /// What is still needed when rows and matrix are written.
+    pub(super) fn into_exceptions(self) -> Vec<Exception> {
+        self.exceptions
+    }
+
     /// The matrix of row numbers, by address class, source class major.
-    pub(super) fn matrix(&self, classes: &Classes) -> Vec<u32> {
-        let width = classes.destinations.len();
-        let mut matrix = Vec::with_capacity(classes.classes.len() * classes.classes.len());
-        for (source, _) in &classes.classes {
-            let rows = self.of_sides.get(*source as usize * width..).unwrap_or(&[]);
-            for (_, destination) in &classes.classes {
-                matrix.push(rows.get(*destination as usize).copied().unwrap_or(0));
-            }
-        }
-        matrix
+    pub(super) fn matrix<'a>(&'a self, classes: &'a Classes) -> impl Iterator<Item = u32> + 'a {
+        classes.classes.iter().flat_map(|(source, _)| {
+            let rows = self
+                .of_sides
+                .get(*source as usize * classes.width()..)
+                .unwrap_or(&[]);
+            classes
+                .classes
+                .iter()
+                .map(move |(_, destination)| rows.get(*destination as usize).copied().unwrap_or(0))
+        })
     }
 }
 
-fn verdict(outcome: Outcome, reason: Reason, subject: u32) -> Verdict {
-    (verdict_word(outcome, reason), subject)
-}
-
-/// A judged denial of this strength.
-fn denial(mode: Mode, reason: Reason, subject: u32) -> Verdict {
-    verdict(outcome(mode), reason, subject)
+/// The verdict where no rule matches.
+fn unmatched(policy: &Policy, guard: Option<Guard>) -> Verdict {
+    let defaults = policy.defaults;
+    match (guard, defaults.unsegmented) {
+        (Some(guard), _) => (
+            verdict_word(outcome(guard.mode), Reason::DefaultDeny),
+            guard.segment,
+        ),
+        (None, Unsegmented::Allow) => (verdict_word(Outcome::Allowed, Reason::Unsegmented), EMPTY),
+        (None, Unsegmented::Deny) => (
+            verdict_word(outcome(defaults.mode), Reason::Unsegmented),
+            EMPTY,
+        ),
+    }
 }
 
 /// What a judged denial of this strength does.

@@ -1,13 +1,15 @@
 //! Services of rules → service classes: (protocol, selector) points that no rule tells apart.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, hash_map::Entry};
 
 use enforcer_common::image::{self, LEAF};
 
 use crate::policy::model::{Action, Policy, Rule, Service, TUNNEL_PROTOCOLS};
 
 use super::{
-    bits::Bits,
+    SCRATCH, Stop,
+    bits::{self, Bits},
+    intern::Interner,
     writer::{Full, Writer},
 };
 
@@ -18,14 +20,19 @@ const SELECTORS: usize = 1 << 16;
 pub(super) struct Services {
     /// Number of classes.
     pub(super) count: usize,
-    /// Per rule, the classes that it matches.
-    pub(super) of_rule: Vec<Bits>,
+    /// Per distinct list of services, the classes that it matches.
+    of_list: Vec<Bits>,
+    /// Per rule, its list.
+    list_of_rule: Vec<usize>,
     /// Per index of the service table: first selectors, ascending from 0, and their class.
     table: Vec<Vec<(u32, u32)>>,
 }
 
 /// A distinct list of services: its parts as (table index, first selector, last selector).
 type Parts = Vec<(usize, u32, u32)>;
+
+/// Parts that all distinct lists may have.
+const MOST_PARTS: usize = 1 << 20;
 
 const WHOLE: (u32, u32) = (0, SELECTORS as u32 - 1);
 
@@ -74,19 +81,26 @@ fn icmp(index: usize, kind: u8) -> (usize, u32, u32) {
 }
 
 impl Services {
-    pub(super) fn new(policy: &Policy) -> Self {
+    pub(super) fn new(policy: &Policy) -> Result<Self, Stop> {
         let mut lists: Vec<Parts> = Vec::new();
         let mut known: HashMap<Parts, usize> = HashMap::new();
-        let list_of_rule: Vec<usize> = policy
-            .rules
-            .iter()
-            .map(|rule| {
-                *known.entry(parts(rule)).or_insert_with_key(|parts| {
-                    lists.push(parts.clone());
-                    lists.len() - 1
-                })
-            })
-            .collect();
+        let mut list_of_rule = Vec::with_capacity(policy.rules.len());
+        let mut size = 0;
+        for rule in &policy.rules {
+            let list = match known.entry(parts(rule)) {
+                Entry::Occupied(entry) => *entry.get(),
+                Entry::Vacant(entry) => {
+                    size += entry.key().len();
+                    if size > MOST_PARTS {
+                        return Err(Stop::Complex);
+                    }
+                    lists.push(entry.key().clone());
+                    *entry.insert(lists.len() - 1)
+                }
+            };
+            list_of_rule.push(list);
+        }
+        drop(known);
 
         let mut points: Vec<Vec<(u32, usize)>> = vec![Vec::new(); PROTOCOLS];
         for (list, parts) in lists.iter().enumerate() {
@@ -97,37 +111,38 @@ impl Services {
                 }
             }
         }
-        let mut classes: HashMap<Bits, u32> = HashMap::new();
-        let mut lists_of_class: Vec<Bits> = Vec::new();
-        let table = points
-            .into_iter()
-            .map(|points| {
-                sweep(points, lists.len(), |set| {
-                    *classes.entry(set.clone()).or_insert_with(|| {
-                        lists_of_class.push(set.clone());
-                        super::word(lists_of_class.len() - 1)
-                    })
-                })
-            })
-            .collect();
+        let mut classes = Interner::default();
+        let mut table = Vec::with_capacity(PROTOCOLS);
+        for points in points {
+            table.push(sweep(points, lists.len(), |set| {
+                let class = classes.intern(set.words());
+                // As much again for the lists by class, turned round below.
+                (classes.size() <= SCRATCH / 2)
+                    .then_some(class)
+                    .ok_or(Stop::Complex)
+            })?);
+        }
 
-        let count = lists_of_class.len();
+        let count = classes.len();
         let mut of_list = vec![Bits::empty(count); lists.len()];
-        for (class, members) in lists_of_class.iter().enumerate() {
-            for list in members.iter() {
+        for class in 0..count {
+            bits::each(classes.get(class), |list| {
                 if let Some(bits) = of_list.get_mut(list) {
                     bits.insert(class);
                 }
-            }
+            });
         }
-        Self {
+        Ok(Self {
             count,
-            of_rule: list_of_rule
-                .into_iter()
-                .filter_map(|list| of_list.get(list).cloned())
-                .collect(),
+            of_list,
+            list_of_rule,
             table,
-        }
+        })
+    }
+
+    /// The classes that the rule matches.
+    pub(super) fn of_rule(&self, rule: usize) -> Option<&Bits> {
+        self.of_list.get(*self.list_of_rule.get(rule)?)
     }
 
     /// Writes the trie, nodes first; returns the offset of the table.
@@ -154,21 +169,22 @@ impl Services {
 fn sweep(
     mut points: Vec<(u32, usize)>,
     lists: usize,
-    mut class_of: impl FnMut(&Bits) -> u32,
-) -> Vec<(u32, u32)> {
+    mut class_of: impl FnMut(&Bits) -> Result<u32, Stop>,
+) -> Result<Vec<(u32, u32)>, Stop> {
     points.sort_unstable();
     let mut set = Bits::empty(lists);
     let mut out: Vec<(u32, u32)> = Vec::new();
-    let mut close = |start: u32, set: &Bits| {
-        let class = class_of(set);
+    let mut close = |start: u32, set: &Bits| -> Result<(), Stop> {
+        let class = class_of(set)?;
         if out.last().is_none_or(|(_, last)| *last != class) {
             out.push((start, class));
         }
+        Ok(())
     };
     let mut at = 0;
     for (point, list) in points {
         if point != at {
-            close(at, &set);
+            close(at, &set)?;
             at = point;
         }
         if set.contains(list) {
@@ -178,9 +194,9 @@ fn sweep(
         }
     }
     if at <= WHOLE.1 {
-        close(at, &set);
+        close(at, &set)?;
     }
-    out
+    Ok(out)
 }
 
 /// One leaf entry per selector.

@@ -3,12 +3,23 @@
 //! Two sets that no rule, guard or strength tells apart are one class. What a set means differs
 //! by the side of the flow it stands on, so a class is a pair: its behaviour as source and its
 //! behaviour as destination.
+//!
+//! The sets themselves are never stored: there may be as many as there are members, each as long
+//! as there are segments. What is kept follows the sweep, one segment entered or left at a time.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
-use crate::policy::model::{Action, Endpoints, Mode, Policy};
+use enforcer_common::image::header;
 
-use super::{bits::Bits, intervals};
+use crate::policy::model::{Action, Mode, Policy};
+
+use super::{
+    SCRATCH, Stop,
+    bits::Bits,
+    intern::Interner,
+    intervals::{self, Follow},
+    writer::Full,
+};
 
 /// The strongest segment that guards one side of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -17,185 +28,350 @@ pub(super) struct Guard {
     pub(super) segment: u32,
 }
 
-/// How an address behaves on one side of a flow.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Side {
-    /// Rules that match on this side.
-    pub(super) rules: Bits,
-    /// Who guards this side.
-    pub(super) guard: Option<Guard>,
-    /// Deny rules that match through segments, ascending, with the strongest mode among those.
-    pub(super) denials: Vec<(usize, Mode)>,
-}
+/// From the strongest to the weakest; a mode's index here is its code.
+const MODES: [Mode; 3] = [Mode::Enforce, Mode::Observe, Mode::Off];
+/// Code of no mode at all, weaker than any.
+pub(super) const NO_MODE: u32 = 3;
 
-impl Side {
-    /// The strength that this side lends to a deny rule.
-    pub(super) fn strength(&self, rule: usize) -> Option<Mode> {
-        let at = self.denials.binary_search_by_key(&rule, |(r, _)| *r).ok()?;
-        self.denials.get(at).map(|(_, mode)| *mode)
+/// Smaller is stronger.
+pub(super) fn code(mode: Mode) -> u32 {
+    match mode {
+        Mode::Enforce => 0,
+        Mode::Observe => 1,
+        Mode::Off => 2,
     }
 }
 
-/// The rules by what they name on one side.
-struct Index<'a> {
+/// The mode of a code.
+pub(super) fn mode(code: u32) -> Option<Mode> {
+    MODES.get(code as usize).copied()
+}
+
+/// Codes in a word of strengths: two bits each.
+const CODES: usize = 16;
+
+/// How an address behaves on one side of a flow, as words: guard's mode and segment, the rules
+/// that match on this side, and of each deny rule the strongest mode through which it matches.
+#[derive(Clone, Copy)]
+pub(super) struct Side<'a> {
+    /// Code of the guard's mode, or [`NO_MODE`].
+    mode: u32,
+    segment: u32,
+    /// Rules that match on this side.
+    pub(super) rules: &'a [u32],
+    strengths: &'a [u32],
+}
+
+impl<'a> Side<'a> {
+    fn of(words: &'a [u32], rules: usize) -> Self {
+        let (head, rest) = words.split_at_checked(2).unwrap_or((&[], &[]));
+        let (rules, strengths) = rest
+            .split_at_checked(rules.div_ceil(32))
+            .unwrap_or((rest, &[]));
+        Self {
+            mode: head.first().copied().unwrap_or(NO_MODE),
+            segment: head.get(1).copied().unwrap_or(0),
+            rules,
+            strengths,
+        }
+    }
+
+    /// Who guards this side.
+    pub(super) fn guard(&self) -> Option<Guard> {
+        mode(self.mode).map(|mode| Guard {
+            mode,
+            segment: self.segment,
+        })
+    }
+
+    /// Code of the strength that this side lends to a deny rule, by its number among those.
+    pub(super) fn strength(&self, denial: u32) -> u32 {
+        let word = self.strengths.get(denial as usize / CODES);
+        word.map_or(NO_MODE, |word| word >> (denial as usize % CODES * 2) & 3)
+    }
+}
+
+/// What the current set of segments means on one side.
+struct Tracker<'a> {
     policy: &'a Policy,
     outbound: bool,
-    any: Bits,
-    unsegmented: Bits,
-    /// By segment number, `host` and `multicast` behind the real ones.
-    named: Vec<Bits>,
-    /// By segment number: deny rules that name it.
-    denials: Vec<Vec<usize>>,
-    known: HashMap<Side, u32>,
-    sides: Vec<Side>,
+    /// Rules by the segment that they name, `host` and `multicast` behind the real ones.
+    named: Vec<Vec<u32>>,
+    /// Rules that name `unsegmented`.
+    unsegmented: Vec<u32>,
+    /// Per rule, its number among the deny rules.
+    denial: &'a [Option<u32>],
+    /// Per rule, how many of its names match the set; `any` counts for one.
+    matched: Vec<u32>,
+    /// Per deny rule, how many segments of each mode it matches through.
+    through: Vec<[u32; 3]>,
+    /// Guarding segments of each mode.
+    guards: [BTreeSet<u32>; 3],
+    rules: Bits,
+    strengths: Vec<u32>,
+    /// Scratch: the words of a side.
+    words: Vec<u32>,
+    known: Interner,
 }
 
-impl<'a> Index<'a> {
-    fn new(policy: &'a Policy, outbound: bool) -> Self {
-        let rules = policy.rules.len();
-        let segments = policy.segments.len();
-        let mut index = Self {
+impl<'a> Tracker<'a> {
+    fn new(policy: &'a Policy, outbound: bool, denial: &'a [Option<u32>]) -> Self {
+        let denials = denial.iter().flatten().count();
+        let mut tracker = Self {
             policy,
             outbound,
-            any: Bits::empty(rules),
-            unsegmented: Bits::empty(rules),
-            named: vec![Bits::empty(rules); segments + 2],
-            denials: vec![Vec::new(); segments],
-            known: HashMap::new(),
-            sides: Vec::new(),
+            named: vec![Vec::new(); policy.segments.len() + 2],
+            unsegmented: Vec::new(),
+            denial,
+            matched: vec![0; policy.rules.len()],
+            through: vec![[0; 3]; denials],
+            guards: Default::default(),
+            rules: Bits::empty(policy.rules.len()),
+            strengths: vec![u32::MAX; denials.div_ceil(CODES)],
+            words: Vec::new(),
+            known: Interner::default(),
         };
-        for (number, rule) in policy.rules.iter().enumerate() {
+        for (number, rule) in (0u32..).zip(&policy.rules) {
             let side = if outbound { &rule.from } else { &rule.to };
-            index.add(number, side, rule.action);
+            if side.any {
+                tracker.count(number, true);
+            }
+            if side.unsegmented {
+                tracker.unsegmented.push(number);
+            }
+            let host = side.host.then(|| intervals::host(policy));
+            let multicast = side.multicast.then(|| intervals::multicast(policy));
+            let segments = side.segments.iter().map(|segment| segment.0);
+            for segment in segments.chain(host).chain(multicast) {
+                if let Some(named) = tracker.named.get_mut(segment as usize)
+                    && named.last() != Some(&number)
+                {
+                    named.push(number);
+                }
+            }
         }
-        index
+        tracker.set_unsegmented(true);
+        tracker
     }
 
-    fn add(&mut self, rule: usize, side: &Endpoints, action: Action) {
-        if side.any {
-            self.any.insert(rule);
-        }
-        if side.unsegmented {
-            self.unsegmented.insert(rule);
-        }
-        for (named, number) in [
-            (side.host, intervals::host(self.policy)),
-            (side.multicast, intervals::multicast(self.policy)),
-        ] {
-            if named && let Some(bits) = self.named.get_mut(number as usize) {
-                bits.insert(rule);
-            }
-        }
-        for segment in &side.segments {
-            if let Some(bits) = self.named.get_mut(segment.0 as usize) {
-                bits.insert(rule);
-            }
-            if action == Action::Deny
-                && let Some(denials) = self.denials.get_mut(segment.0 as usize)
-            {
-                denials.push(rule);
+    /// One more or one fewer of the rule's names matches.
+    fn count(&mut self, rule: u32, more: bool) {
+        let Some(matched) = self.matched.get_mut(rule as usize) else {
+            return;
+        };
+        if more {
+            *matched += 1;
+            self.rules.insert(rule as usize);
+        } else {
+            *matched = matched.saturating_sub(1);
+            if *matched == 0 {
+                self.rules.remove(rule as usize);
             }
         }
     }
 
-    /// How an address in exactly these segments behaves.
-    fn side(&self, set: &[u32]) -> Side {
-        let mut rules = self.any.clone();
-        let mut guard: Option<Guard> = None;
-        let mut denials: Vec<(usize, Mode)> = Vec::new();
-        let mut segmented = false;
-        for number in set {
-            if let Some(named) = self.named.get(*number as usize) {
-                rules.unite(named);
+    fn set_unsegmented(&mut self, unsegmented: bool) {
+        for rule in std::mem::take(&mut self.unsegmented) {
+            self.count(rule, unsegmented);
+            self.unsegmented.push(rule);
+        }
+    }
+
+    /// The set has gained or lost a segment, or a built-in.
+    fn toggle(&mut self, number: u32, entered: bool) {
+        let named = self.named.get_mut(number as usize).map(std::mem::take);
+        let named = named.unwrap_or_default();
+        for rule in &named {
+            self.count(*rule, entered);
+        }
+        if let Some(segment) = self.policy.segments.get(number as usize) {
+            let mode = code(segment.mode) as usize;
+            for rule in &named {
+                if let Some(Some(denial)) = self.denial.get(*rule as usize) {
+                    self.lend(*denial as usize, mode, entered);
+                }
             }
-            let Some(segment) = self.policy.segments.get(*number as usize) else {
-                continue; // a built-in
-            };
-            segmented = true;
             let guards = if self.outbound {
                 segment.protect.outbound()
             } else {
                 segment.protect.inbound()
             };
-            // Ascending numbers: the first of the strongest stays.
-            if guards && guard.is_none_or(|g| segment.mode > g.mode) {
-                guard = Some(Guard {
-                    mode: segment.mode,
-                    segment: *number,
-                });
+            if guards && let Some(of_mode) = self.guards.get_mut(mode) {
+                if entered {
+                    of_mode.insert(number);
+                } else {
+                    of_mode.remove(&number);
+                }
             }
-            let named = self.denials.get(*number as usize);
-            denials.extend(named.into_iter().flatten().map(|r| (*r, segment.mode)));
         }
-        if !segmented {
-            rules.unite(&self.unsegmented);
-        }
-        // Strongest first within a rule, so that it is the one that stays.
-        denials.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(b.1.cmp(&a.1)));
-        denials.dedup_by_key(|(rule, _)| *rule);
-        Side {
-            rules,
-            guard,
-            denials,
+        if let Some(place) = self.named.get_mut(number as usize) {
+            *place = named;
         }
     }
 
-    fn number(&mut self, set: &[u32]) -> u32 {
-        let side = self.side(set);
-        if let Some(known) = self.known.get(&side) {
-            return *known;
+    /// A deny rule matches through one segment more, or one fewer, of this mode.
+    fn lend(&mut self, denial: usize, mode: usize, more: bool) {
+        let Some(through) = self.through.get_mut(denial) else {
+            return;
+        };
+        if let Some(count) = through.get_mut(mode) {
+            *count = if more {
+                *count + 1
+            } else {
+                count.saturating_sub(1)
+            };
         }
-        let number = super::word(self.sides.len());
-        self.sides.push(side.clone());
-        self.known.insert(side, number);
-        number
+        let strongest = through.iter().position(|count| *count > 0);
+        let code = strongest.map_or(NO_MODE, super::word);
+        if let Some(word) = self.strengths.get_mut(denial / CODES) {
+            let shift = denial % CODES * 2;
+            *word = *word & !(3 << shift) | code << shift;
+        }
+    }
+
+    /// Number of the behaviour of the current set.
+    fn number(&mut self) -> u32 {
+        // Of the strongest, the one that is written first.
+        let guard = (0u32..)
+            .zip(&self.guards)
+            .find_map(|(code, of_mode)| of_mode.first().map(|segment| [code, *segment]));
+        self.words.clear();
+        self.words.extend(guard.unwrap_or([NO_MODE, 0]));
+        self.words.extend(self.rules.words());
+        self.words.extend(&self.strengths);
+        self.known.intern(&self.words)
     }
 }
 
 /// Address classes and their behaviours.
 pub(super) struct Classes {
-    /// Behaviours as source.
-    pub(super) sources: Vec<Side>,
-    /// Behaviours as destination.
-    pub(super) destinations: Vec<Side>,
+    sources: Interner,
+    destinations: Interner,
+    rules: usize,
     /// Per class, its (source, destination) behaviour.
     pub(super) classes: Vec<(u32, u32)>,
 }
 
-/// Turns the set numbers of the intervals into class numbers, in place; classes are numbered in
-/// the order in which the intervals meet them.
-pub(super) fn classify(policy: &Policy, sweep: &mut intervals::Sweep) -> Classes {
-    let mut sources = Index::new(policy, true);
-    let mut destinations = Index::new(policy, false);
-    let mut class_of_set: Vec<Option<u32>> = vec![None; sweep.sets.len()];
-    let mut class_of_pair: HashMap<(u32, u32), u32> = HashMap::new();
-    let mut classes: Vec<(u32, u32)> = Vec::new();
-    for family in [&mut sweep.v4, &mut sweep.v6] {
-        let mut merged = intervals::Intervals::new();
-        for (start, number) in std::mem::take(family) {
-            let set = number as usize;
-            let class = match class_of_set[set] {
-                Some(class) => class,
-                None => {
-                    let pair = (
-                        sources.number(&sweep.sets[set]),
-                        destinations.number(&sweep.sets[set]),
-                    );
-                    let class = *class_of_pair.entry(pair).or_insert_with(|| {
-                        classes.push(pair);
-                        super::word(classes.len() - 1)
-                    });
-                    class_of_set[set] = Some(class);
-                    class
-                }
-            };
-            intervals::push(&mut merged, start, class);
+impl Classes {
+    /// Behaviours as source.
+    pub(super) fn sources(&self) -> impl Iterator<Item = Side<'_>> {
+        self.sides(&self.sources)
+    }
+
+    /// Behaviours as destination.
+    pub(super) fn destinations(&self) -> impl Iterator<Item = Side<'_>> {
+        self.sides(&self.destinations)
+    }
+
+    /// Pairs of behaviours.
+    pub(super) fn pairs(&self) -> usize {
+        self.sources.len() * self.destinations.len()
+    }
+
+    /// Number of behaviours as destination.
+    pub(super) fn width(&self) -> usize {
+        self.destinations.len()
+    }
+
+    fn sides<'a>(&'a self, of: &'a Interner) -> impl Iterator<Item = Side<'a>> {
+        (0..of.len()).map(|number| Side::of(of.get(number), self.rules))
+    }
+}
+
+/// Follows a sweep and numbers the classes in the order in which the sweep meets them.
+pub(super) struct Classifier<'a> {
+    sources: Tracker<'a>,
+    destinations: Tracker<'a>,
+    /// Real segments in the set.
+    inside: usize,
+    policy: &'a Policy,
+    of_pair: HashMap<(u32, u32), u32>,
+    classes: Vec<(u32, u32)>,
+    /// Words that an image may have.
+    limit: usize,
+}
+
+impl<'a> Classifier<'a> {
+    /// `denial` says of each rule its number among the deny rules ([`denials`]).
+    pub(super) fn new(policy: &'a Policy, denial: &'a [Option<u32>], limit: usize) -> Self {
+        Self {
+            sources: Tracker::new(policy, true, denial),
+            destinations: Tracker::new(policy, false, denial),
+            inside: 0,
+            policy,
+            of_pair: HashMap::new(),
+            classes: Vec::new(),
+            limit,
         }
-        *family = merged;
     }
-    Classes {
-        sources: sources.sides,
-        destinations: destinations.sides,
-        classes,
+
+    /// Number of classes so far.
+    pub(super) fn count(&self) -> usize {
+        self.classes.len()
     }
+
+    /// The classes found.
+    pub(super) fn finish(self) -> Classes {
+        Classes {
+            sources: self.sources.known,
+            destinations: self.destinations.known,
+            rules: self.policy.rules.len(),
+            classes: self.classes,
+        }
+    }
+}
+
+impl Follow for Classifier<'_> {
+    fn toggle(&mut self, segment: u32, entered: bool) {
+        self.sources.toggle(segment, entered);
+        self.destinations.toggle(segment, entered);
+        if (segment as usize) < self.policy.segments.len() {
+            let before = self.inside;
+            self.inside = if entered {
+                before + 1
+            } else {
+                before.saturating_sub(1)
+            };
+            if before == 0 || self.inside == 0 {
+                self.sources.set_unsegmented(self.inside == 0);
+                self.destinations.set_unsegmented(self.inside == 0);
+            }
+        }
+    }
+
+    fn number(&mut self) -> Result<u32, Stop> {
+        let pair = (self.sources.number(), self.destinations.number());
+        if let Some(known) = self.of_pair.get(&pair) {
+            return Ok(*known);
+        }
+        let number = super::word(self.classes.len());
+        self.of_pair.insert(pair, number);
+        self.classes.push(pair);
+        // The matrix of pairs alone.
+        let words = self.classes.len() * self.classes.len() + header::WORDS as usize;
+        if words > self.limit {
+            return Err(Full { words }.into());
+        }
+        if self.sources.known.size() + self.destinations.known.size() > SCRATCH {
+            return Err(Stop::Complex);
+        }
+        Ok(number)
+    }
+}
+
+/// Per rule, its number among the deny rules.
+pub(super) fn denials(policy: &Policy) -> Vec<Option<u32>> {
+    let mut next = 0;
+    let number = |action| {
+        (action == Action::Deny).then(|| {
+            next += 1;
+            next - 1
+        })
+    };
+    policy
+        .rules
+        .iter()
+        .map(|rule| rule.action)
+        .map(number)
+        .collect()
 }

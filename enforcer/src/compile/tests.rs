@@ -14,7 +14,7 @@ use crate::policy::{
 };
 
 use super::{
-    intervals::{Intervals, push, sweep, value_at},
+    intervals::{Follow, Intervals, push, sweep, value_at},
     services::Services,
     *,
 };
@@ -99,6 +99,33 @@ fn prefixes(bits: u32) -> impl Strategy<Value = Vec<(u128, u32, u32)>> {
     vec((address, length, 0u32..4), 0..24)
 }
 
+/// Numbers every set of segments that a sweep meets.
+#[derive(Default)]
+struct Sets {
+    current: BTreeSet<u32>,
+    known: Vec<Vec<u32>>,
+}
+
+impl Follow for Sets {
+    fn toggle(&mut self, segment: u32, entered: bool) {
+        let changed = if entered {
+            self.current.insert(segment)
+        } else {
+            self.current.remove(&segment)
+        };
+        assert!(changed);
+    }
+
+    fn number(&mut self) -> Result<u32, Stop> {
+        let set: Vec<u32> = self.current.iter().copied().collect();
+        let known = self.known.iter().position(|known| *known == set);
+        Ok(word(known.unwrap_or_else(|| {
+            self.known.push(set);
+            self.known.len() - 1
+        })))
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
@@ -122,7 +149,9 @@ proptest! {
         policy in arbitrary::policy(),
         env in arbitrary::environment(),
     ) {
-        let sweep = sweep(&policy, &env);
+        let mut sets = Sets::default();
+        let sweep = sweep(&policy, &env, &mut sets).unwrap();
+        prop_assert!(sets.current.is_empty());
         let check = |ip: IpAddr, found: Option<u32>| {
             let mut expected: Vec<u32> = policy.segments_of(ip).iter().map(|s| s.0).collect();
             if env.host_addresses.contains(&ip) {
@@ -131,7 +160,7 @@ proptest! {
             if crate::policy::model::is_multicast(ip) {
                 expected.push(intervals::multicast(&policy));
             }
-            prop_assert_eq!(&sweep.sets[found.unwrap() as usize], &expected, "{}", ip);
+            prop_assert_eq!(&sets.known[found.unwrap() as usize], &expected, "{}", ip);
             Ok(())
         };
         // The whole universe of the strategies, and every boundary besides.
@@ -172,7 +201,8 @@ fn check_services(policy: &Policy, words: &[u32], services: &Services) {
             for selector in 0..=last {
                 let class = service_class(words, v6, protocol, selector) as usize;
                 assert!(class < services.count);
-                for (rule, bits) in policy.rules.iter().zip(&services.of_rule) {
+                for (number, rule) in policy.rules.iter().enumerate() {
+                    let bits = services.of_rule(number).unwrap();
                     let expected = rule
                         .services
                         .iter()
@@ -193,7 +223,7 @@ proptest! {
 
     #[test]
     fn service_classes_agree_with_the_rules_at_every_point(policy in arbitrary::policy()) {
-        let services = Services::new(&policy);
+        let services = Services::new(&policy).unwrap();
         let mut writer = Writer::new(image::largest() as usize);
         let at = services.write(&mut writer).unwrap();
         writer.set(header::SERVICES, at);
@@ -360,7 +390,8 @@ proptest! {
             };
             prop_assert!(words > limit && words <= length);
             prop_assert_eq!(said, limit);
-            prop_assert_eq!(classes, whole.stats().classes as usize);
+            // It may have stopped at the first class too many.
+            prop_assert!(classes > 0 && classes <= whole.stats().classes as usize);
         }
     }
 }

@@ -29,8 +29,10 @@ struct Plan {
     shared: usize,
     /// The class of most addresses.
     background: u32,
-    /// Addresses of other classes.
+    /// Addresses of other classes; left empty where a node is cheaper in any case.
     hosts: Vec<(u8, u32)>,
+    /// How many there are.
+    host_count: usize,
 }
 
 /// A stretch of the address space, first and last.
@@ -92,17 +94,26 @@ impl Plan {
                 background = (run.len(), run[0]);
             }
         }
-        let hosts = (0..=u8::MAX).zip(flat);
-        Self {
-            shared: 0,
+        let host_count = flat.len() - background.0;
+        let mut plan = Self {
+            shared: 1,
             background: background.1,
-            hosts: hosts.filter(|(_, class)| *class != background.1).collect(),
+            hosts: Vec::new(),
+            host_count,
+        };
+        if plan.as_hosts() {
+            plan.hosts.reserve_exact(host_count);
+            let hosts = (0..=u8::MAX).zip(flat);
+            let hosts = hosts.filter(|(_, class)| *class != background.1);
+            plan.hosts.extend(hosts);
         }
+        plan.shared = 0;
+        plan
     }
 
     /// Whether hosts cost less than a node, which all /24s of the pattern share.
     fn as_hosts(&self) -> bool {
-        self.hosts.len() * HOST_WORDS * self.shared <= BLOCK as usize
+        self.host_count * HOST_WORDS * self.shared <= BLOCK as usize
     }
 }
 

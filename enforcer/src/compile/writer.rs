@@ -1,8 +1,8 @@
 //! The growing array of words.
 
-use std::collections::HashMap;
-
 use enforcer_common::image::{LEAF, header};
+
+use super::intern::{Slots, hash};
 
 /// The image would grow past its limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,7 +15,8 @@ pub(super) struct Full {
 pub(super) struct Writer {
     words: Vec<u32>,
     limit: usize,
-    nodes: HashMap<Vec<u32>, u32>,
+    /// Offsets of nodes.
+    nodes: Slots,
 }
 
 /// Words in a cache line: tables of buckets start at one.
@@ -27,13 +28,18 @@ impl Writer {
         Self {
             words: vec![0; header::WORDS as usize],
             limit,
-            nodes: HashMap::new(),
+            nodes: Slots::default(),
         }
     }
 
     /// The words so far.
     pub(super) fn words(&self) -> &[u32] {
         &self.words
+    }
+
+    /// Words that there may be.
+    pub(super) fn limit(&self) -> usize {
+        self.limit
     }
 
     /// Whether `more` words still fit: asked before large tables are built.
@@ -55,10 +61,30 @@ impl Writer {
 
     /// Pads to a cache line and appends.
     pub(super) fn append_aligned(&mut self, words: &[u32]) -> Result<u32, Full> {
-        let padded = self.words.len().next_multiple_of(LINE);
-        self.reserve(padded - self.words.len() + words.len())?;
-        self.words.resize(padded, 0);
+        self.align(words.len())?;
         self.append(words)
+    }
+
+    /// Pads to a cache line and appends `count` words that come one by one: no copy of a large
+    /// table is ever made.
+    pub(super) fn append_each(
+        &mut self,
+        count: usize,
+        words: impl Iterator<Item = u32>,
+    ) -> Result<u32, Full> {
+        self.align(count)?;
+        let offset = super::word(self.words.len());
+        self.words.reserve_exact(count);
+        self.words.extend(words.take(count));
+        Ok(offset)
+    }
+
+    /// Pads to a cache line, where `more` words are to follow.
+    fn align(&mut self, more: usize) -> Result<(), Full> {
+        let padded = self.words.len().next_multiple_of(LINE);
+        self.reserve((padded - self.words.len()).saturating_add(more))?;
+        self.words.resize(padded, 0);
+        Ok(())
     }
 
     /// The entry for a node of byte-indexed children: a leaf where all are the same one, else a
@@ -70,11 +96,16 @@ impl Writer {
         {
             return Ok(*first);
         }
-        if let Some(offset) = self.nodes.get(children) {
-            return Ok(*offset);
+        let hash = hash(children);
+        let same = |offset: u32| {
+            let rest = self.words.get(offset as usize..);
+            rest.is_some_and(|rest| rest.starts_with(children))
+        };
+        if let Some(offset) = self.nodes.find(hash, same) {
+            return Ok(offset);
         }
         let offset = self.append_aligned(children)?;
-        self.nodes.insert(children.to_vec(), offset);
+        self.nodes.insert(hash, offset);
         Ok(offset)
     }
 
