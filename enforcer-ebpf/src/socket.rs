@@ -332,18 +332,22 @@ fn answers_a_flow(image: &Image, tuple: &mut Tuple) -> bool {
         return scoped(tuple) || LruFlows.find(&flow::key_of(tuple, 0).0).is_some();
     }
     let (_, count) = locals(image, tuple.v6);
-    let mut found = false;
     let mut i = 0;
     while i < MAX_LOCAL {
-        if i >= count || found {
+        if i >= count {
             break;
         }
         tuple.source = local(image, tuple.v6, i);
-        found = scoped(tuple) || LruFlows.find(&flow::key_of(tuple, 0).0).is_some();
+        if scoped(tuple) || LruFlows.find(&flow::key_of(tuple, 0).0).is_some() {
+            // Returned from here: with a flag carried around the loop, Linux 6.1's verifier fails
+            // to track back what the flag depends on (EFAULT).
+            return true;
+        }
         i += 1;
     }
+    // What is reported is the socket's source, not the last one tried.
     tuple.source = [0; 4];
-    found
+    false
 }
 
 /// A link-local IPv4 source (node-local DNS has one): its flows are keyed by an interface that is
