@@ -8,7 +8,10 @@
 
 use std::{
     collections::BTreeSet,
+    fmt::Write,
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    process::Command,
     sync::Arc,
 };
 
@@ -283,4 +286,73 @@ fn a_thousand_segments_a_million_members() {
     let image = compiled("1000 segments", &policy, &env);
     println!("{:?}", start.elapsed());
     spot_check(&policy, &env, &image, 20);
+}
+
+/// What `enforcer check` says to this policy, and its exit code, when it may have 512 MiB of
+/// addresses and no more: beyond them it would abort.
+fn check_in_512_mib(policy: &str) -> (Option<i32>, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("policy.yaml");
+    fs::write(&file, policy).unwrap();
+    let output = Command::new("sh")
+        .args(["-c", "ulimit -v 524288 && exec \"$0\" check \"$1\""])
+        .arg(env!("CARGO_BIN_EXE_enforcer"))
+        .arg(&file)
+        .output()
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(said).unwrap())
+}
+
+/// `count` segments of `members` random prefixes each, all over 10.0.0.0/8.
+fn scattered_segments(count: usize, members: usize, noise: &mut Noise) -> String {
+    let mut text = String::new();
+    for number in 0..count {
+        let prefixes = (0..members).map(|_| {
+            let length = [16, 20, 24][noise.below(3) as usize];
+            let address = 0x0a00_0000 | noise.below(1 << 24) >> (32 - length) << (32 - length);
+            let address = Ipv4Addr::from_bits(address as u32);
+            format!("{{cidr: {address}/{length}}}")
+        });
+        let prefixes = prefixes.collect::<Vec<_>>().join(", ");
+        writeln!(text, "  s{number}: {{ members: [{prefixes}] }}").unwrap();
+    }
+    text
+}
+
+#[test]
+fn a_policy_of_too_many_rows_is_refused_within_512_mib() {
+    let mut noise = Noise(0);
+    let mut text = "version: 1\nsegments:\n".to_owned();
+    text += &scattered_segments(120, 30, &mut noise);
+    text += "rules:\n";
+    for number in 0..300 {
+        let [a, b, c, d] = [(); 4].map(|()| noise.below(120));
+        let port = 1 + noise.below(60_000);
+        writeln!(
+            text,
+            "  - {{ name: r{number}, from: [s{a}, s{b}], to: [s{c}, s{d}], services: [tcp/{port}] }}"
+        )
+        .unwrap();
+    }
+    let (code, said) = check_in_512_mib(&text);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("too large"), "{said}");
+    assert!(said.contains("the limit is 16777216"), "{said}");
+    assert!(!said.contains("(0 kinds of address"), "{said}");
+    assert!(!said.contains(" 0 distinct rows"), "{said}");
+}
+
+#[test]
+fn long_sets_of_segments_that_mean_the_same_take_no_memory() {
+    let mut noise = Noise(0);
+    let mut text = "version: 1\nsegments:\n".to_owned();
+    // Each address is in thousands of segments, and nearly each stretch of them in other ones.
+    for number in 0..4_000 {
+        writeln!(text, "  all{number}: {{ members: [{{cidr: 0.0.0.0/0}}] }}").unwrap();
+    }
+    text += &scattered_segments(600, 20, &mut noise);
+    text += "rules:\n  - { name: r, from: [any], to: [all0], services: [tcp/1] }\n";
+    let (code, said) = check_in_512_mib(&text);
+    assert_eq!(code, Some(0), "{said}");
 }

@@ -48,9 +48,14 @@ impl Rows {
 
 /// A pair's guard and matching rules, as they are judged. In words: the guard's mode and segment,
 /// then each rule's number under its kind, which is the code of a denial's mode or [`ALLOW`]. So
-/// the order of the words is the order in which rules decide.
-#[derive(Default)]
-struct Key(Vec<u32>);
+/// the order of the words is the order in which rules decide. Allow rules that an earlier one with
+/// the same services leaves nothing are left out.
+struct Key {
+    words: Vec<u32>,
+    /// Per list of services, the last pair in which an allow rule had it.
+    seen: Vec<u32>,
+    pair: u32,
+}
 
 /// Where a rule's kind stands, above its number.
 const KIND: u32 = 30;
@@ -102,7 +107,11 @@ pub(super) fn build(
         services,
         denial,
         room: writer.limit().saturating_sub(taken),
-        key: Key::default(),
+        key: Key {
+            words: Vec::new(),
+            seen: vec![0; services.lists()],
+            pair: 0,
+        },
         known: Interner::default(),
         row_of_key: Vec::new(),
         known_rows: Slots::default(),
@@ -152,9 +161,10 @@ impl Builder<'_> {
             source,
             destination,
             self.denial,
+            self.services,
             self.policy.defaults.mode,
         );
-        if let Some(known) = self.known.find(&self.key.0)
+        if let Some(known) = self.known.find(&self.key.words)
             && let Some(row) = self.row_of_key.get(known as usize)
         {
             return Ok(*row);
@@ -163,7 +173,7 @@ impl Builder<'_> {
         let default = self.judge.run(self.policy, self.services, guard, &self.key);
         let row = self.number(default, form)?;
         if self.known.size() + self.known.len() < REMEMBERED {
-            self.known.intern(&self.key.0);
+            self.known.intern(&self.key.words);
             self.row_of_key.push(row);
         }
         Ok(row)
@@ -240,10 +250,12 @@ impl Key {
         source: &Side<'_>,
         destination: &Side<'_>,
         denial: &[Option<u32>],
+        services: &Services,
         weakest: Mode,
     ) {
-        self.0.clear();
-        self.0.extend(guard.map_or([NO_MODE, 0], |guard| {
+        self.pair += 1;
+        self.words.clear();
+        self.words.extend(guard.map_or([NO_MODE, 0], |guard| {
             [sides::code(guard.mode), guard.segment]
         }));
         let mut sorted = true;
@@ -256,18 +268,26 @@ impl Key {
                         strength => strength,
                     }
                 }
-                _ => ALLOW,
+                _ => {
+                    let list = services.list(rule);
+                    match list.and_then(|list| self.seen.get_mut(list)) {
+                        Some(seen) if *seen == self.pair => return,
+                        Some(seen) => *seen = self.pair,
+                        None => {}
+                    }
+                    ALLOW
+                }
             };
-            self.0.push(kind << KIND | super::word(rule));
+            self.words.push(kind << KIND | super::word(rule));
         });
-        if !sorted && let Some(rules) = self.0.get_mut(2..) {
+        if !sorted && let Some(rules) = self.words.get_mut(2..) {
             rules.sort_unstable();
         }
     }
 
     /// Each rule and its verdict, the one that decides first at first.
     fn rules(&self) -> impl Iterator<Item = (usize, Verdict)> + '_ {
-        self.0.iter().skip(2).map(|word| {
+        self.words.iter().skip(2).map(|word| {
             let rule = word & ((1 << KIND) - 1);
             let verdict = match sides::mode(word >> KIND) {
                 Some(mode) => (verdict_word(outcome(mode), Reason::RuleDeny), rule),

@@ -140,9 +140,19 @@ impl Services {
         })
     }
 
+    /// Number of distinct lists of services.
+    pub(super) fn lists(&self) -> usize {
+        self.of_list.len()
+    }
+
+    /// Number of the rule's list.
+    pub(super) fn list(&self, rule: usize) -> Option<usize> {
+        self.list_of_rule.get(rule).copied()
+    }
+
     /// The classes that the rule matches.
     pub(super) fn of_rule(&self, rule: usize) -> Option<&Bits> {
-        self.of_list.get(*self.list_of_rule.get(rule)?)
+        self.of_list.get(self.list(rule)?)
     }
 
     /// Writes the trie, nodes first; returns the offset of the table.
