@@ -96,6 +96,34 @@ fn interfaces_that_appear_are_enforced_within_a_second() {
     assert_eq!(interface(&daemon, "other0"), None);
 }
 
+/// tun, WireGuard and PPP devices have none.
+#[test]
+fn interfaces_without_a_link_layer_address_are_enforced() {
+    let net = Pair::new();
+    net.host
+        .ip("tuntap add dev tun9 mode tun\nlink set tun9 up\n");
+    let daemon = Setup::new(&net.host, "*", NOTHING).start();
+    let tun = interface(&daemon, "tun9").unwrap();
+    assert_eq!(tun["enforced"], true, "{tun}");
+    assert_eq!(daemon.status()["socket_hooks"], "refuse");
+    daemon.stop();
+
+    net.host.addresses("tun9", &["10.9.0.1/24"]);
+    let daemon = Setup::new(&net.host, "tun9", NOTHING)
+        .with(&["--socket-hooks", "off"])
+        .start();
+    assert_eq!(interface(&daemon, "tun9").unwrap()["enforced"], true);
+    assert!(!traffic::pings(&net.host, [10, 9, 0, 2].into(), QUIET));
+    assert!(daemon.counted("tc_egress", "denied", "default_deny") > 0);
+    daemon.stop();
+
+    // A way out that nobody enforces: the hooks must not refuse.
+    let daemon = Setup::new(&net.host, "eth0", NOTHING).start();
+    wait_for("the hooks to observe", LONG, || {
+        (daemon.status()["socket_hooks"] == "observe").then_some(())
+    });
+}
+
 #[test]
 fn sigterm_detaches_cleanly() {
     let net = Pair::new();

@@ -106,7 +106,7 @@ pub async fn run(
     mut reload: mpsc::Receiver<()>,
     mut stop: signal::Receiver<bool>,
 ) -> Result<(), RunError> {
-    let host = Host::read().map_err(|e| system("cannot list interfaces")(e.into()))?;
+    let host = Host::read().map_err(system("cannot list interfaces"))?;
     let loaded = load::load(&config.segments, &host.environment).map_err(RunError::Policy)?;
     control::log_warnings(&loaded.warnings);
     // Before the kernel is touched: another daemon may be at work.
