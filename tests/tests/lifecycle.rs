@@ -16,7 +16,7 @@ use std::{
 };
 
 use enforcer_tests::{
-    daemon::{Daemon, LONG, Setup, binary, wait_for},
+    daemon::{Daemon, LONG, Setup, binary, enforcer, wait_for},
     netns::{Family, Netns, Pair, Routed},
     traffic::{self, QUIET, Tap},
 };
@@ -149,6 +149,37 @@ fn sigterm_detaches_cleanly() {
     assert!(traffic::udp_answers_soon(&net.peer, (me, 7000)));
     assert!(traffic::udp_answers_soon(&net.host, (peer, 7000)));
     assert_eq!(daemon.ask("status", &[]).status.code(), Some(5));
+}
+
+#[test]
+fn a_log_that_nobody_reads_does_not_end_enforcement() {
+    let net = Pair::new();
+    let setup = Setup::new(&net.host, "eth0", NOTHING);
+    let (reader, writer) = std::io::pipe().unwrap();
+    let mut child = setup.command().stderr(writer).spawn().unwrap();
+    drop(reader);
+    let ask = |verb: &str| {
+        let socket = setup.socket();
+        enforcer(&[verb, "--socket", socket.to_str().unwrap()])
+    };
+    wait_for("the daemon to enforce", LONG, || {
+        assert_eq!(child.try_wait().unwrap(), None);
+        ask("status").status.success().then_some(())
+    });
+    // Both are logged.
+    net.host.cable("eth7", &net.peer, "eth7");
+    setup.write("version: 1\nsegmnts: {}\n");
+    wait_for("the policy to be refused", LONG, || {
+        assert_eq!(child.try_wait().unwrap(), None);
+        (ask("status").status.code() == Some(4)).then_some(())
+    });
+    assert!(!traffic::pings(&net.peer, Family::V4.address(1, 1), QUIET));
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(child.id().cast_signed()),
+        Signal::SIGTERM,
+    )
+    .unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]

@@ -107,12 +107,28 @@ fn start_log(format: LogFormat, color: bool) {
     let filter = EnvFilter::try_from_env("ENFORCER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr)
+        .with_writer(|| Log)
+        .log_internal_errors(false)
         .with_target(false)
         .with_ansi(color);
     match format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().flatten_event(true).with_ansi(false).init(),
+    }
+}
+
+/// Standard error, whether anybody reads it or not: a closed terminal or a log collector that died
+/// must not end enforcement.
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let _ = io::stderr().write_all(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -30,6 +30,8 @@ pub struct Fake {
     pub refuse_attach: bool,
     pub counters: Counters,
     pub running: Vec<Event>,
+    /// The next record asked for ends the reader.
+    pub poisoned: bool,
     pub size_class: u32,
     events: VecDeque<Event>,
     wake: Option<UnixStream>,
@@ -129,6 +131,8 @@ struct Source {
 impl EventSource for Source {
     fn next(&mut self) -> Option<Event> {
         let _ = self.woken.read(&mut [0; 64]);
+        let poisoned = self.handle.lock().poisoned;
+        assert!(!poisoned, "a fault of the reader");
         self.handle.lock().events.pop_front()
     }
 

@@ -46,6 +46,8 @@ pub struct Board {
     pub addresses: BTreeSet<IpAddr>,
     /// Other things that are wrong.
     pub problems: Vec<String>,
+    /// Tasks that ended before their time.
+    pub ended: Vec<String>,
 }
 
 /// Shared by the control task, the record reader and the API.
@@ -181,7 +183,7 @@ fn problems(board: &Board) -> Vec<String> {
         let why = interface.error.as_deref().unwrap_or("no hook is attached");
         problems.push(format!("{} is not enforced: {why}", interface.name));
     }
-    problems.extend(board.problems.iter().cloned());
+    problems.extend(board.problems.iter().chain(&board.ended).cloned());
     problems
 }
 
