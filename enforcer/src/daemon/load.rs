@@ -92,7 +92,8 @@ pub fn compile(files: Vec<SourceFile>, environment: &Environment) -> Result<Load
         Ok(outcome) => outcome,
         Err(diagnostics) => return Err(Rejected::Policy { files, diagnostics }),
     };
-    let failures = reference::run_tests(&outcome.policy, environment);
+    // A policy is good or not wherever it is checked: its tests know no host's addresses.
+    let failures = reference::run_tests(&outcome.policy, &Environment::default());
     if !failures.is_empty() {
         let diagnostics = [outcome.warnings, failures].concat();
         return Err(Rejected::Policy { files, diagnostics });
