@@ -28,7 +28,7 @@ use super::types::{
     DenialsRequest, ExplainRequest, Lost, LostCause, LostVerdict, Peer, Record, Refusal, Time,
 };
 use crate::{
-    daemon::{control::Ask, state::Shared},
+    daemon::{reload::Ask, state::Shared},
     events::store::{Filter, UNSEGMENTED},
 };
 

@@ -128,6 +128,9 @@ pub struct Status {
     pub interfaces: Vec<InterfaceStatus>,
     /// What the socket hooks do: `refuse`, `observe`, `off`.
     pub socket_hooks: String,
+    /// Why they only observe when they were to refuse.
+    #[serde(default)]
+    pub socket_hooks_reason: Option<String>,
     /// Those above zero.
     pub counters: Vec<CounterStatus>,
     /// Sums over all hooks.

@@ -85,6 +85,8 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
         })?;
         daemon::run(config, move |words| open(words, debug), reload, stop).await
     });
+    // Not `drop`, which would wait for a compiler at work.
+    runtime.shutdown_background();
     match result {
         Ok(()) => Ok(Exit::Fine),
         Err(RunError::Policy(rejected)) => {

@@ -11,6 +11,7 @@ pub mod links;
 pub mod load;
 pub mod netlink;
 pub mod preflight;
+pub mod reload;
 pub mod state;
 pub mod watch;
 
@@ -28,7 +29,7 @@ use std::{
 use enforcer_common::image::SIZE_CLASSES;
 use tokio::{
     sync::{mpsc, watch as signal},
-    task::AbortHandle,
+    task::{AbortHandle, spawn_blocking},
 };
 
 use crate::{
@@ -110,7 +111,16 @@ pub async fn run(
     mut stop: signal::Receiver<bool>,
 ) -> Result<(), RunError> {
     let host = Host::read().map_err(system("cannot list interfaces"))?;
-    let loaded = load::load(&config.segments, &host.environment).map_err(RunError::Policy)?;
+    let (segments, environment) = (config.segments.clone(), host.environment.clone());
+    let loading = spawn_blocking(move || load::load(&segments, &environment));
+    let loaded = tokio::select! {
+        // A compiler at work does not hold up the end.
+        () = control::stopped(&mut stop) => return Ok(()),
+        loaded = loading => loaded,
+    };
+    let loaded = loaded
+        .map_err(|e| system("cannot compile")(io::Error::other(e)))?
+        .map_err(RunError::Policy)?;
     control::log_warnings(&loaded.warnings);
     // Before the kernel is touched: another daemon may be at work.
     let socket = Socket::bind(&config.socket)?;

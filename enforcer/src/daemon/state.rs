@@ -42,6 +42,8 @@ pub struct Board {
     pub interfaces: Vec<InterfaceStatus>,
     /// What the socket hooks do.
     pub socket_hooks: Option<SocketHooks>,
+    /// Why they only observe when they were to refuse.
+    pub socket_hooks_reason: Option<String>,
     /// Addresses of this host.
     pub addresses: BTreeSet<IpAddr>,
     /// Other things that are wrong.
@@ -137,6 +139,7 @@ impl Shared {
             },
             interfaces: board.interfaces,
             socket_hooks: hooks_name(board.socket_hooks).to_owned(),
+            socket_hooks_reason: board.socket_hooks_reason,
             counters: counters.packets.iter().map(counter).collect(),
             events: events(&counters),
             version: env!("CARGO_PKG_VERSION").to_owned(),
