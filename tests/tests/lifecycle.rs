@@ -151,6 +151,67 @@ fn sigterm_detaches_cleanly() {
     assert_eq!(daemon.ask("status", &[]).status.code(), Some(5));
 }
 
+/// bpf(2) with a structure of `u32` words; the commands used here have no other fields.
+fn bpf(command: libc::c_long, attributes: &mut [u32]) -> i64 {
+    // SAFETY: the kernel reads and writes within the stated length, and the lists that
+    // `detach_links` names.
+    unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            attributes.as_mut_ptr(),
+            size_of_val(attributes),
+        )
+    }
+}
+
+/// Detaches every tcx link of an interface of this thread's namespace, as `bpftool link detach`
+/// does; how many.
+fn detach_links(interface: &str) -> usize {
+    const PROG_QUERY: libc::c_long = 16;
+    const LINK_GET_FD_BY_ID: libc::c_long = 30;
+    const LINK_DETACH: libc::c_long = 34;
+    const TCX: [u32; 2] = [46, 47];
+    let index = nix::net::if_::if_nametoindex(interface).unwrap();
+    let mut detached = 0;
+    for direction in TCX {
+        let (mut programs, mut links) = ([0_u32; 16], [0_u32; 16]);
+        let words = |pointer: *mut u32| {
+            let address = pointer as u64;
+            [address as u32, (address >> 32) as u32]
+        };
+        const { assert!(cfg!(target_endian = "little")) };
+        let [p0, p1] = words(programs.as_mut_ptr());
+        let [l0, l1] = words(links.as_mut_ptr());
+        let mut query = [
+            index, direction, 0, 0, p0, p1, 16, 0, 0, 0, l0, l1, 0, 0, 0, 0,
+        ];
+        assert_eq!(bpf(PROG_QUERY, &mut query), 0);
+        for link in links.iter().filter(|link| **link != 0) {
+            let fd = bpf(LINK_GET_FD_BY_ID, &mut [*link, 0, 0]);
+            let fd = i32::try_from(fd).unwrap();
+            assert_eq!(bpf(LINK_DETACH, &mut [fd.cast_unsigned()]), 0);
+            nix::unistd::close(fd).unwrap();
+            detached += 1;
+        }
+    }
+    detached
+}
+
+#[test]
+fn programs_that_somebody_removes_are_attached_again() {
+    let net = Pair::new();
+    let daemon = Setup::new(&net.host, "eth0", NOTHING).start();
+    let me = Family::V4.address(1, 1);
+    assert!(!traffic::pings(&net.peer, me, QUIET));
+    assert_eq!(net.host.enter(|| detach_links("eth0")), 2);
+    wait_for("the programs", Duration::from_secs(5), || {
+        daemon.log().contains("attached again").then_some(())
+    });
+    assert!(!traffic::pings(&net.peer, me, QUIET));
+    assert_eq!(net.host.enter(|| detach_links("eth0")), 2);
+}
+
 #[test]
 fn a_log_that_nobody_reads_does_not_end_enforcement() {
     let net = Pair::new();

@@ -31,6 +31,7 @@ pub struct Control {
     host: Host,
     reloads: Reloads,
     hooks_error: Option<String>,
+    verify_error: Option<String>,
 }
 
 impl Control {
@@ -48,6 +49,7 @@ impl Control {
             shared,
             host,
             hooks_error: None,
+            verify_error: None,
         }
     }
 
@@ -112,19 +114,36 @@ impl Control {
                     Ok(()) => self.reloads.files_changed(),
                     Err(error) => broken("cannot watch the policy's files", &error).await,
                 },
-                removed = netlink.changed() => match removed {
-                    Ok(removed) => {
-                        self.links.removed(&self.shared.dataplane, &removed);
+                changes = netlink.changed() => match changes {
+                    Ok(changes) => {
+                        self.links.removed(&self.shared.dataplane, &changes.removed);
+                        if changes.lost {
+                            self.verify();
+                        }
                         self.look();
                     }
                     Err(error) => broken("cannot listen to rtnetlink", &error).await,
                 },
                 _ = tick.tick() => {
                     watch.repair();
+                    self.verify();
                     self.look();
                 }
             }
         }
+    }
+
+    /// Asks the kernel whether what was attached still is.
+    fn verify(&mut self) {
+        let error = self.links.verify(&self.shared.dataplane).err();
+        let error = error.map(|e| format!("cannot ask for the programs attached: {e}"));
+        if let Some(error) = error
+            .as_ref()
+            .filter(|e| self.verify_error.as_ref() != Some(e))
+        {
+            tracing::error!("{error}");
+        }
+        self.verify_error = error;
     }
 
     /// Looks at interfaces and addresses.
@@ -156,7 +175,8 @@ impl Control {
                 .clone_from(&self.host.environment.host_addresses);
             board.socket_hooks = self.links.socket_hooks();
             board.socket_hooks_reason = self.links.hooks_reason();
-            board.problems = error.into_iter().chain(self.reloads.problem()).collect();
+            let problems = [error, self.verify_error.clone(), self.reloads.problem()];
+            board.problems = problems.into_iter().flatten().collect();
         });
     }
 }

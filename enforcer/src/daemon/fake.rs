@@ -24,6 +24,8 @@ pub struct Fake {
     pub applied: Vec<(u32, u64)>,
     /// Attached now.
     pub attached: BTreeSet<u32>,
+    /// Interfaces whose programs somebody takes off before the next look.
+    pub stolen: Vec<u32>,
     pub hooks: Option<SocketHooks>,
     pub detached_all: bool,
     pub refuse_apply: bool,
@@ -90,6 +92,10 @@ impl Dataplane for Handle {
     fn detach(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
         self.lock().attached.remove(&ifindex);
         Ok(())
+    }
+
+    fn missing(&mut self) -> Result<Vec<u32>, DataplaneError> {
+        Ok(std::mem::take(&mut self.lock().stolen))
     }
 
     fn socket_hooks(&mut self, mode: SocketHooks) -> Result<(), DataplaneError> {

@@ -1,6 +1,9 @@
 //! Keeps the hooks on the interfaces that are asked for.
 
-use std::{collections::BTreeMap, sync::PoisonError};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::PoisonError,
+};
 
 use crate::{
     api::types::InterfaceStatus,
@@ -20,6 +23,8 @@ pub struct Links {
     hooks_reason: Option<String>,
     attached: BTreeMap<u32, String>,
     failed: BTreeMap<u32, String>,
+    /// Somebody took the programs off.
+    stolen: BTreeSet<u32>,
 }
 
 impl Links {
@@ -32,6 +37,7 @@ impl Links {
             hooks_reason: None,
             attached: BTreeMap::new(),
             failed: BTreeMap::new(),
+            stolen: BTreeSet::new(),
         }
     }
 
@@ -71,6 +77,24 @@ impl Links {
         }
     }
 
+    /// Forgets interfaces whose programs the kernel does not have any more; [`Links::sync`]
+    /// attaches again.
+    ///
+    /// # Errors
+    /// What the dataplane says.
+    pub fn verify(&mut self, dataplane: &SharedDataplane) -> Result<(), DataplaneError> {
+        let mut dataplane = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
+        for ifindex in dataplane.missing()? {
+            if let Err(error) = dataplane.detach(ifindex) {
+                tracing::debug!(ifindex, %error, "cannot detach what is left");
+            }
+            if self.attached.remove(&ifindex).is_some() {
+                self.stolen.insert(ifindex);
+            }
+        }
+        Ok(())
+    }
+
     /// Brings the hooks in line with `host`. Failures are logged when they are new and tried
     /// again at the next call.
     pub fn sync(&mut self, dataplane: &SharedDataplane, host: &Host) -> Vec<InterfaceStatus> {
@@ -85,6 +109,8 @@ impl Links {
         for ifindex in gone {
             self.detach(&mut **guard, ifindex);
         }
+        self.stolen
+            .retain(|ifindex| wanted.iter().any(|l| l.ifindex == *ifindex));
         self.failed
             .retain(|ifindex, _| wanted.iter().any(|l| l.ifindex == *ifindex));
         let mut statuses: Vec<_> = wanted
@@ -117,7 +143,14 @@ impl Links {
         };
         match result {
             Ok(()) => {
-                tracing::info!(interface = link.name, ifindex = link.ifindex, "attached");
+                if self.stolen.remove(&link.ifindex) {
+                    tracing::warn!(
+                        interface = link.name,
+                        "somebody removed the programs from this interface; attached again"
+                    );
+                } else {
+                    tracing::info!(interface = link.name, ifindex = link.ifindex, "attached");
+                }
                 self.failed.remove(&link.ifindex);
                 self.attached.insert(link.ifindex, link.name.clone());
                 Ok(())
@@ -250,6 +283,24 @@ mod tests {
         assert_eq!(attached(&fake), [4, 5]);
         let missing = statuses.iter().find(|s| s.name == "eth0").unwrap();
         assert!(!missing.enforced && missing.ifindex == 0);
+    }
+
+    #[test]
+    fn programs_that_others_took_off_are_attached_again() {
+        let (fake, dataplane, mut links) = setup(&["eth*"]);
+        let host = host(&[(2, "eth0"), (3, "eth1")]);
+        links.sync(&dataplane, &host);
+        fake.lock().stolen = vec![3];
+        fake.lock().attached.remove(&3);
+        links.verify(&dataplane).unwrap();
+        let statuses = links.sync(&dataplane, &host);
+        assert_eq!(attached(&fake), [2, 3]);
+        assert!(statuses.iter().all(|s| s.enforced));
+        // One that went away is not missed.
+        fake.lock().stolen = vec![3];
+        links.verify(&dataplane).unwrap();
+        assert_eq!(links.sync(&dataplane, &self::host(&[(2, "eth0")])).len(), 1);
+        assert!(links.stolen.is_empty());
     }
 
     #[test]

@@ -46,6 +46,16 @@ pub struct Netlink {
     buffer: Vec<u8>,
 }
 
+/// What is known of changes.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Interfaces that were removed, or moved to another namespace: they may be back already,
+    /// without their programs.
+    pub removed: Vec<u32>,
+    /// Messages were lost: anything may have happened.
+    pub lost: bool,
+}
+
 impl Netlink {
     /// Must be called on a tokio runtime.
     ///
@@ -66,30 +76,28 @@ impl Netlink {
         })
     }
 
-    /// Waits for a change. Returns the indices of interfaces that were removed, or moved to
-    /// another namespace: they may be back already, without their programs. Safe to drop and
-    /// call again.
+    /// Waits for a change. Safe to drop and call again.
     ///
     /// # Errors
     /// When the socket is broken.
-    pub async fn changed(&mut self) -> io::Result<Vec<u32>> {
+    pub async fn changed(&mut self) -> io::Result<Changes> {
         let mut guard = self.readable.ready().await?;
-        let mut removed = Vec::new();
+        let mut changes = Changes::default();
         loop {
             let fd = self.socket.as_raw_fd();
             match recv(fd, &mut self.buffer, MsgFlags::empty()) {
                 Ok(length) => {
                     let messages = self.buffer.get(..length).unwrap_or_default();
-                    removed.extend(removed_links(messages));
+                    changes.removed.extend(removed_links(messages));
                 }
                 Err(Errno::EAGAIN) => break,
-                // Messages were lost; the caller looks at everything anyway.
-                Err(Errno::EINTR | Errno::ENOBUFS) => {}
+                Err(Errno::ENOBUFS) => changes.lost = true,
+                Err(Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
         guard.clear_ready();
-        Ok(removed)
+        Ok(changes)
     }
 }
 

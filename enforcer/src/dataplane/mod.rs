@@ -155,6 +155,13 @@ pub trait Dataplane: Send {
     /// [`DataplaneError::Syscall`].
     fn detach(&mut self, ifindex: u32) -> Result<(), DataplaneError>;
 
+    /// Asks the kernel which of the interfaces that were attached lack a program of ours: taken off
+    /// by others, or gone with the interface. [`Dataplane::detach`] forgets them.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn missing(&mut self) -> Result<Vec<u32>, DataplaneError>;
+
     /// Attaches the socket hooks to the root cgroup, or changes what they do. `Refuse` is the
     /// caller's promise that every interface but loopback is enforced.
     ///
