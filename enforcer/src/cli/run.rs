@@ -13,7 +13,7 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    daemon::{self, Config, RunError, environment::Pattern, preflight::preflight},
+    daemon::{self, Config, RunError, environment::Pattern, netlink, preflight::preflight},
     dataplane::SocketHooks,
 };
 
@@ -62,6 +62,7 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
         Hooks::Observe => SocketHooks::Observe,
         Hooks::Off => SocketHooks::Off,
     };
+    refuse_loopback(&args.interface)?;
     preflight(socket_hooks).map_err(|missing| {
         let all: Vec<_> = missing.iter().map(ToString::to_string).collect();
         Failure::new(Exit::Environment, all.join("\nerror: "))
@@ -102,6 +103,29 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
             | RunError::Interface { .. }
             | RunError::System { .. }),
         ) => Err(Failure::new(Exit::Environment, error.to_string())),
+    }
+}
+
+/// A host is not cut off from itself: what it says to itself is not judged.
+fn refuse_loopback(patterns: &[Pattern]) -> Result<(), Failure> {
+    // When links cannot be listed the daemon says so itself.
+    let links = netlink::links().unwrap_or_default();
+    let loopback = links.iter().filter(|link| link.loopback).find(|link| {
+        let name = link.name.as_str();
+        patterns
+            .iter()
+            .any(|p| p.is_literal() && p.as_str() == name)
+    });
+    match loopback {
+        None => Ok(()),
+        Some(link) => Err(Failure::new(
+            Exit::Usage,
+            format!(
+                "--interface {}: this is the loopback; traffic of the host to itself is not judged\n  \
+                 help: name the interfaces that lead to other hosts",
+                link.name
+            ),
+        )),
     }
 }
 
