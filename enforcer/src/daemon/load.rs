@@ -107,3 +107,33 @@ pub fn compile(files: Vec<SourceFile>, environment: &Environment) -> Result<Load
         image,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tests_of_a_policy_know_no_host() {
+        let text = "\
+version: 1
+segments:
+  db: { members: [{cidr: 10.10.1.0/24}] }
+rules:
+  - {name: from-here, from: [host], to: [db], services: [tcp/5432]}
+tests:
+  - {from: 192.0.2.7, to: 10.10.1.5, service: tcp/5432, expect: deny}
+";
+        let files = || {
+            vec![SourceFile {
+                name: "p.yaml".to_owned(),
+                text: text.to_owned(),
+            }]
+        };
+        let here = Environment {
+            host_addresses: ["192.0.2.7".parse().unwrap()].into(),
+        };
+        let elsewhere = compile(files(), &Environment::default()).unwrap();
+        let here = compile(files(), &here).unwrap();
+        assert_ne!(elsewhere.image.hash(), here.image.hash());
+    }
+}
