@@ -56,6 +56,43 @@ fn policy(dir: &Path, text: &str) -> String {
 }
 
 #[test]
+fn help_is_a_verb_too() {
+    let (code, stdout, stderr) = run(&["help"]);
+    assert_eq!((code, stderr.as_str()), (0, ""));
+    assert!(stdout.contains("Usage: enforcer"), "{stdout}");
+    let (code, stdout, _) = run(&["help", "denials"]);
+    assert_eq!(code, 0);
+    assert!(stdout.contains("--follow"), "{stdout}");
+}
+
+#[test]
+fn the_loopback_is_refused_by_name() {
+    let (code, stdout, stderr) = run(&["run", "--segments", "x.yaml", "--interface", "eth0,lo"]);
+    assert_eq!((code, stdout.as_str()), (64, ""));
+    assert!(
+        stderr.contains("--interface lo: this is the loopback"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn addresses_of_two_families_are_no_flow_with_or_without_a_daemon() {
+    let (code, _, stderr) = run(&[
+        "explain",
+        "--from",
+        "10.0.0.1",
+        "--to",
+        "fd00::1",
+        "--service",
+        "tcp/1",
+        "--socket",
+        "/nonexistent/socket",
+    ]);
+    assert_eq!(code, 64, "{stderr}");
+    assert!(stderr.contains("different families"), "{stderr}");
+}
+
+#[test]
 fn check_accepts_a_good_policy() {
     let dir = tempfile::tempdir().unwrap();
     let path = policy(dir.path(), POLICY);

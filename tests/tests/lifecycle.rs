@@ -16,7 +16,7 @@ use std::{
 };
 
 use enforcer_tests::{
-    daemon::{Daemon, LONG, Setup, binary, wait_for},
+    daemon::{Daemon, LONG, Setup, binary, enforcer, wait_for},
     netns::{Family, Netns, Pair, Routed},
     traffic::{self, QUIET, Tap},
 };
@@ -96,6 +96,34 @@ fn interfaces_that_appear_are_enforced_within_a_second() {
     assert_eq!(interface(&daemon, "other0"), None);
 }
 
+/// tun, WireGuard and PPP devices have none.
+#[test]
+fn interfaces_without_a_link_layer_address_are_enforced() {
+    let net = Pair::new();
+    net.host
+        .ip("tuntap add dev tun9 mode tun\nlink set tun9 up\n");
+    let daemon = Setup::new(&net.host, "*", NOTHING).start();
+    let tun = interface(&daemon, "tun9").unwrap();
+    assert_eq!(tun["enforced"], true, "{tun}");
+    assert_eq!(daemon.status()["socket_hooks"], "refuse");
+    daemon.stop();
+
+    net.host.addresses("tun9", &["10.9.0.1/24"]);
+    let daemon = Setup::new(&net.host, "tun9", NOTHING)
+        .with(&["--socket-hooks", "off"])
+        .start();
+    assert_eq!(interface(&daemon, "tun9").unwrap()["enforced"], true);
+    assert!(!traffic::pings(&net.host, [10, 9, 0, 2].into(), QUIET));
+    assert!(daemon.counted("tc_egress", "denied", "default_deny") > 0);
+    daemon.stop();
+
+    // A way out that nobody enforces: the hooks must not refuse.
+    let daemon = Setup::new(&net.host, "eth0", NOTHING).start();
+    wait_for("the hooks to observe", LONG, || {
+        (daemon.status()["socket_hooks"] == "observe").then_some(())
+    });
+}
+
 #[test]
 fn sigterm_detaches_cleanly() {
     let net = Pair::new();
@@ -121,6 +149,98 @@ fn sigterm_detaches_cleanly() {
     assert!(traffic::udp_answers_soon(&net.peer, (me, 7000)));
     assert!(traffic::udp_answers_soon(&net.host, (peer, 7000)));
     assert_eq!(daemon.ask("status", &[]).status.code(), Some(5));
+}
+
+/// bpf(2) with a structure of `u32` words; the commands used here have no other fields.
+fn bpf(command: libc::c_long, attributes: &mut [u32]) -> i64 {
+    // SAFETY: the kernel reads and writes within the stated length, and the lists that
+    // `detach_links` names.
+    unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            attributes.as_mut_ptr(),
+            size_of_val(attributes),
+        )
+    }
+}
+
+/// Detaches every tcx link of an interface of this thread's namespace, as `bpftool link detach`
+/// does; how many.
+fn detach_links(interface: &str) -> usize {
+    const PROG_QUERY: libc::c_long = 16;
+    const LINK_GET_FD_BY_ID: libc::c_long = 30;
+    const LINK_DETACH: libc::c_long = 34;
+    const TCX: [u32; 2] = [46, 47];
+    let index = nix::net::if_::if_nametoindex(interface).unwrap();
+    let mut detached = 0;
+    for direction in TCX {
+        let (mut programs, mut links) = ([0_u32; 16], [0_u32; 16]);
+        let words = |pointer: *mut u32| {
+            let address = pointer as u64;
+            [address as u32, (address >> 32) as u32]
+        };
+        const { assert!(cfg!(target_endian = "little")) };
+        let [p0, p1] = words(programs.as_mut_ptr());
+        let [l0, l1] = words(links.as_mut_ptr());
+        let mut query = [
+            index, direction, 0, 0, p0, p1, 16, 0, 0, 0, l0, l1, 0, 0, 0, 0,
+        ];
+        assert_eq!(bpf(PROG_QUERY, &mut query), 0);
+        for link in links.iter().filter(|link| **link != 0) {
+            let fd = bpf(LINK_GET_FD_BY_ID, &mut [*link, 0, 0]);
+            let fd = i32::try_from(fd).unwrap();
+            assert_eq!(bpf(LINK_DETACH, &mut [fd.cast_unsigned()]), 0);
+            nix::unistd::close(fd).unwrap();
+            detached += 1;
+        }
+    }
+    detached
+}
+
+#[test]
+fn programs_that_somebody_removes_are_attached_again() {
+    let net = Pair::new();
+    let daemon = Setup::new(&net.host, "eth0", NOTHING).start();
+    let me = Family::V4.address(1, 1);
+    assert!(!traffic::pings(&net.peer, me, QUIET));
+    assert_eq!(net.host.enter(|| detach_links("eth0")), 2);
+    wait_for("the programs", Duration::from_secs(5), || {
+        daemon.log().contains("attached again").then_some(())
+    });
+    assert!(!traffic::pings(&net.peer, me, QUIET));
+    assert_eq!(net.host.enter(|| detach_links("eth0")), 2);
+}
+
+#[test]
+fn a_log_that_nobody_reads_does_not_end_enforcement() {
+    let net = Pair::new();
+    let setup = Setup::new(&net.host, "eth0", NOTHING);
+    let (reader, writer) = std::io::pipe().unwrap();
+    let mut child = setup.command().stderr(writer).spawn().unwrap();
+    drop(reader);
+    let ask = |verb: &str| {
+        let socket = setup.socket();
+        enforcer(&[verb, "--socket", socket.to_str().unwrap()])
+    };
+    wait_for("the daemon to enforce", LONG, || {
+        assert_eq!(child.try_wait().unwrap(), None);
+        ask("status").status.success().then_some(())
+    });
+    // Both are logged.
+    net.host.cable("eth7", &net.peer, "eth7");
+    setup.write("version: 1\nsegmnts: {}\n");
+    wait_for("the policy to be refused", LONG, || {
+        assert_eq!(child.try_wait().unwrap(), None);
+        (ask("status").status.code() == Some(4)).then_some(())
+    });
+    assert!(!traffic::pings(&net.peer, Family::V4.address(1, 1), QUIET));
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(child.id().cast_signed()),
+        Signal::SIGTERM,
+    )
+    .unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]

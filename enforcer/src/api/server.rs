@@ -22,14 +22,12 @@ use axum::{
     serve::IncomingStream,
 };
 use futures_util::stream::{self, Stream, StreamExt};
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
-use super::types::{
-    DenialsRequest, ExplainRequest, Lost, LostCause, LostVerdict, Peer, Record, Refusal, Time,
-};
+use super::types::{DenialsRequest, ExplainRequest, Peer, Record, Refusal};
 use crate::{
-    daemon::{control::Ask, state::Shared},
-    events::store::{Filter, UNSEGMENTED},
+    daemon::{reload::Ask, state::Shared},
+    events::store::{Filter, Follower, UNSEGMENTED},
 };
 
 /// Why the control socket cannot be had.
@@ -236,8 +234,8 @@ async fn denials(
     let last = request.last.unwrap_or(usize::MAX);
     let store = &context.shared.store;
     let body = if request.follow {
-        let (records, receiver) = store.follow(last, &filter);
-        Body::from_stream(lines(records).chain(follow(receiver, filter)))
+        let (records, follower) = store.follow(last, &filter);
+        Body::from_stream(lines(records).chain(follow(follower)))
     } else {
         Body::from_stream(lines(store.last(last, &filter)))
     };
@@ -278,24 +276,9 @@ fn lines(records: Vec<Arc<Record>>) -> impl Stream<Item = Line> + Send {
     stream::iter(records).map(|record| line(&record))
 }
 
-fn follow(
-    receiver: broadcast::Receiver<Arc<Record>>,
-    filter: Filter,
-) -> impl Stream<Item = Line> + Send {
-    stream::unfold((receiver, filter), async |(mut receiver, filter)| {
-        loop {
-            let next = match receiver.recv().await {
-                Ok(record) if filter.wants(&record) => line(&record),
-                Ok(_) => continue,
-                Err(broadcast::error::RecvError::Lagged(events)) => line(&Record::Lost(Lost {
-                    time: Time::now(),
-                    verdict: LostVerdict::Lost,
-                    cause: LostCause::SlowReader,
-                    events,
-                })),
-                Err(broadcast::error::RecvError::Closed) => return None,
-            };
-            return Some((next, (receiver, filter)));
-        }
+fn follow(follower: Follower) -> impl Stream<Item = Line> + Send {
+    stream::unfold(follower, async |mut follower| {
+        let record = follower.next().await?;
+        Some((line(&record), follower))
     })
 }

@@ -128,6 +128,9 @@ pub struct Status {
     pub interfaces: Vec<InterfaceStatus>,
     /// What the socket hooks do: `refuse`, `observe`, `off`.
     pub socket_hooks: String,
+    /// Why they only observe when they were to refuse.
+    #[serde(default)]
+    pub socket_hooks_reason: Option<String>,
     /// Those above zero.
     pub counters: Vec<CounterStatus>,
     /// Sums over all hooks.
@@ -285,7 +288,7 @@ pub struct Lost {
     pub verdict: LostVerdict,
     /// Where they were lost.
     pub cause: LostCause,
-    /// How many packets (ring buffer) or records (slow reader).
+    /// How many packets, of any filter.
     pub events: u64,
 }
 
@@ -305,6 +308,8 @@ pub enum LostCause {
     RingBufferFull,
     /// This reader was too slow; others were not affected.
     SlowReader,
+    /// The daemon keeps the last records only; these were older.
+    Store,
 }
 
 /// A line of `GET /v1/denials`.

@@ -90,6 +90,7 @@ fn gap(lost: &Lost, out: &Out, zone: &TimeZone, today: Date) -> String {
     let what = match lost.cause {
         LostCause::RingBufferFull => "(ring buffer full); the packets are counted: enforcer status",
         LostCause::SlowReader => "(this reader was too slow)",
+        LostCause::Store => "(older than what the daemon keeps)",
     };
     let time = clock(lost.time, zone, today);
     let word = out.paint(Hue::Warn, "LOST");
@@ -284,5 +285,12 @@ mod tests {
             events: 312,
         });
         assert!(text(&lost).starts_with("12:04:31.207 LOST  312 events (ring buffer full)"));
+        let evicted = Record::Lost(Lost {
+            time: Time::now(),
+            verdict: LostVerdict::Lost,
+            cause: LostCause::Store,
+            events: 5,
+        });
+        assert!(text(&evicted).ends_with("LOST  5 events (older than what the daemon keeps)"));
     }
 }

@@ -7,7 +7,10 @@ use crate::{
         client::Client,
         types::{Default as DenyDefault, ExplainRequest, Explanation},
     },
-    daemon::{explain::explain, load},
+    daemon::{
+        explain::{explain, one_flow},
+        load,
+    },
 };
 
 use super::{
@@ -41,6 +44,8 @@ pub fn run(args: &Args, globals: &Globals, out: &mut Out) -> Result<Exit, Failur
         to: args.to,
         service: args.service.clone(),
     };
+    // Wrong whatever the policy says, and whether a daemon runs or not.
+    one_flow(&request).map_err(|e| Failure::new(Exit::Usage, e))?;
     let explanation = match &args.segments {
         Some(path) => {
             let loaded = load::load(path, &environment()).map_err(|rejected| {

@@ -30,7 +30,7 @@ something, 4 degraded, 5 not enforcing, 64 usage.";
 
 /// Microsegmentation for Linux: segments in YAML, enforced by eBPF.
 #[derive(Debug, Parser)]
-#[command(version, after_help = EXIT_CODES, disable_help_subcommand = true)]
+#[command(version, after_help = EXIT_CODES)]
 struct Cli {
     #[command(flatten)]
     globals: Globals,

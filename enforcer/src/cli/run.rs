@@ -13,7 +13,7 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    daemon::{self, Config, RunError, environment::Pattern, preflight::preflight},
+    daemon::{self, Config, RunError, environment::Pattern, netlink, preflight::preflight},
     dataplane::SocketHooks,
 };
 
@@ -62,6 +62,7 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
         Hooks::Observe => SocketHooks::Observe,
         Hooks::Off => SocketHooks::Off,
     };
+    refuse_loopback(&args.interface)?;
     preflight(socket_hooks).map_err(|missing| {
         let all: Vec<_> = missing.iter().map(ToString::to_string).collect();
         Failure::new(Exit::Environment, all.join("\nerror: "))
@@ -85,6 +86,8 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
         })?;
         daemon::run(config, move |words| open(words, debug), reload, stop).await
     });
+    // Not `drop`, which would wait for a compiler at work.
+    runtime.shutdown_background();
     match result {
         Ok(()) => Ok(Exit::Fine),
         Err(RunError::Policy(rejected)) => {
@@ -103,16 +106,55 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
     }
 }
 
+/// A host is not cut off from itself: what it says to itself is not judged.
+fn refuse_loopback(patterns: &[Pattern]) -> Result<(), Failure> {
+    // When links cannot be listed the daemon says so itself.
+    let links = netlink::links().unwrap_or_default();
+    let loopback = links.iter().filter(|link| link.loopback).find(|link| {
+        let name = link.name.as_str();
+        patterns
+            .iter()
+            .any(|p| p.is_literal() && p.as_str() == name)
+    });
+    match loopback {
+        None => Ok(()),
+        Some(link) => Err(Failure::new(
+            Exit::Usage,
+            format!(
+                "--interface {}: this is the loopback; traffic of the host to itself is not judged\n  \
+                 help: name the interfaces that lead to other hosts",
+                link.name
+            ),
+        )),
+    }
+}
+
 fn start_log(format: LogFormat, color: bool) {
     let filter = EnvFilter::try_from_env("ENFORCER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr)
+        .with_writer(|| Log)
+        .log_internal_errors(false)
         .with_target(false)
         .with_ansi(color);
     match format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().flatten_event(true).with_ansi(false).init(),
+    }
+}
+
+/// Standard error, whether anybody reads it or not: a closed terminal or a log collector that died
+/// must not end enforcement.
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let _ = io::stderr().write_all(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -78,7 +78,11 @@ fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
         };
         field(out, &clean(&interface.name), &state)?;
     }
-    field(out, "socket hooks", &status.socket_hooks)?;
+    let mut hooks = status.socket_hooks.clone();
+    if let Some(why) = &status.socket_hooks_reason {
+        hooks.push_str(&format!(", not refuse: {}", clean(why)));
+    }
+    field(out, "socket hooks", &hooks)?;
 
     section(out, "packets", "")?;
     if status.counters.is_empty() {

@@ -1,17 +1,15 @@
 //! What the network namespace looks like: interfaces and addresses.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-    str::FromStr,
-};
+use std::{collections::BTreeSet, io, net::IpAddr, str::FromStr};
 
-use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags};
+use nix::ifaddrs::getifaddrs;
 
 use crate::{
     dataplane::{Interface, LinkType},
     policy::model::Environment,
 };
+
+use super::netlink;
 
 /// ARPHRD numbers of links whose frames start with an Ethernet header (linux/if_arp.h).
 const ETHERNET: [u16; 2] = [1, 772];
@@ -61,37 +59,26 @@ pub struct Host {
 }
 
 impl Host {
-    /// Asks the kernel (rtnetlink, through getifaddrs): of this process's network namespace,
-    /// wherever `/sys` was mounted.
+    /// Asks the kernel, through rtnetlink: of this process's network namespace, wherever `/sys`
+    /// was mounted.
     ///
     /// # Errors
-    /// What `getifaddrs` says.
-    pub fn read() -> nix::Result<Self> {
-        let mut links = BTreeMap::new();
+    /// What rtnetlink or `getifaddrs` says.
+    pub fn read() -> io::Result<Self> {
+        // Links first: an address that comes in between belongs to a link of the next look.
+        // Not from getifaddrs: it has no entry for links without a link-layer address (tun,
+        // WireGuard, PPP).
+        let links = netlink::links()?;
         let mut host_addresses = BTreeSet::new();
-        for entry in getifaddrs()? {
-            let Some(address) = entry.address else {
-                continue;
-            };
+        for address in getifaddrs()?.filter_map(|entry| entry.address) {
             if let Some(address) = address.as_sockaddr_in() {
                 host_addresses.insert(IpAddr::V4(address.ip()));
             } else if let Some(address) = address.as_sockaddr_in6() {
                 host_addresses.insert(IpAddr::V6(address.ip()));
-            } else if let Some(link) = address.as_link_addr()
-                && let Ok(ifindex) = u32::try_from(link.ifindex())
-            {
-                let link = Link {
-                    ifindex,
-                    name: entry.interface_name,
-                    kind: link.hatype(),
-                    up: entry.flags.contains(InterfaceFlags::IFF_UP),
-                    loopback: entry.flags.contains(InterfaceFlags::IFF_LOOPBACK),
-                };
-                links.insert(ifindex, link);
             }
         }
         Ok(Self {
-            links: links.into_values().collect(),
+            links,
             environment: Environment { host_addresses },
         })
     }

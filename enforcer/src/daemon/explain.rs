@@ -14,15 +14,11 @@ use crate::{
     policy::{model::Policy, parse},
 };
 
-/// What `image`, compiled from `policy`, says about a flow.
+/// Whether a packet can have both addresses.
 ///
 /// # Errors
-/// In words, when the request does not name one flow.
-pub fn explain(
-    policy: &Policy,
-    image: &Image,
-    request: &ExplainRequest,
-) -> Result<Explanation, String> {
+/// In words, when none can.
+pub fn one_flow(request: &ExplainRequest) -> Result<(), String> {
     let (from, to) = (request.from, request.to);
     if from.is_ipv4() != to.is_ipv4() {
         return Err(format!(
@@ -36,6 +32,20 @@ pub fn explain(
             return Err(format!("{ip} is on no wire: write {v4}"));
         }
     }
+    Ok(())
+}
+
+/// What `image`, compiled from `policy`, says about a flow.
+///
+/// # Errors
+/// In words, when the request does not name one flow.
+pub fn explain(
+    policy: &Policy,
+    image: &Image,
+    request: &ExplainRequest,
+) -> Result<Explanation, String> {
+    one_flow(request)?;
+    let (from, to) = (request.from, request.to);
     let (protocol, selector) = parse::parse_point(&request.service, to)?;
     let decision = decide(
         image.words(),

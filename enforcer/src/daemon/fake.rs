@@ -24,12 +24,16 @@ pub struct Fake {
     pub applied: Vec<(u32, u64)>,
     /// Attached now.
     pub attached: BTreeSet<u32>,
+    /// Interfaces whose programs somebody takes off before the next look.
+    pub stolen: Vec<u32>,
     pub hooks: Option<SocketHooks>,
     pub detached_all: bool,
     pub refuse_apply: bool,
     pub refuse_attach: bool,
     pub counters: Counters,
     pub running: Vec<Event>,
+    /// The next record asked for ends the reader.
+    pub poisoned: bool,
     pub size_class: u32,
     events: VecDeque<Event>,
     wake: Option<UnixStream>,
@@ -90,6 +94,10 @@ impl Dataplane for Handle {
         Ok(())
     }
 
+    fn missing(&mut self) -> Result<Vec<u32>, DataplaneError> {
+        Ok(std::mem::take(&mut self.lock().stolen))
+    }
+
     fn socket_hooks(&mut self, mode: SocketHooks) -> Result<(), DataplaneError> {
         self.lock().hooks = Some(mode);
         Ok(())
@@ -129,6 +137,8 @@ struct Source {
 impl EventSource for Source {
     fn next(&mut self) -> Option<Event> {
         let _ = self.woken.read(&mut [0; 64]);
+        let poisoned = self.handle.lock().poisoned;
+        assert!(!poisoned, "a fault of the reader");
         self.handle.lock().events.pop_front()
     }
 

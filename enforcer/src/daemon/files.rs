@@ -100,7 +100,7 @@ pub fn load(path: &Path) -> Result<Vec<SourceFile>, FilesError> {
 }
 
 /// Hidden files are left out: editors keep their swap files under such names.
-fn is_policy_name(path: &Path) -> bool {
+pub(super) fn is_policy_name(path: &Path) -> bool {
     let hidden = path
         .file_name()
         .is_none_or(|name| name.to_string_lossy().starts_with('.'));

@@ -1,6 +1,9 @@
 //! Keeps the hooks on the interfaces that are asked for.
 
-use std::{collections::BTreeMap, sync::PoisonError};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::PoisonError,
+};
 
 use crate::{
     api::types::InterfaceStatus,
@@ -17,8 +20,11 @@ pub struct Links {
     patterns: Vec<Pattern>,
     hooks_wanted: SocketHooks,
     hooks_now: Option<SocketHooks>,
+    hooks_reason: Option<String>,
     attached: BTreeMap<u32, String>,
     failed: BTreeMap<u32, String>,
+    /// Somebody took the programs off.
+    stolen: BTreeSet<u32>,
 }
 
 impl Links {
@@ -28,14 +34,21 @@ impl Links {
             patterns,
             hooks_wanted,
             hooks_now: None,
+            hooks_reason: None,
             attached: BTreeMap::new(),
             failed: BTreeMap::new(),
+            stolen: BTreeSet::new(),
         }
     }
 
     /// What the socket hooks do now.
     pub fn socket_hooks(&self) -> Option<SocketHooks> {
         self.hooks_now
+    }
+
+    /// Why they only observe when they were to refuse.
+    pub fn hooks_reason(&self) -> Option<String> {
+        self.hooks_reason.clone()
     }
 
     /// Whether `link` is asked for. A glob never means a loopback: nobody wants `*` to cut a
@@ -64,6 +77,24 @@ impl Links {
         }
     }
 
+    /// Forgets interfaces whose programs the kernel does not have any more; [`Links::sync`]
+    /// attaches again.
+    ///
+    /// # Errors
+    /// What the dataplane says.
+    pub fn verify(&mut self, dataplane: &SharedDataplane) -> Result<(), DataplaneError> {
+        let mut dataplane = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
+        for ifindex in dataplane.missing()? {
+            if let Err(error) = dataplane.detach(ifindex) {
+                tracing::debug!(ifindex, %error, "cannot detach what is left");
+            }
+            if self.attached.remove(&ifindex).is_some() {
+                self.stolen.insert(ifindex);
+            }
+        }
+        Ok(())
+    }
+
     /// Brings the hooks in line with `host`. Failures are logged when they are new and tried
     /// again at the next call.
     pub fn sync(&mut self, dataplane: &SharedDataplane, host: &Host) -> Vec<InterfaceStatus> {
@@ -78,6 +109,8 @@ impl Links {
         for ifindex in gone {
             self.detach(&mut **guard, ifindex);
         }
+        self.stolen
+            .retain(|ifindex| wanted.iter().any(|l| l.ifindex == *ifindex));
         self.failed
             .retain(|ifindex, _| wanted.iter().any(|l| l.ifindex == *ifindex));
         let mut statuses: Vec<_> = wanted
@@ -110,7 +143,14 @@ impl Links {
         };
         match result {
             Ok(()) => {
-                tracing::info!(interface = link.name, ifindex = link.ifindex, "attached");
+                if self.stolen.remove(&link.ifindex) {
+                    tracing::warn!(
+                        interface = link.name,
+                        "somebody removed the programs from this interface; attached again"
+                    );
+                } else {
+                    tracing::info!(interface = link.name, ifindex = link.ifindex, "attached");
+                }
                 self.failed.remove(&link.ifindex);
                 self.attached.insert(link.ifindex, link.name.clone());
                 Ok(())
@@ -126,7 +166,8 @@ impl Links {
     }
 
     /// Sets the socket hooks. They may refuse only while every interface that packets could leave
-    /// by is enforced: what they refuse, TC must deny as well.
+    /// by is enforced, and the image knows this host's addresses (it is not `stale`): what they
+    /// refuse, TC must deny as well.
     ///
     /// # Errors
     /// What the dataplane says; tried again at the next call.
@@ -134,6 +175,7 @@ impl Links {
         &mut self,
         dataplane: &SharedDataplane,
         host: &Host,
+        stale: bool,
     ) -> Result<(), DataplaneError> {
         let open: Vec<&str> = host
             .links
@@ -141,10 +183,22 @@ impl Links {
             .filter(|l| l.up && !l.loopback && !self.attached.contains_key(&l.ifindex))
             .map(|l| l.name.as_str())
             .collect();
-        let mode = match self.hooks_wanted {
-            SocketHooks::Refuse if !open.is_empty() => SocketHooks::Observe,
-            SocketHooks::Refuse | SocketHooks::Observe | SocketHooks::Off => self.hooks_wanted,
+        let why = if !open.is_empty() {
+            Some(format!(
+                "not every interface is enforced: {}",
+                open.join(", ")
+            ))
+        } else if stale {
+            Some("the policy in force does not know this host's addresses".to_owned())
+        } else {
+            None
+        }
+        .filter(|_| self.hooks_wanted == SocketHooks::Refuse);
+        let mode = match &why {
+            Some(_) => SocketHooks::Observe,
+            None => self.hooks_wanted,
         };
+        self.hooks_reason.clone_from(&why);
         if self.hooks_now == Some(mode) {
             return Ok(());
         }
@@ -153,13 +207,9 @@ impl Links {
             .unwrap_or_else(PoisonError::into_inner)
             .socket_hooks(mode)?;
         self.hooks_now = Some(mode);
-        if mode == self.hooks_wanted {
-            tracing::info!(?mode, "socket hooks");
-        } else {
-            tracing::info!(
-                not_enforced = open.join(" "),
-                "socket hooks name processes but refuse nothing: some interfaces are not enforced"
-            );
+        match why {
+            None => tracing::info!(?mode, "socket hooks"),
+            Some(why) => tracing::info!(why, "socket hooks name processes but refuse nothing"),
         }
         Ok(())
     }
@@ -236,6 +286,24 @@ mod tests {
     }
 
     #[test]
+    fn programs_that_others_took_off_are_attached_again() {
+        let (fake, dataplane, mut links) = setup(&["eth*"]);
+        let host = host(&[(2, "eth0"), (3, "eth1")]);
+        links.sync(&dataplane, &host);
+        fake.lock().stolen = vec![3];
+        fake.lock().attached.remove(&3);
+        links.verify(&dataplane).unwrap();
+        let statuses = links.sync(&dataplane, &host);
+        assert_eq!(attached(&fake), [2, 3]);
+        assert!(statuses.iter().all(|s| s.enforced));
+        // One that went away is not missed.
+        fake.lock().stolen = vec![3];
+        links.verify(&dataplane).unwrap();
+        assert_eq!(links.sync(&dataplane, &self::host(&[(2, "eth0")])).len(), 1);
+        assert!(links.stolen.is_empty());
+    }
+
+    #[test]
     fn a_failure_is_reported_and_tried_again() {
         let (fake, dataplane, mut links) = setup(&["eth0"]);
         fake.lock().refuse_attach = true;
@@ -260,16 +328,21 @@ mod tests {
     #[test]
     fn socket_hooks_refuse_only_while_every_way_out_is_enforced() {
         let (fake, dataplane, mut links) = setup(&["eth*"]);
-        let mut mode = |host: &Host| {
+        let mut mode = |host: &Host, stale| {
             links.sync(&dataplane, host);
-            links.sync_hooks(&dataplane, host).unwrap();
-            fake.lock().hooks
+            links.sync_hooks(&dataplane, host, stale).unwrap();
+            let hooks = fake.lock().hooks;
+            let why = links.hooks_reason();
+            assert_eq!(why.is_some(), hooks == Some(SocketHooks::Observe));
+            hooks
         };
         let all = host(&[(1, "lo"), (2, "eth0")]);
-        assert_eq!(mode(&all), Some(SocketHooks::Refuse));
+        assert_eq!(mode(&all, false), Some(SocketHooks::Refuse));
         let mut open = host(&[(1, "lo"), (2, "eth0"), (3, "wg0")]);
-        assert_eq!(mode(&open), Some(SocketHooks::Observe));
+        assert_eq!(mode(&open, false), Some(SocketHooks::Observe));
         open.links[2].up = false;
-        assert_eq!(mode(&open), Some(SocketHooks::Refuse));
+        assert_eq!(mode(&open, false), Some(SocketHooks::Refuse));
+        assert_eq!(mode(&all, true), Some(SocketHooks::Observe));
+        assert_eq!(mode(&all, false), Some(SocketHooks::Refuse));
     }
 }

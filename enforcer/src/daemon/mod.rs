@@ -11,6 +11,7 @@ pub mod links;
 pub mod load;
 pub mod netlink;
 pub mod preflight;
+pub mod reload;
 pub mod state;
 pub mod watch;
 
@@ -26,7 +27,10 @@ use std::{
 };
 
 use enforcer_common::image::SIZE_CLASSES;
-use tokio::sync::{mpsc, watch as signal};
+use tokio::{
+    sync::{mpsc, watch as signal},
+    task::{AbortHandle, spawn_blocking},
+};
 
 use crate::{
     api::{
@@ -106,8 +110,17 @@ pub async fn run(
     mut reload: mpsc::Receiver<()>,
     mut stop: signal::Receiver<bool>,
 ) -> Result<(), RunError> {
-    let host = Host::read().map_err(|e| system("cannot list interfaces")(e.into()))?;
-    let loaded = load::load(&config.segments, &host.environment).map_err(RunError::Policy)?;
+    let host = Host::read().map_err(system("cannot list interfaces"))?;
+    let (segments, environment) = (config.segments.clone(), host.environment.clone());
+    let loading = spawn_blocking(move || load::load(&segments, &environment));
+    let loaded = tokio::select! {
+        // A compiler at work does not hold up the end.
+        () = control::stopped(&mut stop) => return Ok(()),
+        loaded = loading => loaded,
+    };
+    let loaded = loaded
+        .map_err(|e| system("cannot compile")(io::Error::other(e)))?
+        .map_err(RunError::Policy)?;
     control::log_warnings(&loaded.warnings);
     // Before the kernel is touched: another daemon may be at work.
     let socket = Socket::bind(&config.socket)?;
@@ -137,9 +150,8 @@ pub async fn run(
             let dataplane = Arc::clone(&shared.dataplane);
             let store = Arc::clone(&shared.store);
             let reader = Reader::new(source, dataplane, enricher, store);
-            Some(tokio::spawn(
-                reader.map_err(system("cannot poll for records"))?.run(),
-            ))
+            let reader = reader.map_err(system("cannot poll for records"))?;
+            Some(supervised("the reader of denials", &shared, reader.run()))
         }
         None => None,
     };
@@ -156,7 +168,7 @@ pub async fn run(
     );
     let (asked, asks) = mpsc::channel(8);
     let server = server::serve(&socket, Arc::clone(&shared), asked)?;
-    let server = tokio::spawn(server);
+    let server = supervised("the server of the control socket", &shared, server);
 
     let result = control.run(asks, &mut reload, &mut stop).await;
     server.abort();
@@ -167,6 +179,30 @@ pub async fn run(
     tracing::info!("stopping: taking the programs off");
     detach.now()?;
     result.map_err(system("the daemon cannot go on"))
+}
+
+/// Runs a task that is to end only when it is aborted; any other end shows in the status.
+fn supervised(
+    what: &'static str,
+    shared: &Arc<Shared>,
+    work: impl Future<Output = ()> + Send + 'static,
+) -> AbortHandle {
+    let task = tokio::spawn(work);
+    let handle = task.abort_handle();
+    let shared = Arc::clone(shared);
+    tokio::spawn(async move {
+        let how = match task.await {
+            Err(error) if error.is_cancelled() => return,
+            Err(error) => error.to_string(),
+            Ok(()) => "nobody asked it to".to_owned(),
+        };
+        tracing::error!("{what} has ended: {how}");
+        shared.note(|board| {
+            let problem = format!("{what} has ended ({how}): restart the daemon");
+            board.ended.push(problem);
+        });
+    });
+    handle
 }
 
 /// The size class to load: room for twice the image, so that a policy may grow without a restart.

@@ -42,10 +42,14 @@ pub struct Board {
     pub interfaces: Vec<InterfaceStatus>,
     /// What the socket hooks do.
     pub socket_hooks: Option<SocketHooks>,
+    /// Why they only observe when they were to refuse.
+    pub socket_hooks_reason: Option<String>,
     /// Addresses of this host.
     pub addresses: BTreeSet<IpAddr>,
     /// Other things that are wrong.
     pub problems: Vec<String>,
+    /// Tasks that ended before their time.
+    pub ended: Vec<String>,
 }
 
 /// Shared by the control task, the record reader and the API.
@@ -135,6 +139,7 @@ impl Shared {
             },
             interfaces: board.interfaces,
             socket_hooks: hooks_name(board.socket_hooks).to_owned(),
+            socket_hooks_reason: board.socket_hooks_reason,
             counters: counters.packets.iter().map(counter).collect(),
             events: events(&counters),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -181,7 +186,7 @@ fn problems(board: &Board) -> Vec<String> {
         let why = interface.error.as_deref().unwrap_or("no hook is attached");
         problems.push(format!("{} is not enforced: {why}", interface.name));
     }
-    problems.extend(board.problems.iter().cloned());
+    problems.extend(board.problems.iter().chain(&board.ended).cloned());
     problems
 }
 

@@ -405,6 +405,21 @@ async fn losses_show_in_the_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_task_that_ends_shows_in_the_status() {
+    let daemon = Daemon::start().await;
+    daemon.fake.lock().poisoned = true;
+    daemon.fake.emit(&[event()]);
+    daemon
+        .until("degraded", async || {
+            daemon.status().await.state == State::Degraded
+        })
+        .await;
+    let problems = daemon.status().await.problems;
+    assert!(problems[0].starts_with("the reader of denials has ended"));
+    daemon.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn explain_asks_the_live_image() {
     let daemon = Daemon::start().await;
     let ask = async |service: &str| {

@@ -2,13 +2,16 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
+    fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
+use tokio::time::Instant;
 
+use super::files::is_policy_name;
 use crate::poll::Readable;
 
 /// A change is reported when nothing more has happened for this long: a save is several events.
@@ -17,14 +20,14 @@ const QUIET: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(1);
 
 /// Watches the directory of a policy; for a single file the directory it is in, since editors
-/// save by renaming another file over it.
+/// save by renaming another file over it; and the directories of files that links lead to.
 pub struct Watch {
     readable: Readable,
     inotify: Inotify,
-    directories: BTreeSet<PathBuf>,
+    policy: PathBuf,
     watched: BTreeMap<PathBuf, WatchDescriptor>,
-    /// Something changed and was not reported yet.
-    pending: bool,
+    /// The first and the last change that were not reported yet.
+    pending: Option<(Instant, Instant)>,
 }
 
 impl Watch {
@@ -37,12 +40,12 @@ impl Watch {
         let mut watch = Self {
             readable: Readable::new(&inotify)?,
             inotify,
-            directories: directories(policy),
+            policy: policy.to_owned(),
             watched: BTreeMap::new(),
-            pending: false,
+            pending: None,
         };
         watch.add()?;
-        watch.pending = false;
+        watch.pending = None;
         Ok(watch)
     }
 
@@ -56,34 +59,65 @@ impl Watch {
             | AddWatchFlags::IN_DELETE_SELF
             | AddWatchFlags::IN_MOVE_SELF
             | AddWatchFlags::IN_ONLYDIR;
-        for directory in &self.directories {
+        let directories = directories(&self.policy);
+        for directory in &directories {
             let watch = self.inotify.add_watch(directory, flags)?;
             if self.watched.insert(directory.clone(), watch) != Some(watch) {
-                self.pending = true;
+                self.touch();
+            }
+        }
+        // No link leads there any more.
+        let inotify = &self.inotify;
+        let mut old = Vec::new();
+        self.watched.retain(|directory, watch| {
+            let keep = directories.contains(directory);
+            if !keep {
+                old.push(*watch);
+            }
+            keep
+        });
+        for watch in old {
+            // Two names of one directory have one watch; the kernel drops those of removed ones.
+            if !self.watched.values().any(|w| *w == watch) {
+                let _ = inotify.rm_watch(watch);
             }
         }
         Ok(())
     }
 
-    /// Returns after a change, once things are quiet. Safe to drop and call again.
+    fn touch(&mut self) {
+        let now = Instant::now();
+        let first = self.pending.map_or(now, |(first, _)| first);
+        self.pending = Some((first, now));
+    }
+
+    /// Returns after a change, once things are quiet. Safe to drop and call again: the time
+    /// counts on.
     ///
     /// # Errors
     /// When the watch is broken for good.
     pub async fn changed(&mut self) -> io::Result<()> {
-        if !self.pending {
-            self.events().await?;
-            self.pending = true;
-        }
-        let deadline = tokio::time::Instant::now() + LONGEST;
-        while tokio::time::Instant::now() < deadline {
-            match tokio::time::timeout(QUIET, self.events()).await {
-                Ok(result) => result?,
+        loop {
+            let Some((first, last)) = self.pending else {
+                self.events().await?;
+                self.touch();
+                continue;
+            };
+            let due = (first + LONGEST).min(last + QUIET);
+            if Instant::now() >= due {
+                break;
+            }
+            match tokio::time::timeout_at(due, self.events()).await {
+                Ok(result) => {
+                    result?;
+                    self.touch();
+                }
                 Err(_) => break,
             }
         }
         // When a directory is missing now, the load that follows says so.
         let _ = self.add();
-        self.pending = false;
+        self.pending = None;
         Ok(())
     }
 
@@ -93,7 +127,7 @@ impl Watch {
             let mut any = false;
             loop {
                 match self.inotify.read_events() {
-                    Ok(events) => any |= !events.is_empty(),
+                    Ok(events) => any |= events.iter().any(|event| self.matters(event)),
                     Err(nix::errno::Errno::EAGAIN) => break,
                     Err(nix::errno::Errno::EINTR) => {}
                     Err(error) => return Err(error.into()),
@@ -106,7 +140,30 @@ impl Watch {
         }
     }
 
-    /// Watches again what was missing, such as a directory that was removed and made anew.
+    /// A new file is empty or half-written; it matters when its writer closes it. A link matters
+    /// at once: nobody will write to it.
+    fn matters(&self, event: &InotifyEvent) -> bool {
+        // The answer to a watch that was taken back.
+        if event.mask == AddWatchFlags::IN_IGNORED {
+            return false;
+        }
+        let Some(name) = event
+            .name
+            .as_ref()
+            .filter(|_| event.mask.contains(AddWatchFlags::IN_CREATE))
+        else {
+            return true;
+        };
+        let directory = self.watched.iter().find(|(_, watch)| **watch == event.wd);
+        let Some((directory, _)) = directory else {
+            return true;
+        };
+        // Gone again: another event says so.
+        fs::symlink_metadata(directory.join(name)).is_ok_and(|m| !m.is_file() || m.nlink() > 1)
+    }
+
+    /// Watches again what was missing, such as a directory that was removed and made anew, and
+    /// what links lead to now.
     pub fn repair(&mut self) {
         // Nothing to do about a failure but to try again.
         let _ = self.add();
@@ -114,18 +171,24 @@ impl Watch {
 }
 
 fn directories(policy: &Path) -> BTreeSet<PathBuf> {
-    if policy.is_dir() {
-        return BTreeSet::from([policy.to_owned()]);
-    }
     let parent = |path: &Path| match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
     };
-    let mut directories = BTreeSet::from([parent(policy)]);
+    let (first, files) = if policy.is_dir() {
+        let entries = fs::read_dir(policy).into_iter().flatten().flatten();
+        let links = entries
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_symlink()))
+            .map(|entry| entry.path())
+            .filter(|path| is_policy_name(path));
+        (policy.to_owned(), links.collect())
+    } else {
+        (parent(policy), vec![policy.to_owned()])
+    };
     // A link's target may be edited in place.
-    if let Ok(target) = policy.canonicalize() {
-        directories.insert(parent(&target));
-    }
+    let targets = files.iter().filter_map(|file| file.canonicalize().ok());
+    let mut directories: BTreeSet<PathBuf> = targets.map(|target| parent(&target)).collect();
+    directories.insert(first);
     directories
 }
 
@@ -139,6 +202,70 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(2), watch.changed())
             .await
             .is_ok()
+    }
+
+    async fn quiet(watch: &mut Watch) -> bool {
+        let limit = Duration::from_millis(300);
+        tokio::time::timeout(limit, watch.changed()).await.is_err()
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_asks_again_and_again_gets_its_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.yaml");
+        fs::write(&file, "1").unwrap();
+        let mut watch = Watch::new(dir.path()).unwrap();
+        fs::write(&file, "2").unwrap();
+        let start = Instant::now();
+        // As select! does while another arm is busy.
+        let each = Duration::from_millis(20);
+        while tokio::time::timeout(each, watch.changed()).await.is_err() {
+            assert!(start.elapsed() < Duration::from_secs(2));
+        }
+        // And a directory that never rests.
+        let start = Instant::now();
+        fs::write(&file, "3").unwrap();
+        while tokio::time::timeout(each, watch.changed()).await.is_err() {
+            fs::write(&file, "4").unwrap();
+            assert!(start.elapsed() < Duration::from_secs(3));
+        }
+        assert!(start.elapsed() >= LONGEST);
+    }
+
+    #[tokio::test]
+    async fn a_new_file_counts_when_it_is_closed_and_a_link_at_once() {
+        use std::io::Write as _;
+        let dir = tempfile::tempdir().unwrap();
+        let mut watch = Watch::new(dir.path()).unwrap();
+        let mut file = fs::File::create(dir.path().join("a.yaml")).unwrap();
+        file.write_all(b"half").unwrap();
+        assert!(quiet(&mut watch).await, "half-written");
+        file.write_all(b"whole").unwrap();
+        drop(file);
+        assert!(changes(&mut watch).await, "closed");
+        std::os::unix::fs::symlink("a.yaml", dir.path().join("b.yaml")).unwrap();
+        assert!(changes(&mut watch).await, "symbolic link");
+        fs::hard_link(dir.path().join("a.yaml"), dir.path().join("c.yaml")).unwrap();
+        assert!(changes(&mut watch).await, "hard link");
+        fs::create_dir(dir.path().join("d")).unwrap();
+        assert!(changes(&mut watch).await, "directory");
+    }
+
+    #[tokio::test]
+    async fn targets_of_links_in_the_directory_are_watched() {
+        let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let target = other.path().join("target.yaml");
+        fs::write(&target, "1").unwrap();
+        let mut watch = Watch::new(dir.path()).unwrap();
+        let link = dir.path().join("a.yaml");
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        assert!(changes(&mut watch).await, "the link");
+        fs::write(&target, "2").unwrap();
+        assert!(changes(&mut watch).await, "in place");
+        fs::remove_file(&link).unwrap();
+        assert!(changes(&mut watch).await, "the link is gone");
+        fs::write(&target, "3").unwrap();
+        assert!(quiet(&mut watch).await, "no link leads there");
     }
 
     #[tokio::test]
@@ -157,12 +284,7 @@ mod tests {
             assert!(changes(&mut watch).await, "rename over");
             fs::write(&file, "4").unwrap();
             assert!(changes(&mut watch).await, "after the rename");
-            assert!(
-                tokio::time::timeout(Duration::from_millis(300), watch.changed())
-                    .await
-                    .is_err(),
-                "nothing happened"
-            );
+            assert!(quiet(&mut watch).await, "nothing happened");
         }
     }
 }

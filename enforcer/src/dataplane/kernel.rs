@@ -243,6 +243,34 @@ impl Dataplane for KernelDataplane {
         result
     }
 
+    fn missing(&mut self) -> Result<Vec<u32>, DataplaneError> {
+        let mut missing = Vec::new();
+        // Filters of clsact have no query that aya offers: there the kernel is taken at its word.
+        if !tcx() {
+            return Ok(missing);
+        }
+        let mut ours = Vec::new();
+        for (name, direction) in TC_PROGRAMS {
+            let info = classifier(&mut self.ebpf, name)?.info();
+            let info = info.map_err(|e| syscall("read a program's id")(io_error(&e)))?;
+            ours.push((direction, info.id()));
+        }
+        for ifindex in self.attached.keys().copied() {
+            // Renamed, perhaps; aya asks by name.
+            let Some(name) = interface_name(ifindex) else {
+                missing.push(ifindex);
+                continue;
+            };
+            for (direction, id) in &ours {
+                if !has_program(&name, *direction, *id)? {
+                    missing.push(ifindex);
+                    break;
+                }
+            }
+        }
+        Ok(missing)
+    }
+
     fn socket_hooks(&mut self, mode: SocketHooks) -> Result<(), DataplaneError> {
         let flags = match mode {
             SocketHooks::Refuse => self.control.flags | CONTROL_SOCKET_REFUSE,
@@ -332,12 +360,13 @@ impl Dataplane for KernelDataplane {
     }
 
     fn detach_all(&mut self) -> Result<(), DataplaneError> {
-        let mut result = Ok(());
+        // First: what they refuse, TC must deny as well.
+        let mut result = self.socket_hooks(SocketHooks::Off);
         for ifindex in self.attached.keys().copied().collect::<Vec<_>>() {
             let detached = self.detach(ifindex);
             result = result.and(detached);
         }
-        result.and(self.socket_hooks(SocketHooks::Off))
+        result
     }
 }
 
@@ -493,8 +522,35 @@ fn syscall(call: &'static str) -> impl Fn(std::io::Error) -> DataplaneError {
 fn map_error(call: &'static str) -> impl Fn(aya::maps::MapError) -> DataplaneError {
     move |error| DataplaneError::Syscall {
         call: call.to_owned(),
-        source: std::io::Error::other(chain(&error)),
+        source: io_error(&error),
     }
+}
+
+/// Whether program `id` is among those that see an interface's packets.
+fn has_program(name: &str, direction: TcAttachType, id: u32) -> Result<bool, DataplaneError> {
+    let mut attempts = 3;
+    loop {
+        attempts -= 1;
+        match SchedClassifier::query_tcx(name, direction) {
+            Ok((_, programs)) => return Ok(programs.iter().any(|p| p.id() == id)),
+            // A program of somebody else that went away under the query; or the kernel's word
+            // for none at all.
+            Err(error) if has_errno(&error, libc::ENOENT) && attempts > 0 => {}
+            Err(error) if is_gone(&error) => return Ok(false),
+            Err(error) => {
+                return Err(syscall("query the programs of a link")(io_error(&error)));
+            }
+        }
+    }
+}
+
+fn io_error(error: &dyn std::error::Error) -> std::io::Error {
+    std::io::Error::other(chain(error))
+}
+
+fn interface_name(ifindex: u32) -> Option<String> {
+    let name = nix::net::if_::if_indextoname(ifindex).ok()?;
+    name.into_string().ok()
 }
 
 /// Whether the kernel's answer somewhere in the chain is `errno`.

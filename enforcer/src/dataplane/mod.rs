@@ -106,7 +106,10 @@ pub enum DataplaneError {
         message: String,
     },
     /// An image larger than the loaded size class.
-    #[error("the policy image needs {needed} words; the loaded programs take {limit}")]
+    #[error(
+        "the policy image needs {needed} words; the loaded programs take {limit}{}",
+        remedy(*needed)
+    )]
     ImageTooLarge {
         /// Words of the image.
         needed: usize,
@@ -133,6 +136,16 @@ pub enum DataplaneError {
     },
 }
 
+/// What helps against an image that is too large for the loaded programs.
+fn remedy(needed: usize) -> &'static str {
+    let mut classes = enforcer_common::image::SIZE_CLASSES.iter();
+    if classes.any(|words| needed <= *words as usize) {
+        ": restart the daemon to load it"
+    } else {
+        ", and there are no larger ones"
+    }
+}
+
 /// What the daemon asks of the kernel. Order: [`Dataplane::apply`] first, then attach; programs
 /// without an image drop everything.
 pub trait Dataplane: Send {
@@ -154,6 +167,13 @@ pub trait Dataplane: Send {
     /// # Errors
     /// [`DataplaneError::Syscall`].
     fn detach(&mut self, ifindex: u32) -> Result<(), DataplaneError>;
+
+    /// Asks the kernel which of the interfaces that were attached lack a program of ours: taken off
+    /// by others, or gone with the interface. [`Dataplane::detach`] forgets them.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn missing(&mut self) -> Result<Vec<u32>, DataplaneError>;
 
     /// Attaches the socket hooks to the root cgroup, or changes what they do. `Refuse` is the
     /// caller's promise that every interface but loopback is enforced.
@@ -191,4 +211,19 @@ pub trait EventSource: Send {
     fn next(&mut self) -> Option<Event>;
     /// A descriptor that polls readable when there are records.
     fn fd(&self) -> std::os::fd::BorrowedFd<'_>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_that_grew_says_what_helps() {
+        let error = |needed| {
+            let limit = 1;
+            DataplaneError::ImageTooLarge { needed, limit }.to_string()
+        };
+        assert!(error(2).ends_with(": restart the daemon to load it"));
+        assert!(!error(usize::MAX).contains("restart"));
+    }
 }
