@@ -430,7 +430,7 @@ fn a_flood_of_flows(net: &Routed, daemon: &Daemon<'_>) {
     // The gap is shown where the denials are.
     wait_for("the gap", LONG, || {
         let denials = daemon.denials(&[]);
-        // Gaps of other causes: what is too old to be kept.
+        // Another gap may tell of records that the daemon does not keep any more.
         let gaps = denials.iter().filter(|d| d["cause"] == "ring_buffer_full");
         let shown: u64 = gaps.map(|d| d["events"].as_u64().unwrap()).sum();
         (shown == lost).then_some(())

@@ -15,6 +15,8 @@ use super::netlink;
 const ETHERNET: [u16; 2] = [1, 772];
 /// … with the IP header: PPP, TUN-like, tunnels, GRE, SIT, RAWIP, none.
 const IP: [u16; 8] = [512, 519, 768, 769, 776, 778, 823, 65534];
+/// Links that carry no IP: CAN, monitors of 802.11, netlink and vsock.
+const NO_IP: [u16; 6] = [280, 801, 802, 803, 824, 826];
 
 /// An interface of the namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +34,11 @@ pub struct Link {
 }
 
 impl Link {
+    /// Whether packets that a policy judges can pass.
+    pub fn carries_ip(&self) -> bool {
+        !NO_IP.contains(&self.kind)
+    }
+
     /// For the dataplane; `None` when packets of this kind of link cannot be read.
     pub fn interface(&self) -> Option<Interface> {
         let link = if ETHERNET.contains(&self.kind) {

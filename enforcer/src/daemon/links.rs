@@ -52,11 +52,12 @@ impl Links {
     }
 
     /// Whether `link` is asked for. A glob never means a loopback: nobody wants `*` to cut a
-    /// host off from itself.
+    /// host off from itself; nor a link that carries no IP.
     fn wants(&self, link: &Link) -> bool {
+        let usual = !link.loopback && link.carries_ip();
         self.patterns
             .iter()
-            .any(|p| p.matches(&link.name) && (p.is_literal() || !link.loopback))
+            .any(|p| p.matches(&link.name) && (p.is_literal() || usual))
     }
 
     /// These interfaces went away, and may have come back without their hooks.
@@ -180,7 +181,8 @@ impl Links {
         let open: Vec<&str> = host
             .links
             .iter()
-            .filter(|l| l.up && !l.loopback && !self.attached.contains_key(&l.ifindex))
+            .filter(|l| l.up && !l.loopback && l.carries_ip())
+            .filter(|l| !self.attached.contains_key(&l.ifindex))
             .map(|l| l.name.as_str())
             .collect();
         let why = if !open.is_empty() {
@@ -238,7 +240,11 @@ mod tests {
         Link {
             ifindex,
             name: name.to_owned(),
-            kind: if name == "lo" { 772 } else { 1 },
+            kind: match name {
+                "lo" => 772,
+                "can0" => 280,
+                _ => 1,
+            },
             up: true,
             loopback: name == "lo",
         }
@@ -318,8 +324,11 @@ mod tests {
     #[test]
     fn a_glob_spares_the_loopback_and_a_name_does_not() {
         let (fake, dataplane, mut links) = setup(&["*"]);
-        links.sync(&dataplane, &host(&[(1, "lo"), (2, "eth0")]));
+        let all = host(&[(1, "lo"), (2, "eth0"), (3, "can0")]);
+        assert_eq!(links.sync(&dataplane, &all).len(), 1);
         assert_eq!(attached(&fake), [2]);
+        links.sync_hooks(&dataplane, &all, false).unwrap();
+        assert_eq!(links.socket_hooks(), Some(SocketHooks::Refuse));
         let (fake, dataplane, mut links) = setup(&["lo"]);
         links.sync(&dataplane, &host(&[(1, "lo")]));
         assert_eq!(attached(&fake), [1]);
