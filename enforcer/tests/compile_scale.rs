@@ -16,7 +16,7 @@ use std::{
 };
 
 use enforcer::{
-    compile::{Image, Options, compile},
+    compile::{CompileError, Image, Options, compile},
     policy::{
         model::{
             Action, AddrRange, Defaults, Endpoints, Environment, FlowQuery, Member, Mode, Origin,
@@ -355,4 +355,35 @@ fn long_sets_of_segments_that_mean_the_same_take_no_memory() {
     text += "rules:\n  - { name: r, from: [any], to: [all0], services: [tcp/1] }\n";
     let (code, said) = check_in_512_mib(&text);
     assert_eq!(code, Some(0), "{said}");
+}
+
+#[test]
+fn more_kinds_of_service_than_can_be_told_apart_are_refused() {
+    // Nested ranges: each rule's services are a class of their own.
+    let nested = (1..=20_000u16).map(|number| Rule {
+        name: format!("r{number}"),
+        from: Endpoints::default(),
+        to: Endpoints::default(),
+        services: vec![Service::Ports {
+            transport: Transport::Tcp,
+            first: number,
+            last: u16::MAX - number,
+        }],
+        action: Action::Allow,
+        origin: origin(),
+    });
+    let mut policy = policy(vec![], 0, 1, 1, &mut Noise(0));
+    policy.rules = nested.collect();
+    let refused = compile(&policy, &environment(), &Options::default());
+    assert_eq!(
+        refused,
+        Err(CompileError::TooComplex {
+            rules: 20_000,
+            classes: 0,
+            service_classes: 0
+        })
+    );
+    policy.rules.truncate(10_000);
+    let image = compiled("nested services", &policy, &environment());
+    assert_eq!(image.stats().service_classes, 10_001);
 }

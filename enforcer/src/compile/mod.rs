@@ -83,16 +83,16 @@ pub enum CompileError {
     },
     /// Its rules are too many, for so many kinds of service or address, to be compiled at all.
     #[error(
-        "the policy is too large: {rules} rules tell at least {classes} kinds of address and \
-         {service_classes} kinds of service apart, which is more than can be compiled; merge \
-         rules, or services and segments that they do not tell apart"
+        "the policy is too large: its {rules} rules tell more kinds of service and address apart \
+         than can be compiled ({service_classes} kinds of service, {classes} kinds of address \
+         before it gave up); merge rules, or services and segments that they do not tell apart"
     )]
     TooComplex {
         /// Rules of the policy.
         rules: usize,
         /// Address classes when the compiler gave up.
         classes: usize,
-        /// Service classes; 0 when it gave up on those.
+        /// Service classes; 0 when it gave up counting those.
         service_classes: usize,
     },
     /// The keys of a hash table found no place under any seed that was tried.

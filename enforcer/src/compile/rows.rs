@@ -92,8 +92,8 @@ struct Judge {
     of_service: Vec<u32>,
 }
 
-/// Builds the row of every pair of behaviours, after which `writer` holds them and the matrix.
-/// On the first excess it stops, and says how many rows there were.
+/// Builds the row of every pair of behaviours. Where `writer` has no room for rows, exceptions and
+/// the matrix, it stops at the first excess and says how many rows there were.
 pub(super) fn build(
     policy: &Policy,
     denial: &[Option<u32>],
