@@ -191,12 +191,23 @@ fn because(denial: &Denial) -> String {
         None => format!("default deny {guard}").trim_end().to_owned(),
     };
     match denial.reason.as_str() {
+        // No SYN was seen, so nobody knows who opened the session: an operator who writes a rule
+        // from this line must not take the sender for the client.
+        "default_deny" | "rule_deny" | "unsegmented" if mid_stream(denial) => {
+            format!("{judged} (mid-stream: either end may have opened it)")
+        }
         "default_deny" | "rule_deny" | "unsegmented" => judged,
         "revoked" => format!("revoked: {judged}"),
         form => format!("{} {guard}", form.replace('_', " "))
             .trim_end()
             .to_owned(),
     }
+}
+
+/// Whether the packet belongs to a session that was running before it was judged.
+fn mid_stream(denial: &Denial) -> bool {
+    let flags = denial.tcp_flags.as_deref().unwrap_or_default();
+    flags.contains("ACK") && !flags.contains("SYN")
 }
 
 #[cfg(test)]
@@ -244,6 +255,15 @@ mod tests {
             ..event()
         });
         assert!(revoked.contains("  revoked: rule guests-out (deny)  hospital.yaml:20  "));
+        let running = denied_text(&Event {
+            tcp_flags: 0x18,
+            ..event()
+        });
+        assert!(
+            running
+                .contains("(ehr-db protects inbound) (mid-stream: either end may have opened it)"),
+            "{running}"
+        );
         let form = denied_text(&Event {
             reason: Reason::NoFlow as u8,
             ..event()
