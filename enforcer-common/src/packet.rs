@@ -375,6 +375,10 @@ fn ipv6<B: Bytes + ?Sized>(
             tuple.protocol = next;
             return Err(Reason::ExtensionHeader);
         }
+        // Padding behind the packet is not part of it.
+        if at + 8 > end {
+            return Err(Reason::Malformed);
+        }
         let e: [u8; 8] = bytes.read(at).ok_or(Reason::Malformed)?;
         let length = match next {
             44 => {

@@ -689,3 +689,12 @@ fn multicast_membership_and_neighbour_discovery() {
         assert_eq!(message("fe80::1", 1, &[], kind), 0);
     }
 }
+
+/// A routing header with segments left, but in the padding behind an empty packet.
+#[test]
+fn padding_is_no_extension_header() {
+    let mut bytes = between(true, 43, &[]);
+    assert_eq!(form(&bytes), MALFORMED);
+    bytes.extend([0, 0, 0, 1, 0, 0, 0, 0]);
+    assert_eq!(form(&bytes), MALFORMED);
+}
