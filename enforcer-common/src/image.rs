@@ -155,8 +155,8 @@ pub const ROW_HAS_EXCEPTIONS: u32 = 1 << 16;
 pub const PROTOCOLS: u32 = 257;
 /// Stands for protocol 58 in IPv4 and protocol 1 in IPv6, which no ICMP service names.
 pub const ICMP_OF_OTHER_FAMILY: u32 = 256;
-/// Local addresses per family that the socket hooks go through. With 16 the verifier walks
-/// 552 000 instructions of `connect6` [6.18], more than half its limit.
+/// Local addresses per family that the socket hooks go through. The verifier follows each turn; with
+/// 16 an earlier `connect6` took more than half its limit (552 000 instructions) [6.18].
 pub const MAX_LOCAL: u32 = 8;
 /// Distinct classes of local addresses per family that the socket hooks go through. The verifier
 /// follows each turn of their loop: `connect6` is 260 000 instructions with 4, 370 000 with 6 and

@@ -174,9 +174,8 @@ pub enum Record {
     Lost = 2,
     /// The flow table refused an entry: the packet passed, its replies may be judged anew.
     FlowInsertFailed = 3,
-    /// Packets without a record of their own whose slot another flow took over while the ring
-    /// buffer was full: unless a scan saw them before, no record names their flow. Also among
-    /// `Suppressed` or `Lost`.
+    /// Suppressed packets whose slot another flow took over while the ring buffer was full: unless
+    /// a scan saw them before, no record names their flow. Also among `Suppressed`.
     Displaced = 4,
 }
 

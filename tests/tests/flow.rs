@@ -10,15 +10,13 @@
 use std::net::IpAddr;
 
 use enforcer_common::{
-    flow::{CLOSING, OPENER_IS_LOW, REPLIED, idle, key_of},
-    packet::{Kind, Tuple},
+    flow::{CLOSING, OPENER_IS_LOW, REPLIED, idle},
     verdict::{Outcome, Reason},
 };
 use enforcer_tests::{
     frame::{self, ACK, FIN, RST, SYN},
     host::{HZ, Host, image},
 };
-use proptest::prelude::*;
 
 const A: &str = "10.77.0.1";
 const B: &str = "10.77.0.2";
@@ -650,72 +648,4 @@ fn ticks_a_second_scale_idle_times() {
     net.0.now += idle::TCP_ESTABLISHED * u64::from(HZ);
     assert_eq!(net.tcp((B, 8080), (A, 4000), RST), ESTABLISHED);
     assert_eq!(net.0.only().last_seen, net.0.now);
-}
-
-fn tuple() -> impl Strategy<Value = Tuple> {
-    let address = prop_oneof![
-        any::<[u32; 4]>(),
-        // Equal and nearly equal ends.
-        proptest::array::uniform4(0u32..2),
-    ];
-    let ports = prop_oneof![any::<(u16, u16)>(), (0u16..3, 0u16..3)];
-    (address.clone(), address, ports, any::<bool>(), 0u8..3).prop_map(
-        |(mut source, mut destination, ports, v6, protocol)| {
-            if !v6 {
-                source[..3].fill(0);
-                destination[..3].fill(0);
-            }
-            let (protocol, kind) =
-                [(6, Kind::Tcp), (17, Kind::Ports), (47, Kind::Other)][usize::from(protocol)];
-            let (source_port, destination_port) = if kind == Kind::Other { (0, 0) } else { ports };
-            Tuple {
-                source,
-                destination,
-                source_port,
-                destination_port,
-                protocol,
-                v6,
-                kind,
-                ..Tuple::EMPTY
-            }
-        },
-    )
-}
-
-fn reversed(tuple: &Tuple) -> Tuple {
-    Tuple {
-        source: tuple.destination,
-        destination: tuple.source,
-        source_port: tuple.destination_port,
-        destination_port: tuple.source_port,
-        ..*tuple
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn both_directions_have_one_key(tuple in tuple(), ifindex in 0u32..1 << 20) {
-        let back = reversed(&tuple);
-        let (key, low) = key_of(&tuple, ifindex);
-        let (back_key, back_low) = key_of(&back, ifindex);
-        prop_assert_eq!(key, back_key);
-        prop_assert_eq!(key.is_v6(), tuple.v6);
-        // A flow of an end to itself has one direction only.
-        let itself = tuple.source == tuple.destination
-            && tuple.source_port == tuple.destination_port;
-        prop_assert_eq!(low != back_low, !itself);
-    }
-
-    #[test]
-    fn different_flows_have_different_keys(one in tuple(), two in tuple()) {
-        let back = reversed(&two);
-        let same = one == two || one == back;
-        prop_assert_eq!(key_of(&one, 0).0 == key_of(&two, 0).0, same);
-        if !one.v6 && !two.v6 {
-            let (a, b) = (key_of(&one, 0).0.v4(), key_of(&two, 0).0.v4());
-            prop_assert_eq!(a == b, same);
-        }
-    }
 }

@@ -73,8 +73,8 @@ pub struct RecordCount {
     pub suppressed: u64,
     /// Packets of which the counters alone know.
     pub lost: u64,
-    /// Packets that no record names (unless a scan saw them): their slot was taken over while the
-    /// ring was full. Also among `suppressed` or `lost`.
+    /// Suppressed packets that no record names (unless a scan saw them): their slot was taken over
+    /// while the ring was full. Also among `suppressed`.
     pub displaced: u64,
     /// Flows the flow table took no entry for.
     pub flow_insert_failed: u64,
