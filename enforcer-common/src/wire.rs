@@ -86,6 +86,11 @@ pub struct FlowEntry {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Control {
+    /// Unix seconds that rules already saw: their time never goes back behind it, so that a rule
+    /// which expired stays expired when the clock is set back.
+    pub unix_floor: u64,
+    /// Unix time of the boot in nanoseconds: what `CLOCK_BOOTTIME` lacks to Unix time.
+    pub boot_unix_ns: u64,
     /// Network namespace whose processes the socket hooks may refuse (`SO_NETNS_COOKIE`).
     pub netns_cookie: u64,
     /// Kernel ticks a second.
@@ -105,10 +110,21 @@ pub const CONTROL_DEBUG: u32 = 1 << 1;
 pub struct Interface {
     /// See the `INTERFACE_*` bits.
     pub flags: u32,
+    /// Its number in the image's interface bitmaps, 1 to 1023; 0: in none.
+    pub slot: u32,
 }
 
 /// Packets start with the IP header (tun, GRE).
 pub const INTERFACE_L3: u32 = 1;
+
+/// Bit 63: 802.1ad; then ifindex `<< 12 | VID`: the key of `VLANS`.
+#[inline(always)]
+pub const fn vlan_key(ifindex: u32, service_tag: bool, vid: u16) -> u64 {
+    (service_tag as u64) << 63 | (ifindex as u64) << 12 | (vid & 0xfff) as u64
+}
+
+/// Value of `VLANS`: packets with this tag are judged on the VLAN device, which is enforced.
+pub const VLAN_JUDGED_THERE: u32 = 1;
 
 /// A process, as the socket hooks saw it: the value of `SOCKETS`, by socket cookie.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -236,8 +252,8 @@ const _: () = {
     assert!(size_of::<FlowKey4>() == 16 && align_of::<FlowKey4>() == 4);
     assert!(size_of::<FlowEntry>() == 24 && align_of::<FlowEntry>() == 8);
     assert!(offset_of!(FlowEntry, generation) == 8 && offset_of!(FlowEntry, flags) == 16);
-    assert!(size_of::<Control>() == 16 && offset_of!(Control, hz) == 8);
-    assert!(size_of::<Interface>() == 4);
+    assert!(size_of::<Control>() == 32 && offset_of!(Control, hz) == 24);
+    assert!(size_of::<Interface>() == 8);
     assert!(size_of::<Process>() == 32 && offset_of!(Process, comm) == 16);
     assert!(size_of::<Event>() == 136 && align_of::<Event>() == 8);
     assert!(offset_of!(Event, process) == 24 && offset_of!(Event, source) == 56);

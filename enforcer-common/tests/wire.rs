@@ -65,13 +65,18 @@ fn flow_entry_control_interface_process() {
         8, 7, 6, 5, 4, 3, 2, 1, 0x44, 0x33, 0x22, 0x11, 5, 0, 0, 0, 6, 0, 0, 0, 0x90, 0x1f, 0, 0,
     ]);
     let control = Control {
+        unix_floor: 7,
+        boot_unix_ns: 8,
         netns_cookie: 1,
         hz: 250,
         flags: 3,
     };
     #[rustfmt::skip]
-    assert_eq!(bytes(&control), [1, 0, 0, 0, 0, 0, 0, 0, 250, 0, 0, 0, 3, 0, 0, 0]);
-    assert_eq!(bytes(&Interface { flags: 1 }), [1, 0, 0, 0]);
+    assert_eq!(bytes(&control), [7, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 250, 0, 0, 0, 3, 0, 0, 0]);
+    assert_eq!(
+        bytes(&Interface { flags: 1, slot: 2 }),
+        [1, 0, 0, 0, 2, 0, 0, 0]
+    );
     let process = Process {
         cgroup: 2,
         pid: 3,

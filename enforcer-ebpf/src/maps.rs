@@ -85,6 +85,8 @@ pub fn control() -> Control {
     match CONTROL.get(0) {
         Some(control) => *control,
         None => Control {
+            unix_floor: 0,
+            boot_unix_ns: 0,
             netns_cookie: 0,
             hz: 0,
             flags: 0,

@@ -259,6 +259,7 @@ fn environment() -> Environment {
             IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)),
             IpAddr::V6(Ipv6Addr::LOCALHOST),
         ]),
+        ..Environment::default()
     }
 }
 

@@ -35,6 +35,7 @@ pub fn compile(policy: &Policy, env: &Environment) -> Image {
     let options = Options {
         generation: generation(),
         essentials: essential::ALL,
+        ..Options::default()
     };
     compile::compile(policy, env, &options).expect("the policy compiles")
 }
@@ -204,7 +205,9 @@ impl Programs {
     pub fn set_interface(&mut self, ifindex: u32, flags: u32) {
         let map = self.dataplane.ebpf_mut().map_mut("INTERFACES").unwrap();
         let mut interfaces: HashMap<_, u32, Interface> = map.try_into().unwrap();
-        interfaces.insert(ifindex, Interface { flags }, 0).unwrap();
+        interfaces
+            .insert(ifindex, Interface { flags, slot: 0 }, 0)
+            .unwrap();
     }
 
     /// Instructions that the verifier went through for each program that gets attached.
