@@ -23,7 +23,7 @@ fn bytes<T: Copy>(value: &T) -> &[u8] {
 
 #[test]
 fn abi_version() {
-    assert_eq!(ABI_VERSION, 1, "did the bytes below change?");
+    assert_eq!(ABI_VERSION, 2, "did the bytes below change?");
 }
 
 #[test]
