@@ -1,0 +1,214 @@
+//! Kubernetes network policies, translated, hold: each of 230 cases says of every pair of nine pods
+//! which ports the one reaches at the other. What is expected comes from a matcher of its own.
+//!
+//! A pod that connects to itself does so over its own loopback, which no enforcer sees: on the wire
+//! such cells are probed like others and always reach; `decide()` is not asked about them.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+mod kubernetes {
+    pub mod cases;
+    pub mod matcher;
+    pub mod model;
+    pub mod over_time;
+    pub mod translate;
+}
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use enforcer::{
+    compile::{self, Image, Options},
+    policy::{SourceFile, model::Environment, parse},
+};
+use enforcer_common::{
+    decide::{Query, decide},
+    verdict::Outcome,
+};
+use enforcer_tests::netns::Family;
+use kubernetes::{
+    cases::{self, GROUPS},
+    matcher::{self, Connection},
+    model::{Cluster, Pod, Protocol, address},
+    translate::translate,
+};
+
+#[test]
+fn the_table_is_complete() {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    let cases = cases::all();
+    for case in &cases {
+        *counts.entry(case.group).or_default() += 1;
+    }
+    assert_eq!(counts, BTreeMap::from(GROUPS));
+    assert_eq!(cases.len(), 230);
+    let mut names: Vec<_> = cases.iter().map(|c| (c.group, &c.name)).collect();
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), 230, "a case is there twice");
+}
+
+/// Who reaches whom: a line for each source, a column for each destination, x/a to z/c.
+fn grid(cluster: &Cluster, protocol: Protocol, port: u16) -> String {
+    let line = |from: &Pod| -> String {
+        let cell = |to: &Pod| {
+            let connection = Connection {
+                from: from.v4,
+                to: to.v4,
+                protocol,
+                port,
+            };
+            let allowed = matcher::allowed(cluster, &connection);
+            if allowed { '.' } else { 'X' }
+        };
+        cluster.pods.iter().map(cell).collect()
+    };
+    cluster.pods.iter().map(line).collect::<Vec<_>>().join(" ")
+}
+
+fn clusters(group: &str, name: &str) -> Vec<Cluster> {
+    let cases = cases::all();
+    let is = |c: &&cases::Case| c.group == group && c.name == name;
+    let case = cases.iter().find(is).unwrap();
+    let mut cluster = Cluster::new();
+    let states = case.steps.iter().map(|step| {
+        step.actions.iter().for_each(|action| cluster.act(action));
+        cluster.clone()
+    });
+    states.collect()
+}
+
+/// The oracle itself, against grids filled in by hand.
+#[test]
+fn the_matcher_says_what_people_say() {
+    const OPEN: &str = "......... ......... ......... ......... ......... ......... ......... \
+                        ......... .........";
+    // The base policy is that of x.
+    let [base] = &clusters("target", "namespace x")[..] else {
+        panic!()
+    };
+    assert_eq!(
+        grid(base, Protocol::Tcp, 80),
+        ".XX..X..X ......... ......... X........ ......... ......... X........ X........ X........"
+    );
+    let cut =
+        ".XXXXXXXX X........ X........ X........ X........ X........ X........ X........ X........";
+    assert_eq!(grid(base, Protocol::Tcp, 81), cut);
+    assert_eq!(grid(base, Protocol::Sctp, 80), cut);
+    assert_eq!(
+        grid(base, Protocol::Udp, 53),
+        "......... X........ X........ X........ X........ X........ X........ X........ X........"
+    );
+    // The hole holds y/a, z/b and z/c.
+    let [hole] = &clusters("peers", "ingress: block with a hole")[..] else {
+        panic!()
+    };
+    assert_eq!(
+        grid(hole, Protocol::Tcp, 80),
+        ".XX..X..X X........ X........ X........ ......... ......... ......... X........ X........"
+    );
+    let [both] = &clusters("conflict", "egress: out all, in nothing")[..] else {
+        panic!()
+    };
+    assert_eq!(
+        grid(both, Protocol::Tcp, 80),
+        ".....X... .....X... .....X... .....X... .....X... ......... .....X... .....X... .....X..."
+    );
+    let [before, after] = &clusters("scenario", "deny all goes")[..] else {
+        panic!()
+    };
+    assert_eq!(
+        grid(before, Protocol::Udp, 81),
+        ".XXXXXXXX X.XXXXXXX XX.XXXXXX XXX...... XXX...... XXX...... XXX...... XXX...... XXX......"
+    );
+    assert_eq!(grid(after, Protocol::Udp, 81), OPEN);
+}
+
+fn image(text: &str) -> Image {
+    let file = SourceFile {
+        name: "policy.yaml".to_owned(),
+        text: text.to_owned(),
+    };
+    let policy = parse(&[file]).unwrap_or_else(|errors| panic!("{errors:#?}\n{text}"));
+    compile::compile(&policy, &Environment::default(), &Options::default()).unwrap()
+}
+
+fn passes(image: &Image, connection: &Connection) -> bool {
+    let query = Query {
+        source: connection.from.into(),
+        destination: connection.to.into(),
+        protocol: connection.protocol.number(),
+        selector: connection.port,
+    };
+    match decide(image.words(), &query).outcome {
+        Outcome::Allowed | Outcome::Off => true,
+        Outcome::Denied => false,
+        outcome => panic!("{outcome:?} of {connection:?}"),
+    }
+}
+
+/// Every case, every pair of pods and of some addresses that are no pod's, every port that some
+/// case tells apart: what the image says is what Kubernetes says.
+#[test]
+fn images_say_what_the_network_policies_say() {
+    const PORTS: [u16; 12] = [0, 1, 52, 53, 54, 79, 80, 81, 84, 85, 7981, 65535];
+    let (mut allowed, mut denied) = (0_u32, 0_u32);
+    for case in cases::all() {
+        let mut cluster = Cluster::new();
+        for (number, step) in case.steps.iter().enumerate() {
+            for action in &step.actions {
+                cluster.act(action);
+            }
+            let text = translate(&cluster);
+            let image = image(&text);
+            for family in Family::BOTH {
+                // In the smaller block, in the larger one, in none, and next to no prefix at all.
+                let mut ends: Vec<IpAddr> = vec![
+                    address(family, 2, 14),
+                    address(family, 2, 200),
+                    address(family, 9, 9),
+                    match family {
+                        Family::V4 => [0, 0, 0, 1].into(),
+                        Family::V6 => [0, 0, 0, 0, 0, 0, 0, 1].into(),
+                    },
+                ];
+                ends.extend(cluster.pods.iter().map(|pod| pod.ip(family)));
+                for (from, to) in pairs(&ends) {
+                    for (protocol, port) in product(&Protocol::ALL, &PORTS) {
+                        let connection = Connection {
+                            from,
+                            to,
+                            protocol,
+                            port,
+                        };
+                        let want = matcher::allowed(&cluster, &connection);
+                        let got = passes(&image, &connection);
+                        assert_eq!(
+                            got, want,
+                            "{}: {}, step {number}: {connection:?}\n{text}",
+                            case.group, case.name
+                        );
+                        *(if want { &mut allowed } else { &mut denied }) += 1;
+                    }
+                }
+            }
+        }
+    }
+    println!("{allowed} connections allowed, {denied} denied");
+    assert!(allowed > 2_000_000 && denied > 400_000);
+}
+
+fn product<A: Copy, B: Copy>(a: &[A], b: &[B]) -> Vec<(A, B)> {
+    a.iter().flat_map(|a| b.iter().map(|b| (*a, *b))).collect()
+}
+
+/// All ordered pairs of unlike ones.
+fn pairs(ends: &[IpAddr]) -> Vec<(IpAddr, IpAddr)> {
+    let mut pairs = product(ends, ends);
+    pairs.retain(|(from, to)| from != to);
+    pairs
+}
