@@ -16,6 +16,7 @@ mod kubernetes {
     pub mod matcher;
     pub mod model;
     pub mod over_time;
+    pub mod probe;
     pub mod translate;
 }
 
@@ -29,11 +30,15 @@ use enforcer_common::{
     decide::{Query, decide},
     verdict::Outcome,
 };
-use enforcer_tests::netns::Family;
+use enforcer_tests::{
+    daemon::{Daemon, Setup},
+    netns::{Family, Netns},
+};
 use kubernetes::{
-    cases::{self, GROUPS},
+    cases::{self, Case, GROUPS},
     matcher::{self, Connection},
     model::{Cluster, Pod, Protocol, address},
+    probe::{Cell, Pods},
     translate::translate,
 };
 
@@ -72,7 +77,7 @@ fn grid(cluster: &Cluster, protocol: Protocol, port: u16) -> String {
 
 fn clusters(group: &str, name: &str) -> Vec<Cluster> {
     let cases = cases::all();
-    let is = |c: &&cases::Case| c.group == group && c.name == name;
+    let is = |c: &&Case| c.group == group && c.name == name;
     let case = cases.iter().find(is).unwrap();
     let mut cluster = Cluster::new();
     let states = case.steps.iter().map(|step| {
@@ -211,4 +216,108 @@ fn pairs(ends: &[IpAddr]) -> Vec<(IpAddr, IpAddr)> {
     let mut pairs = product(ends, ends);
     pairs.retain(|(from, to)| from != to);
     pairs
+}
+
+/// Which cases go over the wire: all of them, or with `ENFORCER_TEST_SCALE=small` every eighth of
+/// the two large groups and all of the others. What is checked of each is the same.
+fn on_the_wire() -> Vec<Case> {
+    let mut cases = cases::all();
+    if std::env::var("ENFORCER_TEST_SCALE").is_ok_and(|scale| scale == "small") {
+        let mut number = 0;
+        cases.retain(|case| {
+            number += 1;
+            !matches!(case.group, "peers" | "ports") || number % 8 == 0
+        });
+        println!("ENFORCER_TEST_SCALE=small: {} of 230 cases", cases.len());
+    }
+    cases
+}
+
+/// Puts the cluster's policies in force.
+fn enforce(daemon: &Daemon<'_>, cluster: &Cluster) {
+    daemon.setup.write(&translate(cluster));
+    let (code, answer) = daemon.reload();
+    assert_eq!(code, 200, "{answer}");
+}
+
+/// Whether a probe must arrive.
+fn wanted(cluster: &Cluster, cell: &Cell) -> bool {
+    let family = if cell.v6 { Family::V6 } else { Family::V4 };
+    let ip = |number| {
+        let pod = cluster
+            .pods
+            .iter()
+            .find(|pod| pod.number == number)
+            .unwrap();
+        pod.ip(family)
+    };
+    let connection = Connection {
+        from: ip(cell.from),
+        to: ip(cell.to),
+        protocol: cell.protocol,
+        port: cell.port,
+    };
+    matcher::allowed(cluster, &connection)
+}
+
+fn daemon_for<'a>(router: &'a Netns, pods: &mut Pods<'_>) -> Daemon<'a> {
+    let setup = Setup::new(router, "pod-*", &translate(&Cluster::new()));
+    let daemon = setup.with(&["--socket-hooks", "off"]).start();
+    pods.control(daemon.setup.socket());
+    daemon
+}
+
+#[test]
+fn pods_reach_what_the_network_policies_allow_and_nothing_else() {
+    let router = Netns::new("router");
+    let mut pods = Pods::new(&router, &Cluster::new().pods);
+    let daemon = daemon_for(&router, &mut pods);
+    let (mut rounds, mut probes) = (0, 0);
+    for case in on_the_wire() {
+        let mut cluster = Cluster::new();
+        for (number, step) in case.steps.iter().enumerate() {
+            for action in &step.actions {
+                cluster.act(action);
+            }
+            pods.follow(&cluster.pods);
+            enforce(&daemon, &cluster);
+            let findings = pods.round(&step.probes, |cell| wanted(&cluster, cell));
+            assert!(
+                findings.none(),
+                "{}: {}, step {number}: {findings:#?}\n{}",
+                case.group,
+                case.name,
+                translate(&cluster)
+            );
+            rounds += 1;
+            probes += cluster.pods.len() * cluster.pods.len() * step.probes.len() * 2;
+        }
+    }
+    println!("{probes} probes in {rounds} rounds");
+}
+
+/// A round under other policies than are in force finds exactly what they tell apart.
+#[test]
+fn holes_and_cuts_are_found() {
+    let router = Netns::new("router");
+    let mut pods = Pods::new(&router, &Cluster::new().pods);
+    let daemon = daemon_for(&router, &mut pods);
+    pods.patience = std::time::Duration::from_secs(2);
+    let [in_force] = &clusters("ports", "ingress: udp/80")[..] else {
+        panic!()
+    };
+    let [expected] = &clusters("ports", "ingress: sctp/80")[..] else {
+        panic!()
+    };
+    enforce(&daemon, in_force);
+    let findings = pods.round(&cases::served(), |cell| wanted(expected, cell));
+    let differ = |cell: &&Cell, protocol| cell.protocol == protocol && cell.port == 80;
+    assert_eq!(findings.holes.len(), 8, "{findings:?}");
+    assert!(findings.holes.iter().all(|c| differ(&c, Protocol::Udp)));
+    assert_eq!(findings.cuts.len(), 8, "{findings:?}");
+    assert!(findings.cuts.iter().all(|c| differ(&c, Protocol::Sctp)));
+    assert!(
+        pods.round(&cases::served(), |cell| wanted(in_force, cell))
+            .none()
+    );
 }

@@ -1,0 +1,607 @@
+//! Pods as network namespaces around one router, and rounds of probes between all of them.
+//!
+//! ```text
+//! x/a (eth0 10.40.1.2, fd40::1:2) ── pod-x-a ┐
+//! x/b (eth0 10.40.1.3, fd40::1:3) ── pod-x-b ┤ router, on which the enforcer runs
+//! …                                          ┘
+//! ```
+//! A round sends every probe at once and waits for no time to pass: it is over when each probe has
+//! either arrived or been counted as denied. TCP cells make a connection, UDP cells get an answer.
+//! Not every kernel has SCTP, so those cells are an INIT sent and received through raw sockets.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    io::{self, ErrorKind, Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::{
+        fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use enforcer_tests::{
+    daemon::{LONG, wait_for},
+    netns::{Family, Netns},
+    traffic,
+};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{
+        AddressFamily, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6, connect, recvfrom,
+        sendto, setsockopt, socket, sockopt,
+    },
+};
+use serde_json::Value;
+
+use super::model::{Pod, Protocol, SERVED};
+
+/// Datagrams that did not arrive are sent again after this.
+const AGAIN: Duration = Duration::from_millis(400);
+/// TCP sends a SYN again after a second: from then on denied packets are more than denied probes.
+const FIRST_SYN_ONLY: Duration = Duration::from_millis(900);
+
+/// One probe: from whom to whom, by pod number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Cell {
+    pub from: u8,
+    pub to: u8,
+    pub v6: bool,
+    pub protocol: Protocol,
+    pub port: u16,
+}
+
+/// A pod, with its servers.
+struct Host {
+    netns: Netns,
+    pod: Pod,
+    interface: String,
+    tcp: Vec<(u16, TcpListener)>,
+    udp: Vec<(u16, UdpSocket)>,
+    /// Raw SCTP, IPv4 and IPv6.
+    raw: [OwnedFd; 2],
+}
+
+impl Host {
+    /// Neighbours are entered by hand: their discovery is other tests' business.
+    fn new(router: &Netns, pod: &Pod) -> Self {
+        let netns = Netns::new(&format!("{}-{}", pod.namespace, pod.name));
+        let interface = format!("pod-{}-{}", pod.namespace, pod.name);
+        router.cable(&interface, &netns, "eth0");
+        let (v4, v6, number) = (pod.v4, pod.v6, pod.number);
+        let (outside, inside) = (
+            format!("02:00:00:00:01:{number:02x}"),
+            format!("02:00:00:00:02:{number:02x}"),
+        );
+        router.ip(&format!(
+            "link set {interface} address {outside}\n\
+             route add {v4}/32 dev {interface}\n\
+             route add {v6}/128 dev {interface}\n\
+             neigh add {v4} lladdr {inside} dev {interface} nud permanent\n\
+             neigh add {v6} lladdr {inside} dev {interface} nud permanent\n"
+        ));
+        netns.ip(&format!(
+            "link set eth0 address {inside}\n\
+             addr add {v4}/32 dev eth0\n\
+             addr add {v6}/128 dev eth0 nodad\n\
+             neigh add 169.254.1.1 lladdr {outside} dev eth0 nud permanent\n\
+             neigh add fe80::1 lladdr {outside} dev eth0 nud permanent\n\
+             route add 169.254.1.1 dev eth0 scope link\n\
+             route add default via 169.254.1.1 dev eth0 src {v4}\n\
+             route add default via fe80::1 dev eth0 src {v6}\n"
+        ));
+        let served = |protocol| SERVED.iter().filter(move |s| s.1 == protocol).map(|s| s.2);
+        let (tcp, udp, raw) = netns.enter(|| {
+            let tcp = served(Protocol::Tcp).map(|port| {
+                let listener = TcpListener::bind(traffic::any(port)).unwrap();
+                listener.set_nonblocking(true).unwrap();
+                (port, listener)
+            });
+            let udp = served(Protocol::Udp).map(|port| {
+                let socket = UdpSocket::bind(traffic::any(port)).unwrap();
+                socket.set_nonblocking(true).unwrap();
+                (port, socket)
+            });
+            let raw = [libc::AF_INET, libc::AF_INET6].map(raw_sctp);
+            (tcp.collect(), udp.collect(), raw)
+        });
+        Self {
+            netns,
+            pod: pod.clone(),
+            interface,
+            tcp,
+            udp,
+            raw,
+        }
+    }
+}
+
+fn raw_sctp(family: libc::c_int) -> OwnedFd {
+    let kind = libc::SOCK_RAW | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: a system call without pointers.
+    let fd = unsafe { libc::socket(family, kind, libc::IPPROTO_SCTP) };
+    assert!(fd >= 0, "{}", io::Error::last_os_error());
+    // SAFETY: just made, owned by nobody else.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// An SCTP header and an INIT chunk. The round is in the source port and the initiate tag.
+fn init(round: u32, port: u16) -> Vec<u8> {
+    let source = 1024 + u16::try_from(round % 60_000).unwrap();
+    let mut packet = Vec::new();
+    packet.extend(source.to_be_bytes());
+    packet.extend(port.to_be_bytes());
+    packet.extend([0; 8]);
+    packet.extend([1, 0, 0, 20]);
+    packet.extend(round.to_be_bytes());
+    packet.extend([0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1]);
+    packet
+}
+
+/// Packets denied at the router's two hooks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Denied {
+    ingress: u64,
+    egress: u64,
+}
+
+/// What a round found that is not as it should be.
+#[derive(Debug, Default)]
+pub struct Findings {
+    /// Arrived, against the policies.
+    pub holes: BTreeSet<Cell>,
+    /// Did not arrive.
+    pub cuts: BTreeSet<Cell>,
+    /// Of what was counted.
+    pub counts: Option<String>,
+}
+
+impl Findings {
+    pub fn none(&self) -> bool {
+        self.holes.is_empty() && self.cuts.is_empty() && self.counts.is_none()
+    }
+}
+
+/// All pods that there are, and the daemon that is asked what was denied.
+pub struct Pods<'a> {
+    router: &'a Netns,
+    control: PathBuf,
+    hosts: BTreeMap<u8, Host>,
+    round: u32,
+    /// How long a probe that should arrive may take.
+    pub patience: Duration,
+}
+
+impl<'a> Pods<'a> {
+    pub fn new(router: &'a Netns, pods: &[Pod]) -> Self {
+        router.sysctl("ipv4/ip_forward", "1");
+        router.sysctl("ipv6/conf/all/forwarding", "1");
+        let hosts = pods.iter().map(|pod| (pod.number, Host::new(router, pod)));
+        Self {
+            router,
+            control: PathBuf::new(),
+            hosts: hosts.collect(),
+            round: 0,
+            patience: LONG,
+        }
+    }
+
+    /// Where the daemon listens.
+    pub fn control(&mut self, path: PathBuf) {
+        self.control = path;
+    }
+
+    /// Makes pods that are new, removes those that are gone, and waits until the daemon enforces
+    /// exactly the interfaces of those that are there.
+    pub fn follow(&mut self, pods: &[Pod]) {
+        let there: BTreeSet<u8> = pods.iter().map(|pod| pod.number).collect();
+        if self.hosts.keys().copied().eq(there.iter().copied()) {
+            return;
+        }
+        for pod in pods {
+            let new = || Host::new(self.router, pod);
+            self.hosts.entry(pod.number).or_insert_with(new);
+        }
+        self.hosts.retain(|number, host| {
+            let stays = there.contains(number);
+            if !stays {
+                // The namespace takes a moment to go, its interface does not.
+                self.router.ip(&format!("link del {}\n", host.interface));
+            }
+            stays
+        });
+        let names: BTreeSet<&str> = self.hosts.values().map(|h| &h.interface[..]).collect();
+        wait_for("the pods' interfaces to be enforced", LONG, || {
+            let status = self.status();
+            let enforced = status["interfaces"].as_array().unwrap().iter();
+            let enforced = enforced.filter(|i| i["enforced"] == true);
+            let enforced: BTreeSet<&str> = enforced.map(|i| i["name"].as_str().unwrap()).collect();
+            (enforced == names).then_some(())
+        });
+    }
+
+    fn status(&self) -> Value {
+        let mut stream = UnixStream::connect(&self.control).unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        let request = b"GET /v1/status HTTP/1.1\r\nHost: enforcer\r\nConnection: close\r\n\r\n";
+        stream.write_all(request).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+        serde_json::from_str(body).unwrap()
+    }
+
+    fn denied(&self) -> Denied {
+        let status = self.status();
+        let at = |hook: &str| {
+            let counters = status["counters"].as_array().unwrap().iter();
+            let here = counters.filter(|c| c["hook"] == hook && c["outcome"] == "denied");
+            here.map(|c| c["packets"].as_u64().unwrap()).sum()
+        };
+        Denied {
+            ingress: at("tc_ingress"),
+            egress: at("tc_egress"),
+        }
+    }
+
+    /// Probes every pair on these ports in both families; `wanted` says which must arrive.
+    pub fn round(
+        &mut self,
+        probes: &[(Protocol, u16)],
+        wanted: impl Fn(&Cell) -> bool,
+    ) -> Findings {
+        self.round += 1;
+        let mut cells = BTreeMap::new();
+        for (&from, &to) in self
+            .hosts
+            .keys()
+            .flat_map(|from| self.hosts.keys().map(move |to| (from, to)))
+        {
+            for (v6, &(protocol, port)) in [false, true]
+                .iter()
+                .flat_map(|v6| probes.iter().map(move |probe| (*v6, probe)))
+            {
+                let cell = Cell {
+                    from,
+                    to,
+                    v6,
+                    protocol,
+                    port,
+                };
+                cells.insert(cell, wanted(&cell));
+            }
+        }
+        let before = self.denied();
+        Round {
+            pods: self,
+            cells,
+            start: Instant::now(),
+            clients: Vec::new(),
+            accepted: Vec::new(),
+            accepts: 0,
+            asking: BTreeMap::new(),
+            delivered: BTreeSet::new(),
+            reached: BTreeSet::new(),
+        }
+        .run(before)
+    }
+
+    fn number_at(&self, ip: IpAddr) -> Option<u8> {
+        let ip = ip.to_canonical();
+        let host = self.hosts.values().find(|host| host.pod.is_at(ip));
+        host.map(|host| host.pod.number)
+    }
+
+    fn ip(&self, cell: &Cell) -> IpAddr {
+        let family = if cell.v6 { Family::V6 } else { Family::V4 };
+        self.hosts[&cell.to].pod.ip(family)
+    }
+}
+
+struct Round<'a> {
+    pods: &'a Pods<'a>,
+    /// And whether they must arrive.
+    cells: BTreeMap<Cell, bool>,
+    start: Instant,
+    clients: Vec<(Cell, OwnedFd)>,
+    /// Connections at their servers, until the client has reset them: nothing of this round is to
+    /// be under way in the next.
+    accepted: Vec<TcpStream>,
+    accepts: usize,
+    /// Sockets that ask by UDP, by pod and family.
+    asking: BTreeMap<(u8, bool), UdpSocket>,
+    /// Seen where it was sent to.
+    delivered: BTreeSet<Cell>,
+    /// Seen by the sender to have arrived; for SCTP the same.
+    reached: BTreeSet<Cell>,
+}
+
+impl Round<'_> {
+    fn run(mut self, before: Denied) -> Findings {
+        self.open();
+        self.send(&self.cells.keys().copied().collect::<Vec<_>>());
+        let refused = self.cells.values().filter(|wanted| !**wanted).count();
+        let refused = u64::try_from(refused).unwrap();
+        let mut resend = AGAIN;
+        let mut denied;
+        loop {
+            self.look(PollTimeout::from(5_u8));
+            let missing = self.missing();
+            let connected = self.reached.iter().filter(|c| c.protocol == Protocol::Tcp);
+            let quiet = self.accepted.is_empty() && self.accepts == connected.count();
+            denied = self.pods.denied();
+            let all = denied.ingress - before.ingress >= refused || !self.holes().is_empty();
+            if (missing.is_empty() && quiet && all) || self.start.elapsed() > self.pods.patience {
+                break;
+            }
+            if self.start.elapsed() > resend {
+                resend += AGAIN;
+                self.send(&missing);
+            }
+        }
+        let once = self.start.elapsed() < FIRST_SYN_ONLY;
+        self.look(PollTimeout::ZERO);
+        let counted = Denied {
+            ingress: denied.ingress - before.ingress,
+            egress: denied.egress - before.egress,
+        };
+        let as_many = if once {
+            counted.ingress == refused
+        } else {
+            counted.ingress >= refused && (refused > 0 || counted.ingress == 0)
+        };
+        let counts = (!as_many || counted.egress > 0)
+            .then(|| format!("{counted:?} for {refused} probes to be denied"));
+        Findings {
+            holes: self.holes(),
+            cuts: self.missing().into_iter().collect(),
+            counts,
+        }
+    }
+
+    /// What must arrive and has not.
+    fn missing(&self) -> Vec<Cell> {
+        let missing = |(cell, wanted): (&Cell, &bool)| {
+            (*wanted && !self.reached.contains(cell)).then_some(*cell)
+        };
+        self.cells.iter().filter_map(missing).collect()
+    }
+
+    /// What must not arrive and has.
+    fn holes(&self) -> BTreeSet<Cell> {
+        let seen = self.delivered.union(&self.reached);
+        seen.filter(|cell| !self.cells[cell]).copied().collect()
+    }
+
+    /// Opens the clients' sockets and TCP connections.
+    fn open(&mut self) {
+        for (number, host) in &self.pods.hosts {
+            let (mut clients, mut asking) = (Vec::new(), Vec::new());
+            let cells = &self.cells;
+            let pods = self.pods;
+            host.netns.enter(|| {
+                for v6 in [false, true] {
+                    let any = if v6 { "[::]:0" } else { "0.0.0.0:0" };
+                    let socket = UdpSocket::bind(any).unwrap();
+                    socket.set_nonblocking(true).unwrap();
+                    asking.push((v6, socket));
+                }
+                let mine = |c: &&Cell| c.from == *number && c.protocol == Protocol::Tcp;
+                for cell in cells.keys().filter(mine) {
+                    clients.push((*cell, tcp_client((pods.ip(cell), cell.port).into())));
+                }
+            });
+            self.clients.extend(clients);
+            let asking = asking.into_iter();
+            self.asking
+                .extend(asking.map(|(v6, socket)| ((*number, v6), socket)));
+        }
+    }
+
+    /// Sends the datagrams of these cells.
+    fn send(&self, cells: &[Cell]) {
+        let round = self.pods.round;
+        for cell in cells {
+            let to = SocketAddr::new(self.pods.ip(cell), cell.port);
+            let sent = match cell.protocol {
+                Protocol::Tcp => continue,
+                Protocol::Udp => {
+                    let socket = &self.asking[&(cell.from, cell.v6)];
+                    socket.send_to(&round.to_be_bytes(), to).map(drop)
+                }
+                Protocol::Sctp => {
+                    let raw = self.pods.hosts[&cell.from].raw[usize::from(cell.v6)].as_raw_fd();
+                    let packet = init(round, cell.port);
+                    // A raw socket wants no port.
+                    let sent = match SocketAddr::new(to.ip(), 0) {
+                        SocketAddr::V4(to) => {
+                            sendto(raw, &packet, &SockaddrIn::from(to), MsgFlags::empty())
+                        }
+                        SocketAddr::V6(to) => {
+                            sendto(raw, &packet, &SockaddrIn6::from(to), MsgFlags::empty())
+                        }
+                    };
+                    sent.map(drop).map_err(io::Error::from)
+                }
+            };
+            sent.unwrap_or_else(|error| panic!("{cell}: {error}"));
+        }
+    }
+
+    /// Waits until something happens and takes note of all that has.
+    fn look(&mut self, limit: PollTimeout) {
+        let hosts = &self.pods.hosts;
+        let mut polled = Vec::new();
+        for host in hosts.values() {
+            polled.extend(host.tcp.iter().map(|(_, s)| (s.as_fd(), PollFlags::POLLIN)));
+            polled.extend(host.udp.iter().map(|(_, s)| (s.as_fd(), PollFlags::POLLIN)));
+            polled.extend(host.raw.iter().map(|s| (s.as_fd(), PollFlags::POLLIN)));
+        }
+        polled.extend(self.asking.values().map(|s| (s.as_fd(), PollFlags::POLLIN)));
+        let waiting = polled.len();
+        polled.extend(
+            self.clients
+                .iter()
+                .map(|(_, s)| (s.as_fd(), PollFlags::POLLOUT)),
+        );
+        // Errors are always reported.
+        polled.extend(
+            self.accepted
+                .iter()
+                .map(|s| (s.as_fd(), PollFlags::empty())),
+        );
+        let mut fds: Vec<PollFd<'_>> = polled
+            .into_iter()
+            .map(|(fd, f)| PollFd::new(fd, f))
+            .collect();
+        poll(&mut fds, limit).unwrap();
+        let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect();
+        let (clients, accepted) = ready[waiting..].split_at(self.clients.len());
+
+        // A client that connected resets the connection by being closed.
+        let mut clients = clients.iter();
+        let reached = &mut self.reached;
+        self.clients.retain(|(cell, fd)| {
+            let ready = *clients.next().unwrap();
+            if ready && sockopt_error(fd) == 0 {
+                reached.insert(*cell);
+            }
+            !ready
+        });
+        let mut accepted = accepted.iter();
+        self.accepted.retain(|_| !*accepted.next().unwrap());
+        for host in hosts.values() {
+            self.serve(host);
+        }
+        self.answers();
+    }
+
+    /// Takes what came to a pod's servers.
+    fn serve(&mut self, host: &Host) {
+        let to = host.pod.number;
+        let seen = |from: IpAddr, protocol, port| {
+            let v6 = !from.to_canonical().is_ipv4();
+            self.pods.number_at(from).map(|from| Cell {
+                from,
+                to,
+                v6,
+                protocol,
+                port,
+            })
+        };
+        for (port, listener) in &host.tcp {
+            while let Some((stream, from)) = nothing_yet(listener.accept()) {
+                self.delivered.extend(seen(from.ip(), Protocol::Tcp, *port));
+                self.accepted.push(stream);
+                self.accepts += 1;
+            }
+        }
+        let mut bytes = [0; 256];
+        for (port, socket) in &host.udp {
+            while let Some((length, from)) = nothing_yet(socket.recv_from(&mut bytes)) {
+                if bytes[..length] == self.pods.round.to_be_bytes() {
+                    self.delivered.extend(seen(from.ip(), Protocol::Udp, *port));
+                    // Lost like any packet; the question comes again.
+                    let _ = socket.send_to(&bytes[..length], from);
+                }
+            }
+        }
+        for (raw, v6) in host.raw.iter().zip([false, true]) {
+            while let Some((length, from)) = receive(raw, v6, &mut bytes) {
+                // IPv4 comes with its header.
+                let header = if v6 {
+                    0
+                } else {
+                    usize::from(bytes[0] & 15) * 4
+                };
+                let packet = bytes.get(header..length).unwrap_or_default();
+                for port in SERVED.map(|s| s.2) {
+                    if packet == init(self.pods.round, port) {
+                        let cell = seen(from, Protocol::Sctp, port);
+                        self.delivered.extend(cell);
+                        self.reached.extend(cell);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes the answers of UDP servers.
+    fn answers(&mut self) {
+        let mut bytes = [0; 256];
+        for ((from, v6), socket) in &self.asking {
+            while let Some((length, who)) = nothing_yet(socket.recv_from(&mut bytes)) {
+                let to = self.pods.number_at(who.ip());
+                if bytes[..length] == self.pods.round.to_be_bytes() {
+                    self.reached.extend(to.map(|to| Cell {
+                        from: *from,
+                        to,
+                        v6: *v6,
+                        protocol: Protocol::Udp,
+                        port: who.port(),
+                    }));
+                }
+            }
+        }
+    }
+}
+
+/// A socket that is connecting; closing it resets the connection.
+fn tcp_client(to: SocketAddr) -> OwnedFd {
+    let family = match to {
+        SocketAddr::V4(_) => AddressFamily::Inet,
+        SocketAddr::V6(_) => AddressFamily::Inet6,
+    };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let client = socket(family, SockType::Stream, flags, None).unwrap();
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    setsockopt(&client, sockopt::Linger, &linger).unwrap();
+    let started = match to {
+        SocketAddr::V4(to) => connect(client.as_raw_fd(), &SockaddrIn::from(to)),
+        SocketAddr::V6(to) => connect(client.as_raw_fd(), &SockaddrIn6::from(to)),
+    };
+    assert!(
+        matches!(started, Ok(()) | Err(Errno::EINPROGRESS)),
+        "{started:?}"
+    );
+    client
+}
+
+fn sockopt_error(fd: &OwnedFd) -> i32 {
+    nix::sys::socket::getsockopt(fd, sockopt::SocketError).unwrap()
+}
+
+/// What there is to take, if there is any.
+fn nothing_yet<T>(taken: io::Result<T>) -> Option<T> {
+    match taken {
+        Ok(taken) => Some(taken),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+        // A connection that was reset before it was accepted.
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn receive(raw: &OwnedFd, v6: bool, bytes: &mut [u8]) -> Option<(usize, IpAddr)> {
+    let taken = if v6 {
+        recvfrom::<SockaddrIn6>(raw.as_raw_fd(), bytes)
+            .map(|(n, from)| (n, from.unwrap().ip().into()))
+    } else {
+        recvfrom::<SockaddrIn>(raw.as_raw_fd(), bytes)
+            .map(|(n, from)| (n, from.unwrap().ip().into()))
+    };
+    nothing_yet(taken.map_err(io::Error::from))
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (protocol, family) = (self.protocol.word(), if self.v6 { 6 } else { 4 });
+        let Self { from, to, port, .. } = self;
+        write!(f, "{from} > {to} {protocol}/{port} v{family}")
+    }
+}
