@@ -16,11 +16,12 @@ mod kubernetes {
     pub mod matcher;
     pub mod model;
     pub mod over_time;
+    pub mod pods;
     pub mod probe;
     pub mod translate;
 }
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{cell::Cell, collections::BTreeMap, net::IpAddr};
 
 use enforcer::{
     compile::{self, Image, Options},
@@ -37,9 +38,17 @@ use enforcer_tests::{
 use kubernetes::{
     cases::{self, Case, GROUPS},
     matcher::{self, Connection},
-    model::{Cluster, Pod, Protocol, address},
-    probe::{Cell, Pods},
+    model::{Action, Cluster, NetworkPolicy, Pod, Protocol, Rule, Selector, address},
+    pods::Pods,
+    probe,
     translate::translate,
+};
+use proptest::{
+    collection::vec,
+    option,
+    prelude::*,
+    sample::select,
+    test_runner::{Config, TestRunner},
 };
 
 #[test]
@@ -156,55 +165,114 @@ fn passes(image: &Image, connection: &Connection) -> bool {
     }
 }
 
-/// Every case, every pair of pods and of some addresses that are no pod's, every port that some
-/// case tells apart: what the image says is what Kubernetes says.
+/// What the image of a cluster's policies says of every pair of its pods and of some addresses that
+/// are no pod's, on every port that some case tells apart, is what Kubernetes says. How many
+/// connections are allowed and denied.
+fn compare(cluster: &Cluster, what: &str) -> (u32, u32) {
+    const PORTS: [u16; 12] = [0, 1, 52, 53, 54, 79, 80, 81, 84, 85, 7981, 65535];
+    let (mut allowed, mut denied) = (0, 0);
+    let text = translate(cluster);
+    let image = image(&text);
+    for family in Family::BOTH {
+        // In the smaller block, in the larger one, in none; in the blocks that hold no pod.
+        let mut ends: Vec<IpAddr> = vec![
+            address(family, 2, 14),
+            address(family, 2, 200),
+            address(family, 9, 9),
+            match family {
+                Family::V4 => [0, 0, 0, 1].into(),
+                Family::V6 => [0, 0, 0, 0, 0, 0, 0, 1].into(),
+            },
+        ];
+        ends.extend(cluster.pods.iter().map(|pod| pod.ip(family)));
+        for ((from, to), (protocol, port)) in
+            product(&pairs(&ends), &product(&Protocol::ALL, &PORTS))
+        {
+            let connection = Connection {
+                from,
+                to,
+                protocol,
+                port,
+            };
+            let want = matcher::allowed(cluster, &connection);
+            let got = passes(&image, &connection);
+            assert_eq!(got, want, "{what}: {connection:?}\n{text}");
+            *(if want { &mut allowed } else { &mut denied }) += 1;
+        }
+    }
+    (allowed, denied)
+}
+
 #[test]
 fn images_say_what_the_network_policies_say() {
-    const PORTS: [u16; 12] = [0, 1, 52, 53, 54, 79, 80, 81, 84, 85, 7981, 65535];
-    let (mut allowed, mut denied) = (0_u32, 0_u32);
+    let (mut allowed, mut denied) = (0, 0);
     for case in cases::all() {
-        let mut cluster = Cluster::new();
-        for (number, step) in case.steps.iter().enumerate() {
-            for action in &step.actions {
-                cluster.act(action);
-            }
-            let text = translate(&cluster);
-            let image = image(&text);
-            for family in Family::BOTH {
-                // In the smaller block, in the larger one, in none, and next to no prefix at all.
-                let mut ends: Vec<IpAddr> = vec![
-                    address(family, 2, 14),
-                    address(family, 2, 200),
-                    address(family, 9, 9),
-                    match family {
-                        Family::V4 => [0, 0, 0, 1].into(),
-                        Family::V6 => [0, 0, 0, 0, 0, 0, 0, 1].into(),
-                    },
-                ];
-                ends.extend(cluster.pods.iter().map(|pod| pod.ip(family)));
-                for (from, to) in pairs(&ends) {
-                    for (protocol, port) in product(&Protocol::ALL, &PORTS) {
-                        let connection = Connection {
-                            from,
-                            to,
-                            protocol,
-                            port,
-                        };
-                        let want = matcher::allowed(&cluster, &connection);
-                        let got = passes(&image, &connection);
-                        assert_eq!(
-                            got, want,
-                            "{}: {}, step {number}: {connection:?}\n{text}",
-                            case.group, case.name
-                        );
-                        *(if want { &mut allowed } else { &mut denied }) += 1;
-                    }
-                }
-            }
+        for (step, cluster) in clusters(case.group, &case.name).iter().enumerate() {
+            let what = format!("{}: {}, step {step}", case.group, case.name);
+            let (more_allowed, more_denied) = compare(cluster, &what);
+            allowed += more_allowed;
+            denied += more_denied;
         }
     }
     println!("{allowed} connections allowed, {denied} denied");
     assert!(allowed > 2_000_000 && denied > 400_000);
+}
+
+fn any_rules() -> impl Strategy<Value = Vec<Rule>> {
+    let peers: Vec<_> = cases::peer_kinds().into_iter().map(|kind| kind.1).collect();
+    let ports: Vec<_> = cases::port_kinds().into_iter().map(|kind| kind.1).collect();
+    let rule = (vec(select(ports), 0..3), vec(select(peers), 0..3)).prop_map(|(ports, peers)| {
+        let (ports, peers) = (ports.concat(), peers.concat());
+        Rule { ports, peers }
+    });
+    vec(rule, 0..3)
+}
+
+fn any_cluster() -> impl Strategy<Value = Cluster> {
+    const NAMES: [&str; 5] = ["one", "two", "three", "four", "five"];
+    let pods = ["", "pod=a", "pod=b", "pod=c"].map(Selector::of).to_vec();
+    let policy = (
+        select(&["x", "y", "z"][..]),
+        select(pods),
+        option::of(any_rules()),
+        option::of(any_rules()),
+    );
+    vec(policy, 1..=NAMES.len()).prop_map(|policies| {
+        let mut cluster = Cluster::new();
+        for (name, (namespace, pods, ingress, egress)) in NAMES.iter().zip(policies) {
+            cluster.act(&Action::Create(NetworkPolicy {
+                namespace,
+                name,
+                pods,
+                ingress,
+                egress,
+            }));
+        }
+        cluster
+    })
+}
+
+/// Beyond the table: policies of both directions at both ends, made of the table's parts.
+#[test]
+fn images_say_what_random_network_policies_say() {
+    let mut runner = TestRunner::new(Config {
+        cases: 150,
+        failure_persistence: None,
+        ..Config::default()
+    });
+    let (allowed, denied) = (Cell::new(0), Cell::new(0));
+    let result = runner.run(&any_cluster(), |cluster| {
+        let (more_allowed, more_denied) = compare(&cluster, "random policies");
+        allowed.set(allowed.get() + more_allowed);
+        denied.set(denied.get() + more_denied);
+        Ok(())
+    });
+    if let Err(error) = result {
+        panic!("{error}");
+    }
+    let (allowed, denied) = (allowed.get(), denied.get());
+    println!("{allowed} connections allowed, {denied} denied");
+    assert!(allowed > 100_000 && denied > 100_000);
 }
 
 fn product<A: Copy, B: Copy>(a: &[A], b: &[B]) -> Vec<(A, B)> {
@@ -228,7 +296,6 @@ fn on_the_wire() -> Vec<Case> {
             number += 1;
             !matches!(case.group, "peers" | "ports") || number % 8 == 0
         });
-        println!("ENFORCER_TEST_SCALE=small: {} of 230 cases", cases.len());
     }
     cases
 }
@@ -241,7 +308,7 @@ fn enforce(daemon: &Daemon<'_>, cluster: &Cluster) {
 }
 
 /// Whether a probe must arrive.
-fn wanted(cluster: &Cluster, cell: &Cell) -> bool {
+fn wanted(cluster: &Cluster, cell: &probe::Cell) -> bool {
     let family = if cell.v6 { Family::V6 } else { Family::V4 };
     let ip = |number| {
         let pod = cluster
@@ -273,7 +340,8 @@ fn pods_reach_what_the_network_policies_allow_and_nothing_else() {
     let mut pods = Pods::new(&router, &Cluster::new().pods);
     let daemon = daemon_for(&router, &mut pods);
     let (mut rounds, mut probes) = (0, 0);
-    for case in on_the_wire() {
+    let cases = on_the_wire();
+    for case in &cases {
         let mut cluster = Cluster::new();
         for (number, step) in case.steps.iter().enumerate() {
             for action in &step.actions {
@@ -293,7 +361,10 @@ fn pods_reach_what_the_network_policies_allow_and_nothing_else() {
             probes += cluster.pods.len() * cluster.pods.len() * step.probes.len() * 2;
         }
     }
-    println!("{probes} probes in {rounds} rounds");
+    println!(
+        "{} of 230 cases, {rounds} rounds, {probes} probes",
+        cases.len()
+    );
 }
 
 /// A round under other policies than are in force finds exactly what they tell apart.
@@ -311,7 +382,7 @@ fn holes_and_cuts_are_found() {
     };
     enforce(&daemon, in_force);
     let findings = pods.round(&cases::served(), |cell| wanted(expected, cell));
-    let differ = |cell: &&Cell, protocol| cell.protocol == protocol && cell.port == 80;
+    let differ = |cell: &&probe::Cell, protocol| cell.protocol == protocol && cell.port == 80;
     assert_eq!(findings.holes.len(), 8, "{findings:?}");
     assert!(findings.holes.iter().all(|c| differ(&c, Protocol::Udp)));
     assert_eq!(findings.cuts.len(), 8, "{findings:?}");

@@ -180,7 +180,7 @@ fn block(bits: u8, hole: Option<u8>) -> Vec<Peer> {
 }
 
 /// Eight ways to select pods and two blocks.
-fn peer_kinds() -> Vec<(&'static str, Vec<Peer>)> {
+pub fn peer_kinds() -> Vec<(&'static str, Vec<Peer>)> {
     let pods = |pods, namespaces| vec![selecting(pods, namespaces)];
     vec![
         ("all pods here", pods(Some(""), None)),
@@ -218,7 +218,8 @@ fn peers() -> Vec<Case> {
     cases
 }
 
-fn ports() -> Vec<Case> {
+/// What `ports` of a rule may be.
+pub fn port_kinds() -> Vec<(String, Vec<PolicyPort>)> {
     let mut kinds: Vec<(String, Vec<PolicyPort>)> = vec![("none".to_owned(), Vec::new())];
     let protocols = [None, TCP, UDP, Some(Protocol::Sctp)];
     let word = |protocol: Option<Protocol>| protocol.map_or("default", Protocol::word);
@@ -267,10 +268,13 @@ fn ports() -> Vec<Case> {
         ),
     ];
     kinds.extend(pairs.map(|(name, a, b)| (name.to_owned(), vec![a, b])));
+    kinds
+}
 
+fn ports() -> Vec<Case> {
     let mut cases = Vec::new();
     for direction in DIRECTIONS {
-        for (name, ports) in &kinds {
+        for (name, ports) in &port_kinds() {
             let policy = base_with(direction, |rule| rule.ports.clone_from(ports));
             cases.push(once("ports", format!("{direction}: {name}"), vec![policy]));
         }
