@@ -32,6 +32,8 @@ use super::{
 const AGAIN: Duration = Duration::from_millis(400);
 /// TCP sends a SYN again after a second: from then on denied packets are more than denied probes.
 const FIRST_SYN_ONLY: Duration = Duration::from_millis(900);
+/// So long a round that took longer than that still looks for what must not arrive.
+const SLOW_LAST_LOOK: Duration = Duration::from_millis(100);
 
 /// One probe: from whom to whom, by pod number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,6 +67,8 @@ pub struct Findings {
     pub cuts: BTreeSet<Cell>,
     /// Of what was counted.
     pub counts: Option<String>,
+    /// Whether each denied probe was one packet, so that the counts had to be the same.
+    pub exact: bool,
 }
 
 impl Findings {
@@ -167,7 +171,12 @@ impl Round<'_> {
             }
         }
         let once = self.start.elapsed() < FIRST_SYN_ONLY;
+        // A count that is exact proves that nothing is still to come. One that is not does not.
+        let last = Instant::now();
         self.look(PollTimeout::ZERO);
+        while !once && last.elapsed() < SLOW_LAST_LOOK {
+            self.look(PollTimeout::from(5_u8));
+        }
         let counted = Denied {
             ingress: denied.ingress - before.ingress,
             egress: denied.egress - before.egress,
@@ -183,6 +192,7 @@ impl Round<'_> {
             holes: self.holes(),
             cuts: self.missing().into_iter().collect(),
             counts,
+            exact: once,
         }
     }
 
@@ -406,7 +416,6 @@ fn nothing_yet<T>(taken: io::Result<T>) -> Option<T> {
     match taken {
         Ok(taken) => Some(taken),
         Err(error) if error.kind() == ErrorKind::WouldBlock => None,
-        // A connection that was reset before it was accepted.
         Err(error) => panic!("{error}"),
     }
 }
