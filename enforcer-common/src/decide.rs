@@ -84,10 +84,22 @@ pub fn generation<W: Words + ?Sized>(image: &W) -> u32 {
     image.word(header::GENERATION)
 }
 
-/// Judges a flow that is about to be opened.
+/// Judges a flow that is about to be opened at `unix` (seconds).
 #[inline(always)]
-pub fn decide<W: Words + ?Sized>(image: &W, query: &Query) -> Decision {
-    Decision::unpack(answer(image, &Ask::rules(query)))
+pub fn decide<W: Words + ?Sized>(image: &W, query: &Query, unix: u64) -> Decision {
+    Decision::unpack(verdict_at(image, query, unix))
+}
+
+/// The verdict words behind [`decide`], the first in the lower half: with
+/// [`image::VERDICT_SESSION`] where the rule bounds sessions.
+#[inline(always)]
+pub fn verdict_at<W: Words + ?Sized>(image: &W, query: &Query, unix: u64) -> u64 {
+    let words = answer(image, &Ask::rules(query));
+    if words as u32 & image::VERDICT_TIMELINE == 0 {
+        return words;
+    }
+    let (word, subject) = image::at_time(image, (words >> 32) as u32, unix);
+    u64::from(word) | u64::from(subject) << 32
 }
 
 /// What [`answer`] is asked: plain words without padding, passed by address in the kernel.

@@ -55,6 +55,7 @@ pub fn explain(
             protocol,
             selector,
         },
+        u64::try_from(jiff::Timestamp::now().as_second()).unwrap_or(0),
     );
     let why = because(policy, decision.reason, decision.rule, decision.segment);
     let (verdict, strength) = match decision.outcome {
