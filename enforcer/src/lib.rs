@@ -6,9 +6,11 @@
 
 pub mod api;
 pub mod cli;
+mod clock;
 pub mod compile;
 pub mod daemon;
 pub mod dataplane;
 pub mod events;
 pub mod policy;
 mod poll;
+pub mod settings;
