@@ -298,6 +298,9 @@ pub struct Denial {
     pub rule: Option<Arc<str>>,
     /// The default deny; for denials of form the default that gives them their strength.
     pub default: Option<Default>,
+    /// What the reason means for this packet, in words, where other fields do not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
     /// Where the rule or the segment is written.
     pub file: Option<Arc<str>>,
     /// 1-based.

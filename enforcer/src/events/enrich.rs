@@ -12,7 +12,7 @@ use enforcer_common::{
     wire::{Event, Process},
 };
 
-use super::{Generations, cgroups::Cgroups};
+use super::{Generations, cgroups::Cgroups, detail::detail};
 use crate::{
     api::types::{Default as DenyDefault, Denial, ProcessInfo, Time, Verdict},
     clock::Sample,
@@ -166,6 +166,10 @@ impl Enricher {
         };
         let from_segments = names(addresses.map(|(source, _)| source));
         let to_segments = names(addresses.map(|(_, destination)| destination));
+        let source = addresses.map(|(source, _)| source);
+        let detail = policy
+            .as_ref()
+            .and_then(|policy| detail(policy, event.reason().name(), event.rule, source));
         let transport = matches!(event.protocol, 6 | 17 | 132) && addresses.is_some();
         let port = |port: u16| transport.then_some(port);
         let icmp = matches!(event.protocol, 1 | 58) && addresses.is_some();
@@ -180,6 +184,7 @@ impl Enricher {
             reason: event.reason().name().to_owned(),
             rule: why.rule,
             default: why.default,
+            detail,
             file: why.file,
             line: why.line,
             from_segments,

@@ -167,6 +167,10 @@ impl Parser {
                 None => {
                     let all = ESSENTIALS.map(|(name, _)| name);
                     let help = match closest(text, all) {
+                        _ if text == "lacp" => "LACP is one of the slow protocols: `slow`".into(),
+                        _ if matches!(text, "igmp" | "mld") => {
+                            "write `multicast-membership`".into()
+                        }
                         Some(near) => format!("did you mean `{near}`?"),
                         None => format!("the essential protocols are: {}", all.join(", ")),
                     };
