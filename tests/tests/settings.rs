@@ -78,49 +78,99 @@ fn an_essential_that_is_switched_off_is_denied_and_passes_again_when_it_is_on() 
 fn interfaces_are_shown_for_what_they_are() {
     let namespace = Netns::new("kinds");
     let other = Netns::new("other");
-    for name in ["eth0", "eth1", "eth2"] {
+    for name in ["eth1", "eth2"] {
         namespace.cable(name, &other, name);
     }
-    namespace.ip("link add link eth0 name guest type vlan id 20\n\
-         link add br0 type bridge\n\
-         link set eth1 master br0\n\
-         link set guest up\n\
-         link set br0 up\n");
-    let daemon = Setup::new(&namespace, "guest,br0,eth1,eth2", POLICY).start();
+    namespace.ip("link add br0 type bridge\nlink set eth1 master br0\nlink set br0 up\n");
+    let daemon = Setup::new(&namespace, "br0,eth*", POLICY).start();
+    let interface = |status: &Value, name: &str| {
+        let all = status["interfaces"].as_array().unwrap();
+        all.iter().find(|i| i["name"] == name).cloned()
+    };
     let status = daemon.status();
-    let interfaces = status["interfaces"].as_array().unwrap();
-    let of = |name: &str| interfaces.iter().find(|i| i["name"] == name).unwrap();
-    assert_eq!(of("guest")["description"], "vlan 20 on eth0");
-    assert_eq!(of("guest")["kind"], "vlan");
+    let of = |name: &str| interface(&status, name).unwrap();
     assert_eq!(of("eth1")["description"], "port of br0");
     assert_eq!(of("br0")["description"], "bridge");
     assert_eq!(of("eth2")["description"], Value::Null);
-    let mut slots: Vec<_> = interfaces
-        .iter()
-        .map(|i| i["slot"].as_u64().unwrap())
-        .collect();
+    let mut slots = ["br0", "eth1", "eth2"].map(|name| of(name)["slot"].as_u64().unwrap());
     slots.sort_unstable();
-    assert_eq!(slots, [1, 2, 3, 4]);
+    assert_eq!(slots, [1, 2, 3]);
     let warnings = status["warnings"].to_string();
     assert!(
         warnings.contains("br0 is enforced together with its ports (eth1)"),
         "{warnings}"
     );
 
-    // One that leaves its bridge, and one that goes and comes back.
+    // One that leaves its bridge, and one that comes.
     namespace.ip("link set eth1 nomaster\n");
-    wait_for("no warning", LONG, || {
-        (!daemon.status()["warnings"].to_string().contains("eth1")).then_some(())
+    wait_for("no port", LONG, || {
+        (interface(&daemon.status(), "eth1")?["description"] == Value::Null).then_some(())
     });
-    namespace.ip(
-        "link del guest\nlink add link eth2 name guest type vlan id 30\nlink set eth2 name out\n",
+    let slot = of("eth2")["slot"].clone();
+    namespace.cable("eth3", &other, "eth3");
+    namespace.ip("link set eth2 down\nlink set eth2 name eth9\n");
+    wait_for("the other name", LONG, || {
+        let status = daemon.status();
+        interface(&status, "eth3")?;
+        let renamed = interface(&status, "eth9")?;
+        assert_eq!(renamed["slot"], slot);
+        Some(())
+    });
+}
+
+#[test]
+fn a_tag_is_judged_on_its_device_where_both_are_enforced() {
+    let pair = Pair::new();
+    let device = |id: &str| {
+        [
+            "link", "add", "link", "eth0", "name", "guest", "type", "vlan", "id", id,
+        ]
+        .map(str::to_owned)
+    };
+    for (namespace, address) in [(&pair.host, "10.1.0.129/25"), (&pair.peer, "10.1.0.130/25")] {
+        let arguments = device("20");
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        if let Err(why) = namespace.ask("ip", &arguments) {
+            assert!(why.contains("Unknown device type"), "{why}");
+            println!("SKIPPED: no VLAN devices on this kernel: {}", why.trim());
+            return;
+        }
+        namespace.ip("link set guest up\n");
+        namespace.addresses("guest", &[address]);
+    }
+    traffic::udp_echo(&pair.host, traffic::any(7777));
+    let daemon = Setup::new(&pair.host, "eth0,guest", POLICY).start();
+    let status = daemon.status();
+    let all = status["interfaces"].as_array().unwrap();
+    let guest = all.iter().find(|i| i["name"] == "guest").unwrap();
+    assert_eq!(guest["description"], "vlan 20 on eth0");
+    let to = (std::net::IpAddr::from([10, 1, 0, 129]), 7777);
+    assert!(traffic::udp_answers_soon(&pair.peer, to));
+    // The parent leaves what it would have judged to the device.
+    assert!(
+        daemon.counted("tc_ingress", "", "vlan_device") > 0,
+        "{status}"
     );
+    let judged = || daemon.counted("tc_ingress", "allowed", "rule_allow");
+    let before = judged();
+    assert!(traffic::udp_answers(&pair.peer, None, to));
+    assert_eq!(judged(), before + 1);
+    // Another device of the name: its tag is another one.
+    pair.host.ip("link del guest\n");
+    pair.host
+        .ask("ip", &device("30").each_ref().map(String::as_str))
+        .unwrap();
+    pair.host.ip("link set guest up\n");
     wait_for("the other VLAN", LONG, || {
         let status = daemon.status();
-        let interfaces = status["interfaces"].as_array().unwrap();
-        let guest = interfaces.iter().find(|i| i["name"] == "guest").unwrap();
-        (guest["description"] == "vlan 30 on out").then_some(())
+        let all = status["interfaces"].as_array()?;
+        let guest = all.iter().find(|i| i["name"] == "guest")?;
+        (guest["description"] == "vlan 30 on eth0" && guest["enforced"] == true).then_some(())
     });
+    let left = || daemon.counted("tc_ingress", "", "vlan_device");
+    let before = left();
+    assert!(!traffic::udp_answers(&pair.peer, None, to));
+    assert_eq!(left(), before, "tag 20 is nobody's any more");
 }
 
 #[test]
