@@ -1,7 +1,7 @@
 //! The enforcer: policy, compiler, dataplane, daemon and command line.
 //!
 //! Layers, lowest first; each may use those before it and none after it:
-//! `policy` → `compile` → `dataplane` → `daemon` (with `events` and `api`) → `cli`.
+//! `policy` → `compile` → `settings` → `dataplane` → `daemon` (with `events` and `api`) → `cli`.
 //! See `docs/ARCHITECTURE.md`.
 
 pub mod api;
