@@ -236,6 +236,7 @@ fn spot_check(policy: &Policy, env: &Environment, image: &Image, count: usize) {
                 protocol: query.protocol,
                 selector: query.selector,
             },
+            0,
         );
         let judgement = reference::judge(policy, env, &query);
         assert_eq!(decision.outcome.name(), {
