@@ -107,6 +107,25 @@ impl<'a> Setup<'a> {
         self
     }
 
+    /// With these settings.
+    pub fn with_settings(self, settings: &str) -> Self {
+        self.write_settings(settings);
+        let path = self.settings();
+        self.with(&["--config", path.to_str().unwrap()])
+    }
+
+    /// The file of the daemon's settings.
+    pub fn settings(&self) -> PathBuf {
+        self.directory.path().join("enforcer.yaml")
+    }
+
+    /// Replaces the settings at once.
+    pub fn write_settings(&self, settings: &str) {
+        let new = self.directory.path().join("new-settings");
+        fs::write(&new, settings).unwrap();
+        fs::rename(new, self.settings()).unwrap();
+    }
+
     /// Directory of the policy.
     pub fn segments(&self) -> PathBuf {
         self.directory.path().join("segments")

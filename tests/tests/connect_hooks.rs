@@ -316,7 +316,7 @@ fn connect_hooks_refuse_only_what_tc_denies() {
         let eth0 = host.links.iter().find(|l| l.name == "eth0").unwrap();
         programs
             .dataplane
-            .attach(&eth0.interface().unwrap())
+            .attach(&eth0.interface(0).unwrap())
             .unwrap();
         (programs, host.environment)
     });
@@ -423,7 +423,7 @@ rules:
         let eth0 = host.links.iter().find(|l| l.name == "eth0").unwrap();
         programs
             .dataplane
-            .attach(&eth0.interface().unwrap())
+            .attach(&eth0.interface(0).unwrap())
             .unwrap();
         programs
             .dataplane

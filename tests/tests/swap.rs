@@ -60,6 +60,7 @@ fn attach(programs: &mut Programs, namespace: &Netns, names: &[&str]) {
                 ifindex: nix::net::if_::if_nametoindex(*name).unwrap(),
                 name: (*name).to_owned(),
                 link: LinkType::Ethernet,
+                slot: 0,
             };
             programs.dataplane.attach(&interface).unwrap();
         }
