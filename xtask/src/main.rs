@@ -16,6 +16,7 @@ mod test;
 mod tidy;
 mod toolchain;
 mod ui;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -59,6 +60,8 @@ enum Verb {
     Demo(demo::Options),
     /// Build the static binary into dist/
     Dist,
+    /// Run the kernel tests on Debian's stock kernels, in virtual machines
+    Vm(vm::Options),
 }
 
 fn main() -> ExitCode {
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         Verb::Test { quick, filter } => test::run(&test::Options { quick, filter }),
         Verb::Demo(options) => demo::run(&options),
         Verb::Dist => dist::run(),
+        Verb::Vm(options) => vm::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
