@@ -35,7 +35,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Install what the kernel side needs and this machine lacks
+    /// Install what the kernel side and the guests need and this machine lacks
     Setup,
     /// Build the eBPF objects and the enforcer
     Build {
@@ -48,7 +48,7 @@ enum Verb {
     },
     /// Check formatting, purity and clippy, host and kernel side
     Lint,
-    /// Run all tests; kernel and namespace tests as root
+    /// Run all tests; kernel and namespace tests as root, and again on stock kernels
     Test {
         /// Only what needs neither root nor the kernel
         #[arg(long)]

@@ -54,7 +54,9 @@ pub fn ensure() -> Result<Toolchain> {
 pub fn run() -> Result<()> {
     let start = Instant::now();
     let tools = ensure()?;
-    vm::ensure_installed()?;
+    if vm::is_possible() {
+        vm::ensure_installed()?;
+    }
     ui::step(&format!("Toolchain complete ({})", ui::took(start)));
     ui::note(&format!(
         "compiler: {} (LLVM {})",
@@ -62,7 +64,9 @@ pub fn run() -> Result<()> {
         tools.rust.llvm()?
     ));
     ui::note(&format!("linker:   {}", tools.linker.display()));
-    ui::note(&format!("guests:   Linux {}", vm::installed()?.join(", ")));
+    if vm::is_possible() {
+        ui::note(&format!("guests:   Linux {}", vm::installed()?.join(", ")));
+    }
     Ok(())
 }
 

@@ -53,6 +53,11 @@ pub fn find(kernel: Kernel) -> Result<Option<Unpacked>> {
     read(&cache(kernel)?)
 }
 
+/// The kernel in the cache.
+pub fn get(kernel: Kernel) -> Result<Unpacked> {
+    find(kernel)?.with_context(|| format!("kernel {} is not installed", kernel.name()))
+}
+
 /// Reads an unpacked package.
 fn read(root: &Path) -> Result<Option<Unpacked>> {
     let Ok(entries) = fs::read_dir(root.join("boot")) else {

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 use self::cost::Table;
 use self::guest::{Cost, News, Outcome, Transcript};
-use self::kernels::{Kernel, Unpacked};
+use self::kernels::Kernel;
 use self::qemu::{Accel, Guest};
 use self::suite::Suite;
 use crate::{env, setup, ui};
@@ -35,7 +35,7 @@ pub struct Options {
     kernel: Option<Kernel>,
     /// Only tests whose `binary::name` contains this
     #[arg(long, value_name = "TEXT")]
-    pub filter: Option<String>,
+    filter: Option<String>,
     /// Write every test's outcome here
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -75,13 +75,14 @@ impl Limits {
     }
 }
 
+/// True where guests can run: their tests are built for x86-64, with this machine's tools.
+pub fn is_possible() -> bool {
+    std::env::consts::ARCH == "x86_64"
+}
+
 /// Installs what is missing: the emulator, the tools in the guests, the kernels. Says nothing when
 /// all is there, and asks no network then.
 pub fn ensure_installed() -> Result<()> {
-    ensure!(
-        std::env::consts::ARCH == "x86_64",
-        "the guests are x86-64 machines, and so must this one be"
-    );
     let mut packages = initramfs::missing_packages();
     if env::find_program(qemu::QEMU).is_none() {
         packages.insert("qemu-system-x86");
@@ -205,15 +206,41 @@ fn missing(expected: impl Iterator<Item = String>, transcript: &Transcript) -> V
         .collect()
 }
 
-/// Boots the kernels, side by side, and runs the suite on each.
+/// Runs the suite on every kernel, as a part of all tests: a filter may leave nothing to do.
+pub fn run_all(filter: Option<String>) -> Result<()> {
+    if !is_possible() {
+        ui::note("no stock kernels: their guests are x86-64 machines, and this is none");
+        return Ok(());
+    }
+    ensure_installed()?;
+    let suite = suite::build(filter.as_deref())?;
+    if suite.count() == 0 {
+        return Ok(());
+    }
+    run_suite(&Options::default(), &suite)
+}
+
+/// The `vm` verb.
 pub fn run(options: &Options) -> Result<()> {
-    setup::ensure()?;
+    ensure!(
+        is_possible(),
+        "the guests are x86-64 machines, and so must this one be"
+    );
     ensure_installed()?;
     let suite = suite::build(options.filter.as_deref())?;
-    let accel = options.accel.unwrap_or_else(Accel::best);
+    ensure!(suite.count() > 0, "no test of that name");
+    run_suite(options, &suite)
+}
+
+/// Boots the kernels, side by side, and runs the suite on each.
+fn run_suite(options: &Options, suite: &Suite) -> Result<()> {
     let kernels: Vec<Kernel> = match options.kernel {
         Some(kernel) => vec![kernel],
         None => Kernel::ALL.into(),
+    };
+    let accel = match options.accel {
+        Some(accel) => accel,
+        None => Accel::best(&kernels::get(kernels[0])?.image),
     };
     let names: Vec<_> = kernels.iter().map(|kernel| kernel.name()).collect();
     ui::step(&format!(
@@ -224,7 +251,7 @@ pub fn run(options: &Options) -> Result<()> {
     let runs: Vec<Run> = thread::scope(|scope| {
         let threads: Vec<_> = kernels
             .iter()
-            .map(|kernel| scope.spawn(|| run_guest(*kernel, accel, &suite)))
+            .map(|kernel| scope.spawn(|| run_guest(*kernel, accel, suite)))
             .collect();
         let joined = threads.into_iter().map(|thread| match thread.join() {
             Ok(run) => run,
@@ -240,7 +267,7 @@ pub fn run(options: &Options) -> Result<()> {
         fs::write(path, serde_json::to_string_pretty(&all)? + "\n")
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    compare_costs(options, &runs, &suite)?;
+    compare_costs(options, &runs, suite)?;
     let problems: usize = runs.iter().map(Run::problems).sum();
     if problems > 0 {
         bail!("{problems} problems on stock kernels");
@@ -249,7 +276,7 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn run_guest(kernel: Kernel, accel: Accel, suite: &Suite) -> Result<Run> {
-    let found: Unpacked = kernels::find(kernel)?.context("the kernel is gone")?;
+    let found = kernels::get(kernel)?;
     let directory = env::target_dir()?.join("vm/guests").join(kernel.name());
     fs::create_dir_all(&directory)?;
     let initramfs = directory.join("initramfs.cpio");

@@ -1,7 +1,7 @@
 //! The emulator: what it can do here, and one run of a guest.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -37,27 +37,48 @@ impl Accel {
         }
     }
 
-    /// KVM where QEMU can use it: the device may be missing, forbidden, or broken.
-    pub fn best() -> Self {
-        let start = || -> Result<bool> {
-            let mut child = command()
-                .args(["-accel", "kvm", "-machine", "none", "-monitor", "stdio"])
-                .stdin(Stdio::piped())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()?;
-            if let Some(mut stdin) = child.stdin.take() {
-                // It may have ended at once, which its status tells.
-                let _ = stdin.write_all(b"quit\n");
-            }
-            Ok(child.wait()?.success())
-        };
-        if Path::new("/dev/kvm").exists() && start().unwrap_or(false) {
+    /// KVM where a kernel boots under it. The device may be missing, forbidden or broken, as under
+    /// some hypervisors, where guests stand still.
+    pub fn best(kernel: &Path) -> Self {
+        if Path::new("/dev/kvm").exists() && boots(kernel).unwrap_or(false) {
             Self::Kvm
         } else {
             Self::Tcg
         }
     }
+
+    fn arguments(self) -> [&'static str; 6] {
+        let (accel, cpu) = match self {
+            // Hypervisors that host this machine refuse to set the MSR of that feature.
+            Self::Kvm => ("kvm", "host,-arch-capabilities"),
+            Self::Tcg => ("tcg,thread=multi", "max"),
+        };
+        ["-machine", "pc", "-accel", accel, "-cpu", cpu]
+    }
+}
+
+/// True when a kernel comes up under KVM as far as to miss its root file system.
+fn boots(kernel: &Path) -> Result<bool> {
+    const LONG_ENOUGH: Duration = Duration::from_secs(8);
+    let mut command = command();
+    command
+        .args(Accel::Kvm.arguments())
+        .args(["-m", "512", "-no-reboot", "-serial", "stdio", "-kernel"])
+        .arg(kernel)
+        .args(["-append", "console=ttyS0 panic=-1"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    let mut process = Process(command.spawn()?);
+    let stdout = process.0.stdout.take().context("QEMU has no output")?;
+    let lines = lines(stdout);
+    let start = Instant::now();
+    while let Ok(line) = lines.recv_timeout(LONG_ENOUGH.saturating_sub(start.elapsed())) {
+        if line.contains("Kernel panic") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// QEMU with nothing of the user's settings and no devices.
@@ -96,12 +117,8 @@ impl Drop for Process {
 impl Guest {
     fn command(&self) -> Command {
         let mut command = command();
-        let (accel, cpu) = match self.accel {
-            Accel::Kvm => ("kvm", "host"),
-            Accel::Tcg => ("tcg,thread=multi", "max"),
-        };
         command
-            .args(["-machine", "pc", "-accel", accel, "-cpu", cpu])
+            .args(self.accel.arguments())
             .args(["-smp", &self.cpus.to_string()])
             .args(["-m", &self.memory_mib.to_string()])
             .args(["-no-reboot", "-serial"])
