@@ -116,6 +116,9 @@ pub enum CompileError {
     Placement,
 }
 
+/// Looks at a service class under a rule, where rules expire: a few seconds of them.
+const EFFORT: u64 = 1 << 31;
+
 /// Words of any one table that is needed only while compiling: as many as the largest image has.
 const SCRATCH: usize = 1 << 24;
 
@@ -143,7 +146,7 @@ pub fn compile(
     env: &Environment,
     options: &Options,
 ) -> Result<Image, CompileError> {
-    compile_within(policy, env, options, image::largest() as usize)
+    compile_within(policy, env, options, image::largest() as usize, EFFORT)
 }
 
 fn compile_within(
@@ -151,6 +154,7 @@ fn compile_within(
     env: &Environment,
     options: &Options,
     limit: usize,
+    effort: u64,
 ) -> Result<Image, CompileError> {
     settings::check(env, options)?;
     let complex = |classes, service_classes| CompileError::TooComplex {
@@ -185,10 +189,11 @@ fn compile_within(
     let services_at = services.write(&mut writer).map_err(early)?;
     writer.set(header::SERVICES, services_at);
 
-    let rows = rows::build(policy, &denial, &classes, &services, &writer);
+    let rows = rows::build(policy, &denial, &classes, &services, effort, &writer);
     let mut rows = rows.map_err(|refused| match refused {
         Refused::Full(full, rows) => too_large(full, class_count, rows),
         Refused::Timeline(entries) => CompileError::Timeline { entries },
+        Refused::Effort => complex(class_count, services.count),
     })?;
     let row_count = rows.count();
     let late = |full: Full| too_large(full, class_count, row_count);

@@ -71,6 +71,8 @@ pub(super) enum Refused {
     Full(Full, usize),
     /// A timeline would have this many entries, at least.
     Timeline(usize),
+    /// Judging all pairs would take too long.
+    Effort,
 }
 
 /// Why there is no row.
@@ -78,6 +80,7 @@ enum Excess {
     /// It would take this many words more.
     Words(usize),
     Timeline(usize),
+    Effort,
 }
 
 /// A rule in short.
@@ -165,15 +168,19 @@ struct Judge {
     of_service: Vec<u32>,
     /// Where rules expire, the chain behind each verdict.
     chains: Chains,
+    /// Looks at a service class that are left.
+    effort: u64,
 }
 
-/// Builds the row of every pair of behaviours. Where `writer` has no room for rows, exceptions and
+/// Builds the row of every pair of behaviours. Where rules expire, it looks at a service class under
+/// a rule `effort` times in all. Where `writer` has no room for rows, exceptions and
 /// the matrix, it stops at the first excess and says how many rows there were.
 pub(super) fn build(
     policy: &Policy,
     denial: &[Option<u32>],
     classes: &Classes,
     services: &Services,
+    effort: u64,
     writer: &Writer,
 ) -> Result<Rows, Refused> {
     let taken = writer.words().len() + classes.classes.len() * classes.classes.len();
@@ -207,6 +214,7 @@ pub(super) fn build(
             counts: Vec::new(),
             of_service: vec![0; services.count],
             chains: Chains::default(),
+            effort,
         },
     };
     let mut of_sides = Vec::with_capacity(classes.pairs());
@@ -219,6 +227,7 @@ pub(super) fn build(
                     Refused::Full(Full { words }, builder.starts.len())
                 }
                 Excess::Timeline(entries) => Refused::Timeline(entries),
+                Excess::Effort => Refused::Effort,
             })?;
             of_sides.push(row);
         }
@@ -511,8 +520,10 @@ impl Judge {
             return Ok(true);
         };
         let mut excess = None;
+        let mut looks = 0;
         let (chains, of_service) = (&mut self.chains, &mut self.of_service);
         bits::common(self.left.words(), matched.words(), |class| {
+            looks += 1;
             if let Some(chain) = of_service.get_mut(class) {
                 match chains.then(*chain, super::word(rule), verdict, until) {
                     Ok(next) => *chain = next,
@@ -523,6 +534,7 @@ impl Judge {
         if let Some(entries) = excess {
             return Err(Excess::Timeline(entries));
         }
+        self.effort = self.effort.checked_sub(looks).ok_or(Excess::Effort)?;
         if until == NEVER {
             self.left.take(matched, |_| {});
         }

@@ -404,10 +404,10 @@ proptest! {
         };
         let whole = compile(&policy, &env, &options).unwrap();
         let length = whole.words().len();
-        let exact = compile_within(&policy, &env, &options, length);
+        let exact = compile_within(&policy, &env, &options, length, EFFORT);
         prop_assert_eq!(exact.as_ref(), Ok(&whole));
         for limit in [length - 1, length / 2, 100] {
-            let error = compile_within(&policy, &env, &options, limit).unwrap_err();
+            let error = compile_within(&policy, &env, &options, limit, EFFORT).unwrap_err();
             let CompileError::TooLarge { words, limit: said, classes, .. } = error else {
                 panic!("{error}");
             };

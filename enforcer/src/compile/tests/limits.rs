@@ -46,12 +46,19 @@ fn rule_at(image: &Image, port: u16, unix: u64) -> u32 {
     decide(image.words(), &query, unix).rule
 }
 
-fn timelines(image: &Image) -> usize {
+/// Offsets of the timelines, one for each verdict that has one.
+fn timelines(image: &Image) -> Vec<u32> {
     let at = |index: u32| image.words()[index as usize] as usize;
-    let (rows, count) = (at(header::ROWS), at(header::ROW_COUNT));
-    (0..count)
-        .filter(|row| image.words()[rows + 4 * row] & VERDICT_TIMELINE != 0)
-        .count()
+    let rows = image.words()[at(header::ROWS)..][..at(header::ROW_COUNT) * 4].chunks(4);
+    let buckets = at(header::EXCEPTIONS_BUCKETS) * 16;
+    let exceptions = image.words()[at(header::EXCEPTIONS)..][..buckets].chunks(4);
+    let exceptions = exceptions
+        .filter(|slot| slot[0] != EMPTY)
+        .map(|slot| &slot[2..]);
+    rows.chain(exceptions)
+        .filter(|verdict| verdict[0] & VERDICT_TIMELINE != 0)
+        .map(|verdict| verdict[1])
+        .collect()
 }
 
 #[test]
@@ -93,27 +100,42 @@ fn a_rule_that_outlives_the_next_ones_leaves_them_nothing() {
     let plain = falling + "- {name: all, from: [a], to: [any], services: [tcp/1-9]}\n";
     let image = built(&policy(&plain));
     assert_eq!(rule_at(&image, 9, 0), 200);
-    assert_eq!(timelines(&image), 0);
+    assert!(timelines(&image).is_empty());
     let exceptions = image.stats().exceptions;
     let alone = "- {name: all, from: [a], to: [any], services: [tcp/1-9]}\n";
     assert_eq!(exceptions, built(&policy(alone)).stats().exceptions);
 }
 
 #[test]
+fn judging_what_expires_is_bounded() {
+    // The first rule looks at its class of service, the second at that and its own.
+    let policy = policy(&(until(1, 9) + &until(2, 19)));
+    let largest = image::largest() as usize;
+    let (env, options) = (Environment::default(), Options::default());
+    let with = |effort| compile_within(&policy, &env, &options, largest, effort);
+    // Two behaviours as source and one as destination, one of them without rules.
+    assert!(with(3).is_ok());
+    assert_eq!(
+        with(2),
+        Err(CompileError::TooComplex {
+            rules: 2,
+            classes: 2,
+            service_classes: 3
+        })
+    );
+}
+
+#[test]
 fn equal_timelines_are_stored_once() {
-    // Each even port alone: thousands of service stretches, one class, one timeline.
-    let ports: Vec<String> = (0..4_000).map(|n| format!("tcp/{}", 2 * n)).collect();
-    let rule = |expires: &str| {
-        policy(&format!(
-            "- {{name: r, from: [a], to: [any], services: [{}]{expires}}}\n",
-            ports.join(", ")
-        ))
-    };
-    let plain = built(&rule(""));
-    let timed = built(&rule(", expires: 1970-01-02T00:00:00Z"));
-    let more = timed.words().len() - plain.words().len();
-    // Two entries and their number, as an allow and a default deny, and padding.
-    assert!((9..9 + 32).contains(&more), "{more}");
+    let image = built(&policy(
+        "- {name: r, from: [any], to: [any], services: [tcp/1, udp/1], expires: 1970-01-02T00:00:00Z}\n\
+         - {name: s, from: [a], to: [a], services: [tcp/2]}\n\
+         - {name: t, from: [a], to: [any], services: [tcp/3]}\n",
+    ));
+    // Four pairs of classes are four rows, of which `a` guards three.
+    let all = timelines(&image);
+    assert_eq!(all.len(), 4);
+    assert_eq!(all.into_iter().collect::<BTreeSet<_>>().len(), 2);
 }
 
 #[test]
