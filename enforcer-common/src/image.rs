@@ -275,6 +275,18 @@ impl Address {
         }
     }
 
+    /// Upper half of an IPv6 address, else 0.
+    #[inline(always)]
+    pub const fn hi(&self) -> u64 {
+        self.hi
+    }
+
+    /// Lower half of an IPv6 address; an IPv4 address; a class.
+    #[inline(always)]
+    pub const fn lo(&self) -> u64 {
+        self.lo
+    }
+
     /// Whether the address is IPv6.
     #[inline(always)]
     pub const fn is_v6(&self) -> bool {
@@ -508,13 +520,16 @@ pub fn verdict_of<W: Words + ?Sized>(image: &W, row: u32, offset: u32, service: 
 #[inline(always)]
 pub fn at_time<W: Words + ?Sized>(image: &W, offset: u32, unix: u64) -> (u32, u32) {
     let count = image.word(offset);
-    // The first entry that holds longer than `unix`: six halvings of at most 64.
-    let (mut low, mut step) = (0, MAX_TIMELINE / 2);
+    let unix = unix & END;
+    // The first entry that holds longer than `unix`: six halvings of at most 64. Arithmetic
+    // instead of branches, of which the verifier would follow 64 ways.
+    let (mut low, mut step) = (0u32, MAX_TIMELINE / 2);
     while step > 0 {
-        let probe = low + step;
-        if probe < count + 1 && until(image, offset, probe - 1) <= unix {
-            low = probe;
-        }
+        let probe = low.wrapping_add(step);
+        let inside = probe.wrapping_sub(count.wrapping_add(1)) >> 31;
+        let until = until(image, offset, probe.wrapping_sub(1)) & END;
+        let passed = until.wrapping_sub(unix).wrapping_sub(1) >> 63;
+        low = low.wrapping_add(step.wrapping_mul(inside & passed as u32));
         step /= 2;
     }
     let entry = entry_of(offset, low);
@@ -523,6 +538,9 @@ pub fn at_time<W: Words + ?Sized>(image: &W, offset: u32, unix: u64) -> (u32, u3
         image.word(entry.wrapping_add(3)),
     )
 }
+
+/// All bits of a time but the highest: differences of two such numbers have a sign.
+const END: u64 = u64::MAX >> 1;
 
 #[inline(always)]
 const fn entry_of(offset: u32, entry: u32) -> u32 {
@@ -547,9 +565,11 @@ pub fn may_arrive<W: Words + ?Sized>(image: &W, bitmap: u32, slot: u32) -> bool 
 /// Flags and interface bitmap of an address class.
 #[inline(always)]
 pub fn class_info<W: Words + ?Sized>(image: &W, class: u32) -> (u32, u32) {
-    let at = image
-        .word(header::CLASS_INFO)
-        .wrapping_add(class.wrapping_mul(CLASS_INFO_WORDS));
+    let table = image.word(header::CLASS_INFO);
+    if table == 0 {
+        return (0, 0);
+    }
+    let at = table.wrapping_add(class.wrapping_mul(CLASS_INFO_WORDS));
     (image.word(at), image.word(at.wrapping_add(1)))
 }
 

@@ -14,6 +14,7 @@
 #![cfg_attr(not(feature = "user"), forbid(unsafe_code))]
 #![deny(unsafe_code)] // with `user`, pod.rs alone opts out: aya's Pod is an unsafe trait
 
+mod conclude;
 pub mod decide;
 pub mod flow;
 pub mod image;

@@ -76,10 +76,63 @@ pub struct FlowEntry {
     pub generation: u32,
     /// Rule that admitted it, or `u32::MAX`.
     pub rule: u32,
-    /// See `flow::{OPENER_IS_LOW, REPLIED, CLOSING}`.
+    /// See `flow::{OPENER_IS_LOW, REPLIED, CLOSING, TIMED, SESSION}`.
     pub flags: u32,
     /// Selector of the opener's query, which ports alone do not give (ICMP).
     pub selector: u32,
+    /// Boot second in which the session began; meaningful with `flow::SESSION`.
+    pub opened: u32,
+    /// Boot second of the last judgement; meaningful with `flow::TIMED`.
+    pub checked: u32,
+    /// Interface that packets of the high end, of the low end, last came in at; 0: none did.
+    pub arrived: [u32; 2],
+}
+
+/// The key of a fragmented packet on its way through a hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct FragmentKey {
+    source: [u32; 4],
+    destination: [u32; 4],
+    id: u32,
+    /// `hook << 16 | v6 << 8 | protocol` (IPv6: protocol 0, as receivers reassemble).
+    rest: u32,
+}
+
+impl FragmentKey {
+    /// A key from its parts. `protocol` is 0 for IPv6.
+    #[inline(always)]
+    pub const fn new(
+        source: [u32; 4],
+        destination: [u32; 4],
+        id: u32,
+        protocol: u8,
+        v6: bool,
+        egress: bool,
+    ) -> Self {
+        Self {
+            source,
+            destination,
+            id,
+            rest: (egress as u32) << 16 | (v6 as u32) << 8 | protocol as u32,
+        }
+    }
+}
+
+/// What later fragments of a packet whose first one passed need to be judged like it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct FragmentEntry {
+    /// Jiffies when the first fragment passed.
+    pub seen: u64,
+    /// Source port `<< 16 |` destination port.
+    pub ports: u32,
+    /// Selector `<< 16 |` protocol `<< 8 |` TCP flags.
+    pub service: u32,
+    /// How the transport takes part in flows, see `packet::Kind`.
+    pub kind: u32,
+    /// Bytes that the first fragment covers.
+    pub covered: u32,
 }
 
 /// The single value of `CONTROL`, written by the daemon.
@@ -250,8 +303,9 @@ pub mod slot {
 const _: () = {
     assert!(size_of::<FlowKey>() == 40 && align_of::<FlowKey>() == 4);
     assert!(size_of::<FlowKey4>() == 16 && align_of::<FlowKey4>() == 4);
-    assert!(size_of::<FlowEntry>() == 24 && align_of::<FlowEntry>() == 8);
+    assert!(size_of::<FlowEntry>() == 40 && align_of::<FlowEntry>() == 8);
     assert!(offset_of!(FlowEntry, generation) == 8 && offset_of!(FlowEntry, flags) == 16);
+    assert!(size_of::<FragmentKey>() == 40 && size_of::<FragmentEntry>() == 24);
     assert!(size_of::<Control>() == 32 && offset_of!(Control, hz) == 24);
     assert!(size_of::<Interface>() == 8);
     assert!(size_of::<Process>() == 32 && offset_of!(Process, comm) == 16);

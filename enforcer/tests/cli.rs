@@ -136,6 +136,50 @@ fn check_refuses_a_bad_policy_with_exit_code_1() {
 }
 
 #[test]
+fn check_reads_settings_alone_and_with_a_policy() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = policy(dir.path(), POLICY);
+    let settings = dir.path().join("enforcer.yaml");
+    fs::write(
+        &settings,
+        "version: 1\nessentials: {off: [stp]}\nfailsafe: [{name: a, sources: [10.0.0.0/8], ports: [tcp/22]}]\n",
+    )
+    .unwrap();
+    let config = settings.to_str().unwrap();
+    let (code, stdout, stderr) = run(&["check", "--config", config]);
+    assert_eq!((code, stderr.as_str()), (0, ""), "{stdout}");
+    let said = format!("{config}: ok\n  settings: 1 failsafe, 0 ethertypes, essentials off: stp\n");
+    assert_eq!(stdout, said);
+    let (code, stdout, _) = run(&["check", &path, "--config", config]);
+    assert_eq!(code, 0);
+    assert!(
+        stdout.contains("2 segments, 1 rule") && stdout.contains("1 failsafe"),
+        "{stdout}"
+    );
+    let (_, stdout, _) = run(&["check", "--config", config, "-o", "json"]);
+    let report: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(report["settings"]["essentials_off"][0], "stp");
+    assert_eq!(report["summary"], serde_json::Value::Null);
+
+    fs::write(&settings, "version: 1\nessentials: {off: [spt]}\n").unwrap();
+    for arguments in [
+        &["check", "--config", config][..],
+        &["check", &path, "--config", config],
+    ] {
+        let (code, stdout, _) = run(arguments);
+        assert_eq!(code, 1, "{stdout}");
+        assert!(stdout.contains("did you mean `stp`?"), "{stdout}");
+        assert!(stdout.contains("enforcer.yaml:2:20"), "{stdout}");
+    }
+    let (code, stdout, _) = run(&["check", "--config", "/nonexistent/enforcer.yaml"]);
+    assert_eq!(code, 1);
+    assert!(
+        stdout.contains("cannot read /nonexistent/enforcer.yaml"),
+        "{stdout}"
+    );
+}
+
+#[test]
 fn explain_works_offline() {
     let dir = tempfile::tempdir().unwrap();
     let path = policy(dir.path(), POLICY);

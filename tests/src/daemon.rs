@@ -21,14 +21,17 @@ use nix::{
 };
 use serde_json::Value;
 
-use crate::netns::{self, Netns};
+use crate::{
+    netns::{self, Netns},
+    scale,
+};
 
 /// Beyond what a loaded machine takes for anything.
 pub const LONG: Duration = Duration::from_secs(60);
 
 /// Polls until `look` finds something.
 pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
+    let (start, limit) = (Instant::now(), scale::within(limit));
     loop {
         if let Some(found) = look() {
             return found;
@@ -105,6 +108,25 @@ impl<'a> Setup<'a> {
     pub fn with(mut self, arguments: &[&str]) -> Self {
         self.more.extend(arguments.iter().map(|a| (*a).to_owned()));
         self
+    }
+
+    /// With these settings.
+    pub fn with_settings(self, settings: &str) -> Self {
+        self.write_settings(settings);
+        let path = self.settings();
+        self.with(&["--config", path.to_str().unwrap()])
+    }
+
+    /// The file of the daemon's settings.
+    pub fn settings(&self) -> PathBuf {
+        self.directory.path().join("enforcer.yaml")
+    }
+
+    /// Replaces the settings at once.
+    pub fn write_settings(&self, settings: &str) {
+        let new = self.directory.path().join("new-settings");
+        fs::write(&new, settings).unwrap();
+        fs::rename(new, self.settings()).unwrap();
     }
 
     /// Directory of the policy.

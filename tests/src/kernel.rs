@@ -20,7 +20,10 @@ use enforcer::{
 use enforcer_common::{
     image::{SIZE_CLASSES, essential},
     verdict::{Hook, Outcome, Reason},
-    wire::{DENIED_SLOTS, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, Interface},
+    wire::{
+        DENIED_SLOTS, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, FragmentEntry, FragmentKey,
+        Interface,
+    },
 };
 
 static GENERATION: AtomicU32 = AtomicU32::new(1);
@@ -210,18 +213,6 @@ impl Programs {
             .unwrap();
     }
 
-    /// Instructions that the verifier went through for each program that gets attached.
-    pub fn verified_instructions(&mut self) -> Vec<(String, u32)> {
-        self.dataplane
-            .ebpf_mut()
-            .programs()
-            .map(|(name, program)| {
-                let info = program.info().unwrap();
-                (name.to_owned(), info.verified_instruction_count().unwrap())
-            })
-            .collect()
-    }
-
     /// Empties both flow tables.
     pub fn forget_flows(&mut self) {
         fn empty<K: aya::Pod>(map: &mut aya::maps::Map) {
@@ -233,6 +224,12 @@ impl Programs {
         }
         empty::<FlowKey4>(self.dataplane.ebpf_mut().map_mut("FLOWS4").unwrap());
         empty::<FlowKey>(self.dataplane.ebpf_mut().map_mut("FLOWS6").unwrap());
+        let map = self.dataplane.ebpf_mut().map_mut("FRAGMENTS").unwrap();
+        let mut fragments: HashMap<_, FragmentKey, FragmentEntry> = map.try_into().unwrap();
+        let keys: Vec<_> = fragments.keys().filter_map(Result::ok).collect();
+        for key in keys {
+            let _ = fragments.remove(&key);
+        }
     }
 
     /// Runs a frame and finds its counter: exactly one must have moved since the last call, by

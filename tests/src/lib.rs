@@ -13,4 +13,6 @@ pub mod frame;
 pub mod host;
 pub mod kernel;
 pub mod netns;
+pub mod scale;
 pub mod traffic;
+pub mod verifier;

@@ -71,6 +71,7 @@ fn witness(namespace: &Netns, interface: &str) -> Programs {
             ifindex: nix::net::if_::if_nametoindex(interface).unwrap(),
             name: interface.to_owned(),
             link: LinkType::Ethernet,
+            slot: 0,
         };
         programs.dataplane.attach(&interface).unwrap();
     });

@@ -11,9 +11,10 @@ use anyhow::{Result, bail};
 use crate::{env, ui};
 
 /// The modules that must stay pure.
-const PURE: [&str; 3] = [
+const PURE: [&str; 4] = [
     "enforcer-common/src",
     "enforcer/src/policy",
+    "enforcer/src/settings",
     "enforcer/src/compile",
 ];
 

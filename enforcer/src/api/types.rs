@@ -87,6 +87,41 @@ pub struct InterfaceStatus {
     pub enforced: bool,
     /// Why not.
     pub error: Option<String>,
+    /// Number by which `interfaces:` in policies and failsafes know it; 0: unknown to them.
+    #[serde(default)]
+    pub slot: u32,
+    /// `vlan`, `bridge`, `bond`, `veth`, … as the kernel says; `None` for hardware.
+    #[serde(default)]
+    pub kind: Option<String>,
+    /// What it is for: `vlan 20 on eth0`, `port of br0`.
+    #[serde(default)]
+    pub description: Option<String>,
+}
+
+/// What nothing in the policy cuts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailsafeStatus {
+    /// Its name.
+    pub name: String,
+    /// Prefixes that it lets in.
+    pub sources: Vec<String>,
+    /// Ports of this host: `tcp/22`.
+    pub ports: Vec<String>,
+    /// Interfaces that it holds at; empty: any.
+    pub interfaces: Vec<String>,
+}
+
+/// What passes before the policy is asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettingsStatus {
+    /// The file; `None` when there is none and the defaults hold.
+    pub path: Option<String>,
+    /// Flows that nothing in the policy cuts.
+    pub failsafes: Vec<FailsafeStatus>,
+    /// Essential protocols that are switched off.
+    pub essentials_off: Vec<String>,
+    /// Ethertypes that pass besides IP.
+    pub ethertypes: Vec<String>,
 }
 
 /// A packet counter. Socket hooks count calls.
@@ -113,6 +148,16 @@ pub struct EventStatus {
     pub lost: u64,
 }
 
+/// [`EventStatus`] of one hook.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecordStatus {
+    /// `tc_ingress`, `tc_egress`, `connect`, `sendmsg`.
+    pub hook: String,
+    /// What became of its records.
+    #[serde(flatten)]
+    pub events: EventStatus,
+}
+
 /// The answer to `GET /v1/status`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -120,10 +165,16 @@ pub struct Status {
     pub state: State,
     /// Why the state is not [`State::Enforcing`]; one sentence each.
     pub problems: Vec<String>,
+    /// What is not wrong, but not as somebody may think.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// Generation of the policy.
     pub generation: u32,
     /// The policy.
     pub policy: PolicyStatus,
+    /// What passes before it is asked.
+    #[serde(default)]
+    pub settings: SettingsStatus,
     /// Interfaces that are enforced or should be.
     pub interfaces: Vec<InterfaceStatus>,
     /// What the socket hooks do: `refuse`, `observe`, `off`.
@@ -135,6 +186,10 @@ pub struct Status {
     pub counters: Vec<CounterStatus>,
     /// Sums over all hooks.
     pub events: EventStatus,
+    /// The same per hook: `emitted + suppressed + lost` is the number of its packets (socket
+    /// hooks: calls) that were denied or would have been.
+    #[serde(default)]
+    pub records: Vec<RecordStatus>,
     /// Version of the daemon.
     pub version: String,
     /// Process id of the daemon.
@@ -243,6 +298,9 @@ pub struct Denial {
     pub rule: Option<Arc<str>>,
     /// The default deny; for denials of form the default that gives them their strength.
     pub default: Option<Default>,
+    /// What the reason means for this packet, in words, where other fields do not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
     /// Where the rule or the segment is written.
     pub file: Option<Arc<str>>,
     /// 1-based.

@@ -7,9 +7,11 @@ use serde::Serialize;
 use crate::{
     daemon::{
         environment::Host,
+        files::{self, SettingsPath, Sources, Texts},
         load::{self, Loaded, Rejected},
     },
     policy::{Diagnostic, diag, model::Environment},
+    settings::{Settings, essentials_off},
 };
 
 use super::{
@@ -19,9 +21,11 @@ use super::{
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Policy: a directory or one file.
-    #[arg(default_value = DEFAULT_SEGMENTS)]
-    path: PathBuf,
+    /// Policy: a directory or one file (default: /etc/enforcer/segments).
+    path: Option<PathBuf>,
+    /// The daemon's settings, enforcer.yaml, to check as well; without a policy, alone.
+    #[arg(long, value_name = "PATH")]
+    config: Option<PathBuf>,
     /// Form of the output.
     #[arg(short, long, default_value = "text")]
     output: Format,
@@ -32,9 +36,29 @@ struct Report<'a> {
     ok: bool,
     path: String,
     diagnostics: &'a [Diagnostic],
+    settings: Option<&'a SettingsSummary>,
     /// What is wrong beside the diagnostics: no file, too large.
     error: Option<String>,
-    summary: Option<Summary>,
+    summary: Option<&'a Summary>,
+}
+
+#[derive(Serialize)]
+struct SettingsSummary {
+    path: String,
+    failsafes: usize,
+    essentials_off: Vec<&'static str>,
+    ethertypes: usize,
+}
+
+impl SettingsSummary {
+    fn of(path: Option<&PathBuf>, settings: &Settings) -> Option<Self> {
+        Some(Self {
+            path: path?.display().to_string(),
+            failsafes: settings.failsafes.len(),
+            essentials_off: essentials_off(settings.essentials),
+            ethertypes: settings.ethertypes.len(),
+        })
+    }
 }
 
 #[derive(Serialize)]
@@ -76,73 +100,143 @@ pub fn environment() -> Environment {
     Host::read().unwrap_or_default().environment
 }
 
-pub fn run(args: &Args, out: &mut Out) -> Result<Exit, Failure> {
-    let result = load::load(&args.path, &environment());
-    match args.output {
-        Format::Json => json(args, &result, out)?,
-        Format::Text => text(args, &result, out)?,
-    }
-    Ok(if result.is_ok() {
-        Exit::Fine
-    } else {
-        Exit::Policy
+/// What was checked, and is good.
+struct Checked {
+    texts: Texts,
+    warnings: Vec<Diagnostic>,
+    policy: Option<Summary>,
+    settings: Option<SettingsSummary>,
+}
+
+fn check(args: &Args) -> Result<Checked, Rejected> {
+    let settings = args.config.clone().map(|path| SettingsPath {
+        path,
+        required: true,
+    });
+    let segments = match (&args.path, settings) {
+        (None, Some(settings)) => return check_settings(&settings),
+        (None, None) => (PathBuf::from(DEFAULT_SEGMENTS), None),
+        (Some(path), settings) => (path.clone(), settings),
+    };
+    let (segments, settings) = segments;
+    let loaded = load::load(&Sources { segments, settings }, &environment())?;
+    Ok(Checked {
+        policy: Some(Summary::of(&loaded)),
+        settings: SettingsSummary::of(args.config.as_ref(), &loaded.settings),
+        texts: loaded.texts,
+        warnings: loaded.warnings,
     })
 }
 
-fn json(args: &Args, result: &Result<Loaded, Rejected>, out: &mut Out) -> Result<(), Failure> {
-    let path = args.path.display().to_string();
-    let report = match result {
-        Ok(loaded) => Report {
+fn check_settings(path: &SettingsPath) -> Result<Checked, Rejected> {
+    let texts = Texts {
+        policy: Vec::new(),
+        settings: files::load_settings(path).map_err(Rejected::Files)?,
+    };
+    let (settings, warnings) =
+        load::settings(&texts).map_err(|diagnostics| Rejected::Settings {
+            files: texts.all(),
+            diagnostics,
+        })?;
+    Ok(Checked {
+        texts,
+        warnings,
+        policy: None,
+        settings: SettingsSummary::of(Some(&path.path), &settings),
+    })
+}
+
+/// What is named in the output.
+fn subject(args: &Args) -> String {
+    let path = match (&args.path, &args.config) {
+        (Some(path), _) | (None, Some(path)) => path.display().to_string(),
+        (None, None) => DEFAULT_SEGMENTS.to_owned(),
+    };
+    match (&args.path, &args.config) {
+        (Some(_), Some(config)) => format!("{path}, {}", config.display()),
+        _ => path,
+    }
+}
+
+pub fn run(args: &Args, out: &mut Out) -> Result<Exit, Failure> {
+    let result = check(args);
+    let exit = if result.is_ok() {
+        Exit::Fine
+    } else {
+        Exit::Policy
+    };
+    match args.output {
+        Format::Json => json(args, result, out)?,
+        Format::Text => text(args, result, out)?,
+    }
+    Ok(exit)
+}
+
+fn json(args: &Args, result: Result<Checked, Rejected>, out: &mut Out) -> Result<(), Failure> {
+    let path = subject(args);
+    let report = match &result {
+        Ok(checked) => Report {
             ok: true,
             path,
-            diagnostics: &loaded.warnings,
+            diagnostics: &checked.warnings,
+            settings: checked.settings.as_ref(),
             error: None,
-            summary: Some(Summary::of(loaded)),
+            summary: checked.policy.as_ref(),
         },
-        Err(rejected) => {
-            let (diagnostics, error) = match rejected {
-                Rejected::Policy { diagnostics, .. } => (&diagnostics[..], None),
-                Rejected::Files(_) | Rejected::Compile(_) => (&[][..], Some(rejected.summary())),
-            };
-            Report {
-                ok: false,
-                path,
-                diagnostics,
-                error,
-                summary: None,
-            }
-        }
+        Err(rejected) => Report {
+            ok: false,
+            path,
+            diagnostics: rejected.diagnostics(),
+            settings: None,
+            // What diagnostics say need not be said twice.
+            error: Some(rejected.summary()).filter(|_| rejected.diagnostics().is_empty()),
+            summary: None,
+        },
     };
     Ok(out.json(&report)?)
 }
 
-fn text(args: &Args, result: &Result<Loaded, Rejected>, out: &mut Out) -> Result<(), Failure> {
-    let loaded = match result {
-        Ok(loaded) => loaded,
+fn text(args: &Args, result: Result<Checked, Rejected>, out: &mut Out) -> Result<(), Failure> {
+    let checked = match result {
+        Ok(checked) => checked,
         Err(rejected) => {
             out.text(&rejected.render(out.color))?;
-            if let Rejected::Policy { diagnostics, .. } = rejected {
-                let errors = diagnostics
-                    .iter()
-                    .filter(|d| d.severity == crate::policy::Severity::Error)
-                    .count();
+            let errors = rejected.diagnostics().iter();
+            let errors = errors
+                .filter(|d| d.severity == crate::policy::Severity::Error)
+                .count();
+            if errors > 0 {
                 let verdict = out.paint(Hue::Bad, &count(errors, "error"));
-                out.line(format!("\n{}: {verdict}", args.path.display()))?;
+                out.line(format!("\n{}: {verdict}", subject(args)))?;
             }
             return Ok(());
         }
     };
-    if !loaded.warnings.is_empty() {
-        out.text(&diag::render_all(
-            &loaded.warnings,
-            &loaded.files,
-            out.color,
-        ))?;
+    if !checked.warnings.is_empty() {
+        let all = checked.texts.all();
+        out.text(&diag::render_all(&checked.warnings, &all, out.color))?;
         out.line("")?;
     }
-    let summary = Summary::of(loaded);
     let ok = out.paint(Hue::Good, "ok");
-    out.line(format!("{}: {ok}", args.path.display()))?;
+    out.line(format!("{}: {ok}", subject(args)))?;
+    if let Some(summary) = &checked.policy {
+        policy(summary, out)?;
+    }
+    if let Some(settings) = &checked.settings {
+        let off = match &settings.essentials_off[..] {
+            [] => "every essential on".to_owned(),
+            off => format!("essentials off: {}", off.join(", ")),
+        };
+        out.line(format!(
+            "  settings: {}, {}, {off}",
+            count(settings.failsafes, "failsafe"),
+            count(settings.ethertypes, "ethertype"),
+        ))?;
+    }
+    Ok(())
+}
+
+fn policy(summary: &Summary, out: &mut Out) -> Result<(), Failure> {
     let tests = match summary.tests {
         0 => "no tests".to_owned(),
         n => format!("{} passed", count(n, "test")),

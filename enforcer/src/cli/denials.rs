@@ -198,9 +198,14 @@ fn because(denial: &Denial) -> String {
         }
         "default_deny" | "rule_deny" | "unsegmented" => judged,
         "revoked" => format!("revoked: {judged}"),
-        form => format!("{} {guard}", form.replace('_', " "))
-            .trim_end()
-            .to_owned(),
+        form => {
+            let form = form.replace('_', " ");
+            let what = match &denial.detail {
+                Some(detail) => format!("{form}: {}", clean(detail)),
+                None => form,
+            };
+            format!("{what} {guard}").trim_end().to_owned()
+        }
     }
 }
 
@@ -279,6 +284,29 @@ mod tests {
             ..event()
         });
         assert!(unread.ends_with("DENIED  ethertype/0x88cc  ingress gw-guest  ethertype  ×14"));
+    }
+
+    #[test]
+    fn a_reason_that_needs_words_has_them() {
+        let said = |reason: &str, detail: Option<&str>| {
+            text(&Record::Denial(Box::new(Denial {
+                reason: reason.to_owned(),
+                detail: detail.map(str::to_owned),
+                ..denial(&event())
+            })))
+        };
+        let spoofed = said("spoofed", Some("source belongs to segment lab-devices"));
+        assert!(
+            spoofed.contains(
+                "  spoofed: source belongs to segment lab-devices (ehr-db protects inbound)  "
+            ),
+            "{spoofed}"
+        );
+        let unknown = said("of_tomorrow", None);
+        assert!(
+            unknown.contains("  of tomorrow (ehr-db protects inbound)  "),
+            "{unknown}"
+        );
     }
 
     #[test]

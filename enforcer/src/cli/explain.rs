@@ -9,6 +9,7 @@ use crate::{
     },
     daemon::{
         explain::{explain, one_flow},
+        files::Sources,
         load,
     },
 };
@@ -48,7 +49,12 @@ pub fn run(args: &Args, globals: &Globals, out: &mut Out) -> Result<Exit, Failur
     one_flow(&request).map_err(|e| Failure::new(Exit::Usage, e))?;
     let explanation = match &args.segments {
         Some(path) => {
-            let loaded = load::load(path, &environment()).map_err(|rejected| {
+            // Rules are asked, and settings pass packets before them.
+            let sources = Sources {
+                segments: path.clone(),
+                settings: None,
+            };
+            let loaded = load::load(&sources, &environment()).map_err(|rejected| {
                 let text = rejected.render(out.color);
                 let _ = std::io::stderr().write_all(text.as_bytes());
                 Failure::new(Exit::Policy, format!("{} was refused", path.display()))

@@ -21,6 +21,8 @@ use out::Out;
 
 /// Where policies are unless told otherwise.
 const DEFAULT_SEGMENTS: &str = "/etc/enforcer/segments";
+/// Where the daemon's settings are unless told otherwise.
+const DEFAULT_SETTINGS: &str = "/etc/enforcer/enforcer.yaml";
 
 /// Loads the kernel programs: words of an image, debug messages.
 pub type Open = fn(u32, bool) -> Result<Box<dyn Dataplane>, DataplaneError>;

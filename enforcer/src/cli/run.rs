@@ -13,18 +13,24 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    daemon::{self, Config, RunError, netlink, preflight::preflight},
+    daemon::{self, Config, RunError, files::SettingsPath, netlink, preflight::preflight},
     dataplane::SocketHooks,
     policy::pattern::Pattern,
 };
 
-use super::{Exit, Failure, Globals, Open, out};
+use super::{DEFAULT_SETTINGS, Exit, Failure, Globals, Open, out};
+
+const CONFIG_HELP: &str = "Settings of the daemon: essentials, ethertypes, failsafes (default: \
+/etc/enforcer/enforcer.yaml, if it exists)";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Policy: a directory (every *.yaml and *.yml in it) or one file.
     #[arg(long, value_name = "PATH")]
     segments: PathBuf,
+    /// The daemon's own settings: essentials, ethertypes, failsafes.
+    #[arg(long, value_name = "PATH", help = CONFIG_HELP)]
+    config: Option<PathBuf>,
     /// Interfaces to enforce on; `*` and `?` are globs. Those that appear later are enforced, too.
     #[arg(long, value_name = "IF", required = true, value_delimiter = ',')]
     pub interface: Vec<Pattern>,
@@ -70,6 +76,10 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
     })?;
     let config = Config {
         segments: args.segments.clone(),
+        settings: Some(SettingsPath {
+            path: args.config.clone().unwrap_or(DEFAULT_SETTINGS.into()),
+            required: args.config.is_some(),
+        }),
         interfaces: args.interface.clone(),
         socket: globals.socket.clone(),
         socket_hooks,
@@ -95,7 +105,7 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
             let _ = io::stderr().write_all(rejected.render(color).as_bytes());
             Err(Failure::new(
                 Exit::Policy,
-                "the policy was refused; nothing is enforced",
+                format!("{}; nothing is enforced", rejected.headline()),
             ))
         }
         Err(

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use crate::api::{
     client::{Client, ClientError},
-    types::{State, Status, Time},
+    types::{CounterStatus, SettingsStatus, State, Status, Time},
 };
 
 use super::{
@@ -57,6 +57,10 @@ fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
         let mark = out.paint(hue, "!");
         out.line(format!("  {mark} {}", clean(problem)))?;
     }
+    for warning in &status.warnings {
+        let mark = out.paint(Hue::Warn, "-");
+        out.line(format!("  {mark} {}", clean(warning)))?;
+    }
     let policy = &status.policy;
     section(out, "policy", &clean(&policy.path))?;
     field(out, "generation", &status.generation.to_string())?;
@@ -70,12 +74,17 @@ fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
     let error = policy.last_error.as_deref().map(clean);
     field(out, "last error", error.as_deref().unwrap_or("none"))?;
 
+    settings(&status.settings, out)?;
+
     section(out, "interfaces", "")?;
     for interface in &status.interfaces {
-        let state = match &interface.error {
+        let mut state = match &interface.error {
             Some(error) => out.paint(Hue::Bad, &format!("NOT ENFORCED: {}", clean(error))),
             None => interface.hooks.join(", "),
         };
+        if let Some(description) = &interface.description {
+            state.push_str(&format!("  ({})", clean(description)));
+        }
         field(out, &clean(&interface.name), &state)?;
     }
     let mut hooks = status.socket_hooks.clone();
@@ -84,26 +93,16 @@ fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
     }
     field(out, "socket hooks", &hooks)?;
 
+    let (calls, packets): (Vec<_>, Vec<_>) = status.counters.iter().partition(|c| is_call(&c.hook));
     section(out, "packets", "")?;
-    if status.counters.is_empty() {
+    if packets.is_empty() {
         out.line("  none yet")?;
     }
-    for counter in &status.counters {
-        let what = format!("{} ({})", counter.outcome.replace('_', " "), counter.reason);
-        let line = format!(
-            "  {:<12} {:<28} {:>14}",
-            counter.hook, what, counter.packets
-        );
-        let hue = match counter.outcome.as_str() {
-            "denied" => Hue::Bad,
-            "would_deny" => Hue::Warn,
-            _ => Hue::Strong,
-        };
-        out.line(if hue_matters(hue) {
-            out.paint(hue, &line)
-        } else {
-            line
-        })?;
+    counters(&packets, out)?;
+    if !calls.is_empty() {
+        // Not packets: what a call is allowed, TC judges.
+        section(out, "socket calls", "")?;
+        counters(&calls, out)?;
     }
     let events = &status.events;
     section(out, "records of denied packets", "")?;
@@ -119,6 +118,65 @@ fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
     let daemon = format!("{}, pid {}", status.version, status.pid);
     field(out, "version", &daemon)?;
     field(out, "up since", &when(status.started_at))?;
+    Ok(())
+}
+
+/// The socket hooks count system calls.
+fn is_call(hook: &str) -> bool {
+    matches!(hook, "connect" | "sendmsg")
+}
+
+fn counters(counters: &[&CounterStatus], out: &mut Out) -> Result<(), Failure> {
+    for counter in counters {
+        let outcome = counter.outcome.replace('_', " ");
+        let what = match counter.reason.as_str() {
+            "deferred" => "left to the interfaces".to_owned(),
+            reason => format!("{outcome} ({reason})"),
+        };
+        let line = format!(
+            "  {:<12} {:<28} {:>14}",
+            counter.hook, what, counter.packets
+        );
+        let hue = match counter.outcome.as_str() {
+            "denied" => Hue::Bad,
+            "would_deny" => Hue::Warn,
+            _ => Hue::Strong,
+        };
+        out.line(if hue_matters(hue) {
+            out.paint(hue, &line)
+        } else {
+            line
+        })?;
+    }
+    Ok(())
+}
+
+fn settings(settings: &SettingsStatus, out: &mut Out) -> Result<(), Failure> {
+    let path = settings.path.as_deref().map(clean);
+    section(out, "settings", path.as_deref().unwrap_or("(defaults)"))?;
+    if settings.failsafes.is_empty() {
+        field(out, "failsafe", "none")?;
+    }
+    for failsafe in &settings.failsafes {
+        let mut text = format!(
+            "{}: {} from {}",
+            clean(&failsafe.name),
+            failsafe.ports.join(", "),
+            failsafe.sources.join(", ")
+        );
+        if !failsafe.interfaces.is_empty() {
+            let interfaces: Vec<_> = failsafe.interfaces.iter().map(|i| clean(i)).collect();
+            text.push_str(&format!(" at {}", interfaces.join(", ")));
+        }
+        field(out, "failsafe", &text)?;
+    }
+    if !settings.essentials_off.is_empty() {
+        let off = out.paint(Hue::Warn, &settings.essentials_off.join(", "));
+        field(out, "essentials off", &off)?;
+    }
+    if !settings.ethertypes.is_empty() {
+        field(out, "ethertypes", &settings.ethertypes.join(", "))?;
+    }
     Ok(())
 }
 

@@ -1,17 +1,19 @@
 //! The one task that changes anything: policy, interfaces, socket hooks.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, watch as signal},
     time::{MissedTickBehavior, interval},
 };
 
-use crate::policy::{Diagnostic, SourceFile};
+use crate::{clock::Steps, policy::Diagnostic};
 
 use super::{
-    Config, RunError,
+    RunError,
+    clock::Clock,
     environment::Host,
+    files::{Sources, Texts},
     links::Links,
     netlink::Netlink,
     reload::{Ask, Reloads},
@@ -25,29 +27,39 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// The task's state.
 pub struct Control {
-    segments: PathBuf,
+    sources: Sources,
     shared: Arc<Shared>,
     links: Links,
     host: Host,
     reloads: Reloads,
+    clock: Clock,
     hooks_error: Option<String>,
     verify_error: Option<String>,
 }
 
 impl Control {
-    /// `files` are those of the live policy, compiled for `host`.
-    pub fn new(config: &Config, shared: Arc<Shared>, files: Vec<SourceFile>, host: Host) -> Self {
+    /// `texts` are those of the live policy, compiled for `host`, whose interfaces `links` has
+    /// named.
+    pub fn new(
+        sources: Sources,
+        shared: Arc<Shared>,
+        texts: Texts,
+        links: Links,
+        host: Host,
+    ) -> Self {
+        let reloads = Reloads::new(
+            sources.clone(),
+            Arc::clone(&shared),
+            texts,
+            &host.environment,
+        );
         Self {
-            segments: config.segments.clone(),
-            links: Links::new(config.interfaces.clone(), config.socket_hooks),
-            reloads: Reloads::new(
-                config.segments.clone(),
-                Arc::clone(&shared),
-                files,
-                host.environment.clone(),
-            ),
+            sources,
             shared,
+            links,
             host,
+            reloads,
+            clock: Clock::default(),
             hooks_error: None,
             verify_error: None,
         }
@@ -59,6 +71,8 @@ impl Control {
     /// When an interface that exists cannot be enforced, or the socket hooks cannot be attached:
     /// better no start than half a start that nobody notices.
     pub fn start(&mut self) -> Result<(), RunError> {
+        // A rule that has expired must not hold for the first packet.
+        self.clock.refresh(&self.shared.dataplane);
         let host = self.host.clone();
         let statuses = self.links.sync(&self.shared.dataplane, &host);
         if let Some(failed) = statuses.iter().find(|s| !s.enforced && s.ifindex != 0) {
@@ -75,14 +89,8 @@ impl Control {
         }
         self.links
             .sync_hooks(&self.shared.dataplane, &host, false)?;
-        self.shared.note(|board| {
-            board.interfaces = statuses;
-            board
-                .addresses
-                .clone_from(&self.host.environment.host_addresses);
-            board.socket_hooks = self.links.socket_hooks();
-            board.socket_hooks_reason = self.links.hooks_reason();
-        });
+        self.shared.note(|board| board.interfaces = statuses);
+        self.report();
         Ok(())
     }
 
@@ -96,8 +104,12 @@ impl Control {
         reload: &mut mpsc::Receiver<()>,
         stop: &mut signal::Receiver<bool>,
     ) -> io::Result<()> {
-        let mut watch = Watch::new(&self.segments)?;
+        let mut watch = Watch::new(&self.sources)?;
         let mut netlink = Netlink::new()?;
+        // Without it the tick notices.
+        let mut steps = Steps::new()
+            .inspect_err(|error| tracing::warn!(%error, "cannot watch the clock"))
+            .ok();
         // Loading the programs takes a second, in which nobody was watching.
         self.reloads.files_changed();
         let mut tick = interval(TICK);
@@ -124,7 +136,12 @@ impl Control {
                     }
                     Err(error) => broken("cannot listen to rtnetlink", &error).await,
                 },
+                () = step(&mut steps) => {
+                    self.clock.refresh(&self.shared.dataplane);
+                    self.report();
+                }
                 _ = tick.tick() => {
+                    self.clock.refresh(&self.shared.dataplane);
                     watch.repair();
                     self.verify();
                     self.look();
@@ -156,6 +173,8 @@ impl Control {
             }
         };
         self.host = host;
+        let taken = self.reloads.slots();
+        self.host.environment.interfaces = self.links.name(&self.host, &taken);
         let statuses = self.links.sync(&self.shared.dataplane, &self.host);
         let stale = self.reloads.stale();
         let hooks = self
@@ -166,18 +185,43 @@ impl Control {
             if let Some(error) = &error {
                 tracing::error!(error, "cannot set the socket hooks");
             }
-            self.hooks_error.clone_from(&error);
+            self.hooks_error = error;
         }
+        self.shared.note(|board| board.interfaces = statuses);
+        self.report();
+    }
+
+    /// Puts on the board what is known, but for the interfaces.
+    fn report(&self) {
+        let mut warnings = self.links.warnings(&self.host);
+        warnings.extend(self.clock.warning());
+        let problems = [
+            self.hooks_error.clone(),
+            self.verify_error.clone(),
+            self.reloads.problem(),
+            self.links.problem(),
+            self.clock.problem(),
+        ];
         self.shared.note(|board| {
-            board.interfaces = statuses;
             board
                 .addresses
                 .clone_from(&self.host.environment.host_addresses);
             board.socket_hooks = self.links.socket_hooks();
             board.socket_hooks_reason = self.links.hooks_reason();
-            let problems = [error, self.verify_error.clone(), self.reloads.problem()];
+            board.warnings = warnings;
             board.problems = problems.into_iter().flatten().collect();
         });
+    }
+}
+
+/// Waits until somebody sets the clock.
+async fn step(steps: &mut Option<Steps>) {
+    let Some(waiting) = steps else {
+        return std::future::pending().await;
+    };
+    if let Err(error) = waiting.step().await {
+        tracing::warn!(%error, "cannot watch the clock any more");
+        *steps = None;
     }
 }
 

@@ -1,12 +1,6 @@
 //! What the network namespace looks like: interfaces and addresses.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io,
-    net::IpAddr,
-};
-
-use nix::ifaddrs::getifaddrs;
+use std::{collections::BTreeMap, io};
 
 use crate::{
     dataplane::{Interface, LinkType},
@@ -35,7 +29,27 @@ pub struct Link {
     pub up: bool,
     /// Whether it is a loopback.
     pub loopback: bool,
+    /// What rtnetlink calls its kind: `vlan`, `bridge`, `bond`, `veth`; empty for hardware.
+    pub device: String,
+    /// Index of the bridge or bond that it belongs to.
+    pub master: Option<u32>,
+    /// Of VLAN devices.
+    pub vlan: Option<Vlan>,
 }
+
+/// What makes a VLAN device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vlan {
+    /// Index of the link that carries the tagged frames; `None` in another namespace.
+    pub parent: Option<u32>,
+    /// VLAN id.
+    pub vid: u16,
+    /// 802.1ad rather than 802.1Q.
+    pub service_tag: bool,
+}
+
+/// Kinds of devices that switch frames between their ports.
+const BRIDGES: [&str; 2] = ["bridge", "openvswitch"];
 
 impl Link {
     /// Whether packets that a policy judges can pass.
@@ -43,8 +57,13 @@ impl Link {
         !NO_IP.contains(&self.kind)
     }
 
-    /// For the dataplane; `None` when packets of this kind of link cannot be read.
-    pub fn interface(&self) -> Option<Interface> {
+    /// Whether it switches frames between its ports.
+    pub fn is_bridge(&self) -> bool {
+        BRIDGES.contains(&self.device.as_str())
+    }
+
+    /// For the dataplane, in this slot; `None` when packets of this kind of link cannot be read.
+    pub fn interface(&self, slot: u32) -> Option<Interface> {
         let link = if ETHERNET.contains(&self.kind) {
             LinkType::Ethernet
         } else if IP.contains(&self.kind) {
@@ -56,6 +75,7 @@ impl Link {
             ifindex: self.ifindex,
             name: self.name.clone(),
             link,
+            slot,
         })
     }
 }
@@ -71,23 +91,14 @@ pub struct Host {
 
 impl Host {
     /// Asks the kernel, through rtnetlink: of this process's network namespace, wherever `/sys`
-    /// was mounted.
+    /// was mounted. No interface has a slot yet.
     ///
     /// # Errors
-    /// What rtnetlink or `getifaddrs` says.
+    /// What rtnetlink says.
     pub fn read() -> io::Result<Self> {
         // Links first: an address that comes in between belongs to a link of the next look.
-        // Not from getifaddrs: it has no entry for links without a link-layer address (tun,
-        // WireGuard, PPP).
         let links = netlink::links()?;
-        let mut host_addresses = BTreeSet::new();
-        for address in getifaddrs()?.filter_map(|entry| entry.address) {
-            if let Some(address) = address.as_sockaddr_in() {
-                host_addresses.insert(IpAddr::V4(address.ip()));
-            } else if let Some(address) = address.as_sockaddr_in6() {
-                host_addresses.insert(IpAddr::V6(address.ip()));
-            }
-        }
+        let host_addresses = netlink::addresses()?;
         Ok(Self {
             links,
             environment: Environment {
@@ -95,6 +106,16 @@ impl Host {
                 interfaces: BTreeMap::new(),
             },
         })
+    }
+
+    /// The link with this index.
+    pub fn link(&self, ifindex: u32) -> Option<&Link> {
+        self.links.iter().find(|link| link.ifindex == ifindex)
+    }
+
+    /// The bridge or bond that `link` belongs to.
+    pub fn master(&self, link: &Link) -> Option<&Link> {
+        link.master.and_then(|master| self.link(master))
     }
 }
 
@@ -107,7 +128,7 @@ mod tests {
         let host = Host::read().unwrap();
         let lo = host.links.iter().find(|l| l.name == "lo").unwrap();
         assert!(lo.loopback && lo.ifindex > 0);
-        assert_eq!(lo.interface().unwrap().link, LinkType::Ethernet);
+        assert_eq!(lo.interface(0).unwrap().link, LinkType::Ethernet);
     }
 
     #[test]
@@ -118,8 +139,11 @@ mod tests {
             kind,
             up: true,
             loopback: false,
+            device: String::new(),
+            master: None,
+            vlan: None,
         };
-        let type_of = |kind| link(kind).interface().map(|i| i.link);
+        let type_of = |kind| link(kind).interface(7).map(|i| i.link);
         assert_eq!(type_of(1), Some(LinkType::Ethernet));
         assert_eq!(type_of(65534), Some(LinkType::Ip));
         // InfiniBand.

@@ -1,7 +1,7 @@
 //! A dataplane in memory: what the daemon asked for, and records at the test's word.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     io::{Read, Write},
     os::{
         fd::{AsFd, BorrowedFd},
@@ -14,7 +14,9 @@ use enforcer_common::wire::Event;
 
 use crate::{
     compile::Image,
-    dataplane::{Counters, Dataplane, DataplaneError, EventSource, Interface, SocketHooks},
+    dataplane::{
+        Counters, Dataplane, DataplaneError, EventSource, Interface, SocketHooks, WallClock,
+    },
 };
 
 /// What has happened, and what is to happen.
@@ -24,6 +26,13 @@ pub struct Fake {
     pub applied: Vec<(u32, u64)>,
     /// Attached now.
     pub attached: BTreeSet<u32>,
+    /// Slots of those ever attached.
+    pub slots: BTreeMap<u32, u32>,
+    pub vlans: BTreeSet<u64>,
+    /// What happened to interfaces and VLANs, in order.
+    pub log: Vec<String>,
+    pub clock: Option<WallClock>,
+    pub refuse_clock: bool,
     /// Interfaces whose programs somebody takes off before the next look.
     pub stolen: Vec<u32>,
     pub hooks: Option<SocketHooks>,
@@ -79,18 +88,43 @@ impl Dataplane for Handle {
         Ok(())
     }
 
+    fn set_clock(&mut self, clock: WallClock) -> Result<(), DataplaneError> {
+        let mut fake = self.lock();
+        if fake.refuse_clock {
+            return Err(refused("clock"));
+        }
+        let before = fake.clock.map_or(0, |clock| clock.unix_floor);
+        assert!(before <= clock.unix_floor, "a floor that sinks");
+        fake.clock = Some(clock);
+        Ok(())
+    }
+
     fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
         let mut fake = self.lock();
         assert!(!fake.applied.is_empty(), "attached before a policy is live");
         if fake.refuse_attach {
             return Err(refused("attach"));
         }
-        fake.attached.insert(interface.ifindex);
+        if fake.attached.insert(interface.ifindex) {
+            fake.log.push(format!("attach {}", interface.ifindex));
+        }
+        fake.slots.insert(interface.ifindex, interface.slot);
         Ok(())
     }
 
     fn detach(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
-        self.lock().attached.remove(&ifindex);
+        let mut fake = self.lock();
+        fake.attached.remove(&ifindex);
+        fake.log.push(format!("detach {ifindex}"));
+        Ok(())
+    }
+
+    fn set_vlans(&mut self, keys: &BTreeSet<u64>) -> Result<(), DataplaneError> {
+        let mut fake = self.lock();
+        if fake.vlans != *keys {
+            fake.vlans.clone_from(keys);
+            fake.log.push(format!("vlans {keys:x?}"));
+        }
         Ok(())
     }
 

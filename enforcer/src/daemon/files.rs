@@ -1,4 +1,4 @@
-//! Policy files on disk.
+//! Files of the policy and of the settings on disk.
 
 use std::{
     fs::{self, OpenOptions},
@@ -8,6 +8,72 @@ use std::{
 };
 
 use crate::policy::SourceFile;
+
+/// Where policy and settings are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sources {
+    /// Policy: a directory or one file.
+    pub segments: PathBuf,
+    /// Settings, if there may be any.
+    pub settings: Option<SettingsPath>,
+}
+
+/// The file of the daemon's settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SettingsPath {
+    /// Where.
+    pub path: PathBuf,
+    /// Somebody named it: without the file the defaults would not be what they want.
+    pub required: bool,
+}
+
+/// All that was read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Texts {
+    /// Files of the policy.
+    pub policy: Vec<SourceFile>,
+    /// The settings; `None`: the defaults hold.
+    pub settings: Option<SourceFile>,
+}
+
+impl Texts {
+    /// For diagnostics to look lines up in.
+    pub fn all(&self) -> Vec<SourceFile> {
+        self.settings.iter().chain(&self.policy).cloned().collect()
+    }
+}
+
+/// Reads policy and settings.
+///
+/// # Errors
+/// [`FilesError`]; all or nothing.
+pub fn read_all(sources: &Sources) -> Result<Texts, FilesError> {
+    let settings = sources.settings.as_ref();
+    Ok(Texts {
+        policy: load(&sources.segments)?,
+        settings: settings.map(load_settings).transpose()?.flatten(),
+    })
+}
+
+/// Reads settings; `None` when there are none and need not be. Their name is the whole path: a
+/// policy may have a file of the same name.
+///
+/// # Errors
+/// [`FilesError`].
+pub fn load_settings(settings: &SettingsPath) -> Result<Option<SourceFile>, FilesError> {
+    match read(&settings.path) {
+        Ok(text) => Ok(Some(SourceFile {
+            name: settings.path.display().to_string(),
+            text,
+        })),
+        Err(FilesError::Read { source, .. })
+            if source.kind() == io::ErrorKind::NotFound && !settings.required =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
 
 /// Bytes of one policy file.
 const LARGEST: u64 = 4 << 20;
@@ -181,5 +247,26 @@ mod tests {
         assert!(error(&file).contains("larger than 4 MiB"));
         fs::write(&file, b"a: \xff").unwrap();
         assert!(error(&file).contains("offset 3"));
+    }
+
+    #[test]
+    fn settings_may_be_missing_unless_somebody_named_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut settings = SettingsPath {
+            path: dir.path().join("enforcer.yaml"),
+            required: false,
+        };
+        assert_eq!(load_settings(&settings).unwrap(), None);
+        settings.required = true;
+        let error = load_settings(&settings).unwrap_err().to_string();
+        assert!(error.contains("No such file"), "{error}");
+        fs::write(&settings.path, "version: 1").unwrap();
+        let file = load_settings(&settings).unwrap().unwrap();
+        assert_eq!(file.name, settings.path.display().to_string());
+        // One that is there and cannot be read is no missing one.
+        fs::remove_file(&settings.path).unwrap();
+        fs::create_dir(&settings.path).unwrap();
+        settings.required = false;
+        assert!(load_settings(&settings).is_err());
     }
 }

@@ -11,7 +11,11 @@ use crate::{
     events::reader::SharedDataplane,
 };
 
-use super::environment::{Host, Link};
+use super::{
+    environment::{Host, Link},
+    slots::Slots,
+    topology::{self, Tags},
+};
 use crate::policy::pattern::Pattern;
 
 const HOOKS: [&str; 2] = ["tc_ingress", "tc_egress"];
@@ -26,6 +30,10 @@ pub struct Links {
     failed: BTreeMap<u32, String>,
     /// Somebody took the programs off.
     stolen: BTreeSet<u32>,
+    slots: Slots,
+    /// Tags that the kernel leaves to VLAN devices now.
+    tags: Tags,
+    tags_error: Option<String>,
 }
 
 impl Links {
@@ -39,7 +47,47 @@ impl Links {
             attached: BTreeMap::new(),
             failed: BTreeMap::new(),
             stolen: BTreeSet::new(),
+            slots: Slots::default(),
+            tags: Tags::new(),
+            tags_error: None,
         }
+    }
+
+    /// Gives slots to the interfaces that are asked for; answers with their names by slot, as an
+    /// image wants to know them. `taken` are slots that images know already.
+    pub fn name(&mut self, host: &Host, taken: &BTreeSet<u32>) -> BTreeMap<u32, String> {
+        let wanted: BTreeMap<u32, &str> = host
+            .links
+            .iter()
+            .filter(|link| self.wants(link) && link.interface(0).is_some())
+            .map(|link| (link.ifindex, link.name.as_str()))
+            .collect();
+        self.slots.retain(|ifindex| wanted.contains_key(&ifindex));
+        let slots = wanted.into_iter().map(|(ifindex, name)| {
+            let slot = self.slots.give(ifindex, taken);
+            (slot, name.to_owned())
+        });
+        slots.filter(|(slot, _)| *slot != 0).collect()
+    }
+
+    /// What is not wrong, but not as somebody may think.
+    pub fn warnings(&self, host: &Host) -> Vec<String> {
+        let enforced = |ifindex| self.attached.contains_key(&ifindex);
+        let mut warnings = topology::warnings(host, enforced);
+        let without = self.attached.keys().filter(|i| self.slots.of(**i) == 0);
+        match without.count() {
+            0 => {}
+            count => warnings.push(format!(
+                "{count} of the enforced interfaces are unknown to `interfaces:` in policies and \
+                 failsafes, which know 1023"
+            )),
+        }
+        warnings
+    }
+
+    /// Why packets with VLAN tags may be judged in the wrong place.
+    pub fn problem(&self) -> Option<String> {
+        self.tags_error.clone()
     }
 
     /// What the socket hooks do now.
@@ -64,9 +112,37 @@ impl Links {
     /// These interfaces went away, and may have come back without their hooks.
     pub fn removed(&mut self, dataplane: &SharedDataplane, removed: &[u32]) {
         let mut dataplane = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
+        self.take_tags_back(&mut **dataplane, removed);
         for ifindex in removed {
             self.detach(&mut **dataplane, *ifindex);
+            // What comes back may be another one.
+            self.slots.remove(*ifindex);
         }
+    }
+
+    /// Has tags judged on their parents again: before a VLAN device loses its programs.
+    fn take_tags_back(&mut self, dataplane: &mut dyn Dataplane, of: &[u32]) {
+        let mut tags = self.tags.clone();
+        tags.retain(|_, (parent, device)| !of.contains(parent) && !of.contains(device));
+        self.set_tags(dataplane, tags);
+    }
+
+    fn set_tags(&mut self, dataplane: &mut dyn Dataplane, tags: Tags) {
+        if tags == self.tags && self.tags_error.is_none() {
+            return;
+        }
+        match dataplane.set_vlans(&tags.keys().copied().collect()) {
+            Ok(()) => self.tags_error = None,
+            Err(error) => {
+                let error =
+                    format!("cannot say which VLAN tags are judged on VLAN devices: {error}");
+                if self.tags_error.as_ref() != Some(&error) {
+                    tracing::error!("{error}");
+                }
+                self.tags_error = Some(error);
+            }
+        }
+        self.tags = tags;
     }
 
     fn detach(&mut self, dataplane: &mut dyn Dataplane, ifindex: u32) {
@@ -86,7 +162,9 @@ impl Links {
     /// What the dataplane says.
     pub fn verify(&mut self, dataplane: &SharedDataplane) -> Result<(), DataplaneError> {
         let mut dataplane = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
-        for ifindex in dataplane.missing()? {
+        let missing = dataplane.missing()?;
+        self.take_tags_back(&mut **dataplane, &missing);
+        for ifindex in missing {
             if let Err(error) = dataplane.detach(ifindex) {
                 tracing::debug!(ifindex, %error, "cannot detach what is left");
             }
@@ -108,9 +186,13 @@ impl Links {
             .copied()
             .filter(|ifindex| !wanted.iter().any(|l| l.ifindex == *ifindex))
             .collect();
+        self.take_tags_back(&mut **guard, &gone);
         for ifindex in gone {
             self.detach(&mut **guard, ifindex);
         }
+        // A VLAN device may have got another parent, and a parent may have joined a bridge.
+        let tags = topology::tags(host, |ifindex| self.attached.contains_key(&ifindex));
+        self.set_tags(&mut **guard, tags);
         self.stolen
             .retain(|ifindex| wanted.iter().any(|l| l.ifindex == *ifindex));
         self.failed
@@ -119,9 +201,16 @@ impl Links {
             .into_iter()
             .map(|link| {
                 let error = self.attach(&mut **guard, link).err();
-                status(&link.name, link.ifindex, error)
+                InterfaceStatus {
+                    slot: self.slots.of(link.ifindex),
+                    kind: Some(link.device.clone()).filter(|kind| !kind.is_empty()),
+                    description: topology::describe(host, link),
+                    ..status(&link.name, link.ifindex, error)
+                }
             })
             .collect();
+        let tags = topology::tags(host, |ifindex| self.attached.contains_key(&ifindex));
+        self.set_tags(&mut **guard, tags);
         for pattern in self.patterns.iter().filter(|p| p.is_literal()) {
             if !host.links.iter().any(|l| l.name == pattern.as_str()) {
                 let error = Some("no such interface; it is enforced when it appears".to_owned());
@@ -132,11 +221,16 @@ impl Links {
     }
 
     fn attach(&mut self, dataplane: &mut dyn Dataplane, link: &Link) -> Result<(), String> {
+        let interface = link.interface(self.slots.of(link.ifindex));
         if let Some(name) = self.attached.get_mut(&link.ifindex) {
             name.clone_from(&link.name);
-            return Ok(());
+            // Its slot, should it have got one by now.
+            return match interface {
+                Some(interface) => dataplane.attach(&interface).map_err(|e| e.to_string()),
+                None => Ok(()),
+            };
         }
-        let result = match link.interface() {
+        let result = match interface {
             None => Err(format!(
                 "packets of links of type {} cannot be read",
                 link.kind
@@ -227,6 +321,9 @@ fn status(name: &str, ifindex: u32, error: Option<String>) -> InterfaceStatus {
         hooks: hooks.iter().map(|h| (*h).to_owned()).collect(),
         enforced,
         error,
+        slot: 0,
+        kind: None,
+        description: None,
     }
 }
 
@@ -235,7 +332,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
-    use crate::daemon::fake::Handle;
+    use crate::daemon::{environment::Vlan, fake::Handle};
 
     fn link(ifindex: u32, name: &str) -> Link {
         Link {
@@ -248,6 +345,21 @@ mod tests {
             },
             up: true,
             loopback: name == "lo",
+            device: String::new(),
+            master: None,
+            vlan: None,
+        }
+    }
+
+    fn vlan(ifindex: u32, name: &str, parent: u32, vid: u16) -> Link {
+        Link {
+            device: "vlan".to_owned(),
+            vlan: Some(Vlan {
+                parent: Some(parent),
+                vid,
+                service_tag: false,
+            }),
+            ..link(ifindex, name)
         }
     }
 
@@ -354,5 +466,91 @@ mod tests {
         assert_eq!(mode(&open, false), Some(SocketHooks::Refuse));
         assert_eq!(mode(&all, true), Some(SocketHooks::Observe));
         assert_eq!(mode(&all, false), Some(SocketHooks::Refuse));
+    }
+
+    #[test]
+    fn a_tag_goes_to_its_device_after_the_programs_and_back_before() {
+        let (fake, dataplane, mut links) = setup(&["eth*"]);
+        let mut host = host(&[(2, "eth0")]);
+        host.links.push(vlan(3, "eth0.20", 2, 20));
+        links.sync(&dataplane, &host);
+        let log = || std::mem::take(&mut fake.lock().log);
+        assert_eq!(log(), ["attach 2", "attach 3", "vlans {2014}"]);
+        links.sync(&dataplane, &host);
+        assert!(log().is_empty());
+        // Its parent joins a bridge, and leaves it.
+        host.links.push(Link {
+            device: "bridge".to_owned(),
+            ..link(4, "br0")
+        });
+        host.links[0].master = Some(4);
+        links.sync(&dataplane, &host);
+        assert_eq!(log(), ["vlans {}"]);
+        host.links[0].master = None;
+        links.sync(&dataplane, &host);
+        assert_eq!(log(), ["vlans {2014}"]);
+        // Somebody takes the programs off the device; they come back.
+        fake.lock().stolen = vec![3];
+        links.verify(&dataplane).unwrap();
+        assert_eq!(log(), ["vlans {}", "detach 3"]);
+        fake.lock().attached.remove(&3);
+        links.sync(&dataplane, &host);
+        assert_eq!(log(), ["attach 3", "vlans {2014}"]);
+        // Another name, which nobody asked for.
+        host.links[1].name = "guest".to_owned();
+        links.sync(&dataplane, &host);
+        assert_eq!(log(), ["vlans {}", "detach 3"]);
+        host.links[1].name = "eth0.20".to_owned();
+        links.sync(&dataplane, &host);
+        log();
+        links.removed(&dataplane, &[3]);
+        assert_eq!(log(), ["vlans {}", "detach 3"]);
+        // A device that cannot be enforced leaves its tag where it is judged.
+        fake.lock().refuse_attach = true;
+        links.sync(&dataplane, &host);
+        assert!(fake.lock().vlans.is_empty());
+    }
+
+    #[test]
+    fn interfaces_keep_their_slots_and_leave_them_to_images_that_know_them() {
+        let (fake, dataplane, mut links) = setup(&["eth*"]);
+        let none = BTreeSet::new();
+        let both = host(&[(1, "lo"), (2, "eth0"), (3, "eth1")]);
+        let named = links.name(&both, &none);
+        assert_eq!(
+            named,
+            [(1, "eth0".to_owned()), (2, "eth1".to_owned())].into()
+        );
+        let statuses = links.sync(&dataplane, &both);
+        assert_eq!(fake.lock().slots, [(2, 1), (3, 2)].into());
+        assert_eq!(statuses[1].slot, 2);
+        // eth0 is gone, and an image in force knows it as 1.
+        let taken: BTreeSet<u32> = named.into_keys().collect();
+        links.removed(&dataplane, &[2]);
+        let others = host(&[(3, "eth7"), (4, "eth4")]);
+        let named = links.name(&others, &taken);
+        assert_eq!(
+            named,
+            [(2, "eth7".to_owned()), (3, "eth4".to_owned())].into()
+        );
+        links.sync(&dataplane, &others);
+        assert_eq!(fake.lock().slots[&4], 3);
+        let named = links.name(&host(&[(5, "eth5")]), &BTreeSet::from([2, 3]));
+        assert_eq!(named, [(1, "eth5".to_owned())].into());
+    }
+
+    #[test]
+    fn an_interface_beyond_the_last_slot_is_told_and_gets_one_later() {
+        let (fake, dataplane, mut links) = setup(&["eth0"]);
+        let host = host(&[(2, "eth0")]);
+        let all: BTreeSet<u32> = (1..1_024).collect();
+        assert!(links.name(&host, &all).is_empty());
+        links.sync(&dataplane, &host);
+        assert_eq!(fake.lock().slots[&2], 0);
+        assert!(links.warnings(&host)[0].contains("1023"));
+        links.name(&host, &BTreeSet::from([1]));
+        links.sync(&dataplane, &host);
+        assert_eq!(fake.lock().slots[&2], 2);
+        assert!(links.warnings(&host).is_empty());
     }
 }

@@ -1,6 +1,5 @@
-//! From a path to a policy and its image: read, parse, run the policy's own tests, compile.
-
-use std::path::Path;
+//! From paths to a policy, settings and their image: read, parse, run the policy's own tests,
+//! compile.
 
 use crate::{
     compile::{self, CompileError, Image},
@@ -9,17 +8,20 @@ use crate::{
         model::{Environment, Policy},
         reference,
     },
+    settings::{self, Settings},
 };
 
-use super::files::{self, FilesError};
+use super::files::{self, FilesError, Sources, Texts};
 
 /// A policy that may judge packets.
 #[derive(Clone, Debug)]
 pub struct Loaded {
     /// What was read.
-    pub files: Vec<SourceFile>,
+    pub texts: Texts,
     /// What it means.
     pub policy: Policy,
+    /// What passes before it is asked.
+    pub settings: Settings,
     /// What its author should look at.
     pub warnings: Vec<Diagnostic>,
     /// Generation 1; see [`Image::with_generation`].
@@ -38,6 +40,13 @@ pub enum Rejected {
         /// Errors, and warnings beside them.
         diagnostics: Vec<Diagnostic>,
     },
+    /// Mistakes in the settings.
+    Settings {
+        /// What was read.
+        files: Vec<SourceFile>,
+        /// Errors; those of the policy follow, if it has some.
+        diagnostics: Vec<Diagnostic>,
+    },
     /// Too large.
     Compile(CompileError),
 }
@@ -47,8 +56,26 @@ impl Rejected {
     pub fn render(&self, color: bool) -> String {
         match self {
             Self::Files(error) => format!("error: {error}\n"),
-            Self::Policy { files, diagnostics } => diag::render_all(diagnostics, files, color),
+            Self::Policy { files, diagnostics } | Self::Settings { files, diagnostics } => {
+                diag::render_all(diagnostics, files, color)
+            }
             Self::Compile(error) => format!("error: {error}\n"),
+        }
+    }
+
+    /// Errors with their places, and warnings beside them.
+    pub fn diagnostics(&self) -> &[Diagnostic] {
+        match self {
+            Self::Policy { diagnostics, .. } | Self::Settings { diagnostics, .. } => diagnostics,
+            Self::Files(_) | Self::Compile(_) => &[],
+        }
+    }
+
+    /// What happened, in few words.
+    pub fn headline(&self) -> &'static str {
+        match self {
+            Self::Settings { .. } => "the settings were refused",
+            Self::Policy { .. } | Self::Files(_) | Self::Compile(_) => "the policy was refused",
         }
     }
 
@@ -56,13 +83,13 @@ impl Rejected {
     pub fn summary(&self) -> String {
         match self {
             Self::Files(error) => error.to_string(),
-            Self::Policy { diagnostics, .. } => {
+            Self::Policy { diagnostics, .. } | Self::Settings { diagnostics, .. } => {
                 let errors: Vec<_> = diagnostics
                     .iter()
                     .filter(|d| d.severity == policy::Severity::Error)
                     .collect();
                 let Some(first) = errors.first() else {
-                    return "the policy has no errors".to_owned();
+                    return "there are no errors".to_owned();
                 };
                 let more = match errors.len() - 1 {
                     0 => String::new(),
@@ -75,42 +102,111 @@ impl Rejected {
     }
 }
 
-/// Reads and compiles the policy at `path`.
+/// Reads and compiles policy and settings.
 ///
 /// # Errors
 /// [`Rejected`].
-pub fn load(path: &Path, environment: &Environment) -> Result<Loaded, Rejected> {
-    compile(files::load(path).map_err(Rejected::Files)?, environment)
+pub fn load(sources: &Sources, environment: &Environment) -> Result<Loaded, Rejected> {
+    compile(
+        files::read_all(sources).map_err(Rejected::Files)?,
+        environment,
+    )
 }
 
-/// Compiles files that are read already.
+/// The settings in `texts`, and what their author should look at.
+///
+/// # Errors
+/// Their mistakes.
+pub fn settings(texts: &Texts) -> Result<(Settings, Vec<Diagnostic>), Vec<Diagnostic>> {
+    match &texts.settings {
+        Some(file) => settings::parse(file),
+        None => Ok((Settings::default(), Vec::new())),
+    }
+}
+
+/// Compiles what is read already.
 ///
 /// # Errors
 /// [`Rejected`], but [`Rejected::Files`].
-pub fn compile(files: Vec<SourceFile>, environment: &Environment) -> Result<Loaded, Rejected> {
-    let outcome = match policy::parse_with_warnings(&files) {
-        Ok(outcome) => outcome,
-        Err(diagnostics) => return Err(Rejected::Policy { files, diagnostics }),
+pub fn compile(texts: Texts, environment: &Environment) -> Result<Loaded, Rejected> {
+    let outcome = policy::parse_with_warnings(&texts.policy);
+    let (settings, mut warnings) = match settings(&texts) {
+        Ok(settings) => settings,
+        Err(mut diagnostics) => {
+            diagnostics.extend(outcome.err().into_iter().flatten());
+            let files = texts.all();
+            return Err(Rejected::Settings { files, diagnostics });
+        }
     };
+    let refused = |diagnostics| Rejected::Policy {
+        files: texts.all(),
+        diagnostics,
+    };
+    let outcome = outcome.map_err(refused)?;
     // A policy is good or not wherever it is checked: its tests know no host's addresses.
     let failures = reference::run_tests(&outcome.policy, &Environment::default());
     if !failures.is_empty() {
-        let diagnostics = [outcome.warnings, failures].concat();
-        return Err(Rejected::Policy { files, diagnostics });
+        return Err(refused([outcome.warnings, failures].concat()));
     }
-    let image = compile::compile(&outcome.policy, environment, &compile::Options::default())
+    let image = compile::compile(&outcome.policy, environment, &settings.options())
         .map_err(Rejected::Compile)?;
+    warnings.extend(outcome.warnings);
     Ok(Loaded {
-        files,
+        texts,
         policy: outcome.policy,
-        warnings: outcome.warnings,
+        settings,
+        warnings,
         image,
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use enforcer_common::image::{essential, header};
+
     use super::*;
+
+    fn texts(policy: &str, settings: Option<&str>) -> Texts {
+        let file = |name: &str, text: &str| SourceFile {
+            name: name.to_owned(),
+            text: text.to_owned(),
+        };
+        Texts {
+            policy: vec![file("p.yaml", policy)],
+            settings: settings.map(|text| file("/etc/enforcer.yaml", text)),
+        }
+    }
+
+    #[test]
+    fn settings_come_into_the_image() {
+        let policy = "version: 1\nsegments: {a: {members: [{cidr: 10.0.0.0/8}]}}\n";
+        let essentials = |settings| {
+            let loaded = compile(texts(policy, settings), &Environment::default()).unwrap();
+            loaded.image.words()[header::ESSENTIALS as usize]
+        };
+        assert_eq!(essentials(None), essential::ALL);
+        let off = Some("version: 1\nessentials: {off: [arp, nd]}\n");
+        assert_eq!(
+            essentials(off),
+            essential::ALL & !(essential::ARP | essential::ND)
+        );
+    }
+
+    #[test]
+    fn mistakes_of_settings_and_policy_come_together() {
+        let broken = texts("version: 1\nsegmnts: {}\n", Some("version: 2\n"));
+        let rejected = compile(broken, &Environment::default()).unwrap_err();
+        assert_eq!(rejected.headline(), "the settings were refused");
+        let codes: Vec<_> = rejected.diagnostics().iter().map(|d| d.code).collect();
+        assert_eq!(codes, ["E0110", "E0101"]);
+        let summary = rejected.summary();
+        assert!(summary.starts_with("/etc/enforcer.yaml:1: "), "{summary}");
+        let text = rejected.render(false);
+        assert!(
+            text.contains("1 | version: 2") && text.contains("2 | segmnts"),
+            "{text}"
+        );
+    }
 
     #[test]
     fn tests_of_a_policy_know_no_host() {
@@ -123,12 +219,7 @@ rules:
 tests:
   - {from: 192.0.2.7, to: 10.10.1.5, service: tcp/5432, expect: deny}
 ";
-        let files = || {
-            vec![SourceFile {
-                name: "p.yaml".to_owned(),
-                text: text.to_owned(),
-            }]
-        };
+        let files = || texts(text, None);
         let here = Environment {
             host_addresses: ["192.0.2.7".parse().unwrap()].into(),
             ..Environment::default()

@@ -3,6 +3,7 @@
 //!
 //! Must not know: aya, the command line. The kernel comes in as a [`Dataplane`].
 
+pub mod clock;
 pub mod control;
 pub mod environment;
 pub mod explain;
@@ -12,7 +13,9 @@ pub mod load;
 pub mod netlink;
 pub mod preflight;
 pub mod reload;
+pub mod slots;
 pub mod state;
+pub mod topology;
 pub mod watch;
 
 #[cfg(test)]
@@ -21,6 +24,7 @@ mod fake;
 mod tests;
 
 use std::{
+    collections::BTreeSet,
     io,
     path::PathBuf,
     sync::{Arc, PoisonError},
@@ -50,6 +54,8 @@ use crate::{
 use crate::policy::pattern::Pattern;
 use control::Control;
 use environment::Host;
+use files::{SettingsPath, Sources};
+use links::Links;
 use load::Rejected;
 use state::{Live, Shared};
 
@@ -58,6 +64,8 @@ use state::{Live, Shared};
 pub struct Config {
     /// Directory or file.
     pub segments: PathBuf,
+    /// The daemon's own settings.
+    pub settings: Option<SettingsPath>,
     /// Where to enforce.
     pub interfaces: Vec<Pattern>,
     /// Where to listen.
@@ -69,8 +77,8 @@ pub struct Config {
 /// Why the daemon did not start, or stopped. Nothing is enforced then.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The policy is no good.
-    #[error("the policy was refused: {}", .0.summary())]
+    /// The policy is no good, or the settings are.
+    #[error("{}: {}", .0.headline(), .0.summary())]
     Policy(Rejected),
     /// The control socket cannot be had.
     #[error(transparent)]
@@ -111,9 +119,15 @@ pub async fn run(
     mut reload: mpsc::Receiver<()>,
     mut stop: signal::Receiver<bool>,
 ) -> Result<(), RunError> {
-    let host = Host::read().map_err(system("cannot list interfaces"))?;
-    let (segments, environment) = (config.segments.clone(), host.environment.clone());
-    let loading = spawn_blocking(move || load::load(&segments, &environment));
+    let mut host = Host::read().map_err(system("cannot list interfaces"))?;
+    let mut links = Links::new(config.interfaces.clone(), config.socket_hooks);
+    host.environment.interfaces = links.name(&host, &BTreeSet::new());
+    let sources = Sources {
+        segments: config.segments.clone(),
+        settings: config.settings.clone(),
+    };
+    let (from, environment) = (sources.clone(), host.environment.clone());
+    let loading = spawn_blocking(move || load::load(&from, &environment));
     let loaded = tokio::select! {
         // A compiler at work does not hold up the end.
         () = control::stopped(&mut stop) => return Ok(()),
@@ -136,8 +150,13 @@ pub async fn run(
         dataplane,
         Arc::clone(&generations),
         Live {
-            path: config.segments.clone(),
+            path: config.segments,
             policy,
+            settings: Arc::new(loaded.settings),
+            settings_path: config
+                .settings
+                .filter(|_| loaded.texts.settings.is_some())
+                .map(|settings| settings.path),
             image: loaded.image,
             loaded_at: Time::now(),
         },
@@ -157,7 +176,7 @@ pub async fn run(
         None => None,
     };
 
-    let mut control = Control::new(&config, Arc::clone(&shared), loaded.files, host);
+    let mut control = Control::new(sources, Arc::clone(&shared), loaded.texts, links, host);
     control.start()?;
     let live = shared.live();
     tracing::info!(

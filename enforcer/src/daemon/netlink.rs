@@ -1,9 +1,10 @@
-//! rtnetlink: which links there are, and when links or addresses change. A message about a change
+//! rtnetlink: which links and addresses there are, and when they change. A message about a change
 //! is only the reason to look at once ([`super::environment::Host::read`]).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
+    net::IpAddr,
     os::fd::{AsRawFd, OwnedFd},
 };
 
@@ -15,7 +16,7 @@ use nix::{
     },
 };
 
-use super::environment::Link;
+use super::environment::{Link, Vlan};
 use crate::poll::Readable;
 
 /// linux/rtnetlink.h: RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR.
@@ -23,6 +24,8 @@ const GROUPS: u32 = 0x1 | 0x10 | 0x100;
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
+const RTM_NEWADDR: u16 = 20;
+const RTM_GETADDR: u16 = 22;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 /// NLM_F_REQUEST, NLM_F_DUMP.
@@ -34,6 +37,26 @@ const HEADER: usize = 16;
 /// `struct ifinfomsg`.
 const INFO: usize = 16;
 const IFLA_IFNAME: u16 = 3;
+const IFLA_LINK: u16 = 5;
+const IFLA_MASTER: u16 = 10;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
+const IFLA_VLAN_ID: u16 = 1;
+const IFLA_VLAN_PROTOCOL: u16 = 5;
+/// 802.1ad, as IFLA_VLAN_PROTOCOL has it.
+const SERVICE_TAG: [u8; 2] = [0x88, 0xa8];
+/// NLA_TYPE_MASK: what is above are flags.
+const TYPE: u16 = 0x3fff;
+/// `struct ifaddrmsg`.
+const ADDRESS: usize = 8;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+const IFA_FLAGS: u16 = 8;
+const IFA_F_OPTIMISTIC: u32 = 0x04;
+const IFA_F_DADFAILED: u32 = 0x08;
+const IFA_F_TENTATIVE: u32 = 0x40;
 const IFF_UP: u32 = 0x1;
 const IFF_LOOPBACK: u32 = 0x8;
 /// Dumps that links may disturb before the last one is taken as it is.
@@ -106,33 +129,63 @@ impl Netlink {
 /// # Errors
 /// What the socket calls or the kernel say.
 pub fn links() -> io::Result<Vec<Link>> {
+    let links = undisturbed(|links: &mut BTreeMap<u32, Link>| {
+        dump(RTM_GETLINK, INFO, |message| {
+            if message.kind == RTM_NEWLINK
+                && let Some(link) = link(message.body)
+            {
+                links.insert(link.ifindex, link);
+            }
+        })
+    })?;
+    Ok(links.into_values().collect())
+}
+
+/// The addresses of this namespace that are its own: not those that the network may yet refuse, or
+/// has refused (duplicate address detection).
+///
+/// # Errors
+/// What the socket calls or the kernel say.
+pub fn addresses() -> io::Result<BTreeSet<IpAddr>> {
+    undisturbed(|addresses: &mut BTreeSet<IpAddr>| {
+        dump(RTM_GETADDR, ADDRESS, |message| {
+            if message.kind == RTM_NEWADDR {
+                addresses.extend(address(message.body));
+            }
+        })
+    })
+}
+
+/// Asks again until nothing changed meanwhile, as `read` says, or the attempts are used up.
+fn undisturbed<T: Default>(mut read: impl FnMut(&mut T) -> io::Result<bool>) -> io::Result<T> {
     let mut attempt = 1;
     loop {
-        let (links, whole) = dump()?;
-        if whole || attempt == ATTEMPTS {
-            return Ok(links.into_values().collect());
+        let mut found = T::default();
+        if read(&mut found)? || attempt == ATTEMPTS {
+            return Ok(found);
         }
         attempt += 1;
     }
 }
 
-/// The links, and whether they were left alone meanwhile.
-fn dump() -> io::Result<(BTreeMap<u32, Link>, bool)> {
+/// All of a kind, and whether they were left alone meanwhile. The request's body of `length` bytes
+/// is zero: any family.
+fn dump(kind: u16, length: usize, mut take: impl FnMut(&Message<'_>)) -> io::Result<bool> {
     let socket = socket(
         AddressFamily::Netlink,
         SockType::Raw,
         SockFlag::SOCK_CLOEXEC,
         SockProtocol::NetlinkRoute,
     )?;
-    let mut request = Vec::with_capacity(HEADER + INFO);
-    request.extend(((HEADER + INFO) as u32).to_ne_bytes());
-    request.extend(RTM_GETLINK.to_ne_bytes());
+    let mut request = Vec::with_capacity(HEADER + length);
+    request.extend(((HEADER + length) as u32).to_ne_bytes());
+    request.extend(kind.to_ne_bytes());
     request.extend(DUMP.to_ne_bytes());
-    request.resize(HEADER + INFO, 0);
+    request.resize(HEADER + length, 0);
     let kernel = NetlinkAddr::new(0, 0);
     sendto(socket.as_raw_fd(), &request, &kernel, MsgFlags::empty())?;
     let mut buffer = vec![0; 65_536];
-    let (mut links, mut whole) = (BTreeMap::new(), true);
+    let mut whole = true;
     loop {
         let length = match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -143,17 +196,12 @@ fn dump() -> io::Result<(BTreeMap<u32, Link>, bool)> {
         for message in messages(buffer.get(..length).unwrap_or_default()) {
             whole &= message.flags & INTERRUPTED == 0;
             match message.kind {
-                NLMSG_DONE => return Ok((links, whole)),
+                NLMSG_DONE => return Ok(whole),
                 NLMSG_ERROR => {
                     let code = word(message.body, 0).unwrap_or(0).cast_signed();
                     return Err(io::Error::from_raw_os_error(code.wrapping_neg()));
                 }
-                RTM_NEWLINK => {
-                    if let Some(link) = link(message.body) {
-                        links.insert(link.ifindex, link);
-                    }
-                }
-                _ => {}
+                _ => take(&message),
             }
         }
     }
@@ -162,22 +210,97 @@ fn dump() -> io::Result<(BTreeMap<u32, Link>, bool)> {
 /// A link from the body of RTM_NEWLINK.
 fn link(body: &[u8]) -> Option<Link> {
     let flags = word(body, 8)?;
-    let mut attributes = body.get(INFO..)?;
-    let name = loop {
-        let length = usize::from(half(attributes, 0)?).max(4);
-        if half(attributes, 2)? == IFLA_IFNAME {
-            let name = attributes.get(4..length)?;
-            let name = name.split(|b| *b == 0).next().unwrap_or_default();
-            break String::from_utf8_lossy(name).into_owned();
+    let (mut name, mut device, mut data) = (None, String::new(), &[][..]);
+    let (mut master, mut lower, mut elsewhere) = (None, None, false);
+    for (kind, value) in attributes(body.get(INFO..)?) {
+        match kind {
+            IFLA_IFNAME => name = Some(text(value)),
+            IFLA_MASTER => master = word(value, 0).filter(|index| *index != 0),
+            IFLA_LINK => lower = word(value, 0),
+            // Then IFLA_LINK is an index of that namespace.
+            IFLA_LINK_NETNSID => elsewhere = true,
+            IFLA_LINKINFO => {
+                for (kind, value) in attributes(value) {
+                    match kind {
+                        IFLA_INFO_KIND => device = text(value),
+                        IFLA_INFO_DATA => data = value,
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
         }
-        attributes = attributes.get(length.next_multiple_of(4)..)?;
-    };
+    }
+    let vlan = (device == "vlan").then(|| vlan(data, lower.filter(|_| !elsewhere)));
     Some(Link {
         ifindex: word(body, 4)?,
-        name,
+        name: name?,
         kind: half(body, 2)?,
         up: flags & IFF_UP != 0,
         loopback: flags & IFF_LOOPBACK != 0,
+        device,
+        master,
+        vlan: vlan.flatten(),
+    })
+}
+
+/// From IFLA_INFO_DATA of a VLAN device.
+fn vlan(data: &[u8], parent: Option<u32>) -> Option<Vlan> {
+    let (mut vid, mut service_tag) = (None, false);
+    for (kind, value) in attributes(data) {
+        match kind {
+            IFLA_VLAN_ID => vid = half(value, 0),
+            IFLA_VLAN_PROTOCOL => service_tag = value.starts_with(&SERVICE_TAG),
+            _ => {}
+        }
+    }
+    Some(Vlan {
+        parent,
+        vid: vid?,
+        service_tag,
+    })
+}
+
+/// An address of this host from the body of RTM_NEWADDR.
+fn address(body: &[u8]) -> Option<IpAddr> {
+    let mut flags = u32::from(*body.get(2)?);
+    let (mut address, mut local) = (None, None);
+    for (kind, value) in attributes(body.get(ADDRESS..)?) {
+        match kind {
+            IFA_ADDRESS => address = ip(value),
+            // Where there is a peer, IFA_ADDRESS is the peer's.
+            IFA_LOCAL => local = ip(value),
+            IFA_FLAGS => flags = word(value, 0)?,
+            _ => {}
+        }
+    }
+    let tentative = flags & IFA_F_TENTATIVE != 0 && flags & IFA_F_OPTIMISTIC == 0;
+    if tentative || flags & IFA_F_DADFAILED != 0 {
+        return None;
+    }
+    local.or(address)
+}
+
+fn ip(bytes: &[u8]) -> Option<IpAddr> {
+    if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
+        return Some(v4.into());
+    }
+    <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from)
+}
+
+fn text(value: &[u8]) -> String {
+    let text = value.split(|b| *b == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(text).into_owned()
+}
+
+/// Type and value of each attribute. Cut off where the bytes end.
+fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let length = usize::from(half(bytes, 0)?).max(4);
+        let kind = half(bytes, 2)? & TYPE;
+        let value = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
     })
 }
 
@@ -245,5 +368,97 @@ mod tests {
         assert_eq!(removed(&all[..60]), [6; 1]);
         assert!(removed(&[]).is_empty());
         assert!(removed(&[0; 40]).is_empty());
+    }
+
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let mut bytes = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    fn newlink(attributes: &[Vec<u8>]) -> Link {
+        let mut body = vec![0; INFO];
+        body[2] = 1;
+        body[4] = 7;
+        body[8] = 1;
+        link(&[body, attributes.concat()].concat()).unwrap()
+    }
+
+    #[test]
+    fn vlan_devices_know_their_parent_and_ports_their_master() {
+        let name = || attribute(IFLA_IFNAME, b"eth0.20\0");
+        let vlan = |protocol: &[u8]| {
+            let id = attribute(IFLA_VLAN_ID, &20u16.to_ne_bytes());
+            let protocol = attribute(IFLA_VLAN_PROTOCOL, protocol);
+            let kind = attribute(IFLA_INFO_KIND, b"vlan\0");
+            // NLA_F_NESTED, as newer kernels say.
+            let data = attribute(IFLA_INFO_DATA | 0x8000, &[protocol, id].concat());
+            attribute(IFLA_LINKINFO, &[kind, data].concat())
+        };
+        let parent = || attribute(IFLA_LINK, &3u32.to_ne_bytes());
+        let link = newlink(&[name(), parent(), vlan(&[0x81, 0])]);
+        assert_eq!((link.name.as_str(), link.ifindex), ("eth0.20", 7));
+        assert_eq!(
+            (link.device.as_str(), link.master, link.up),
+            ("vlan", None, true)
+        );
+        let expected = Vlan {
+            parent: Some(3),
+            vid: 20,
+            service_tag: false,
+        };
+        assert_eq!(link.vlan, Some(expected));
+        let service = newlink(&[vlan(&SERVICE_TAG), parent(), name()]);
+        assert!(service.vlan.unwrap().service_tag);
+        // The parent is in another namespace.
+        let away = attribute(IFLA_LINK_NETNSID, &0u32.to_ne_bytes());
+        let moved = newlink(&[name(), parent(), away, vlan(&[0x81, 0])]);
+        assert_eq!(moved.vlan.unwrap().parent, None);
+
+        let port = newlink(&[
+            name(),
+            attribute(IFLA_MASTER, &9u32.to_ne_bytes()),
+            parent(),
+        ]);
+        assert_eq!(
+            (port.master, port.vlan, port.device.as_str()),
+            (Some(9), None, "")
+        );
+    }
+
+    #[test]
+    fn addresses_count_once_the_network_has_accepted_them() {
+        let v6: std::net::Ipv6Addr = "fd00::7".parse().unwrap();
+        let (octets, v6) = (v6.octets(), IpAddr::V6(v6));
+        let newaddr = |flags: u32, attributes: &[Vec<u8>]| {
+            let flags = attribute(IFA_FLAGS, &flags.to_ne_bytes());
+            address(
+                &[
+                    vec![10, 64, 0x80, 0, 2, 0, 0, 0],
+                    attributes.concat(),
+                    flags,
+                ]
+                .concat(),
+            )
+        };
+        let own = [attribute(IFA_ADDRESS, &octets)];
+        assert_eq!(newaddr(0x80, &own), Some(v6));
+        assert_eq!(newaddr(0x80 | IFA_F_TENTATIVE, &own), None);
+        assert_eq!(newaddr(IFA_F_TENTATIVE | IFA_F_OPTIMISTIC, &own), Some(v6));
+        assert_eq!(newaddr(0x80 | IFA_F_DADFAILED, &own), None);
+        let peer = [
+            attribute(IFA_ADDRESS, &[10, 0, 0, 2]),
+            attribute(IFA_LOCAL, &[10, 0, 0, 1]),
+        ];
+        assert_eq!(newaddr(0x80, &peer), "10.0.0.1".parse().ok());
+        assert_eq!(address(&[10, 64, 0]), None);
+    }
+
+    #[test]
+    fn the_loopback_has_its_address() {
+        assert!(addresses().unwrap().iter().all(|ip| !ip.is_unspecified()));
+        assert!(links().unwrap().iter().any(|link| link.loopback));
     }
 }

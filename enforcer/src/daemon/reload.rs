@@ -1,7 +1,7 @@
 //! Compiles policies beside the control task, one at a time, and swaps what comes out.
 
 use std::{
-    path::PathBuf,
+    collections::BTreeSet,
     sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
@@ -16,37 +16,39 @@ use crate::{
     compile::{self, CompileError, Image},
     dataplane::DataplaneError,
     policy::{
-        Severity, SourceFile,
+        Severity,
         model::{Environment, Policy},
     },
+    settings::Settings,
 };
 
 use super::{
     control::log_warnings,
-    files,
+    files::{self, Sources, Texts},
     load::{self, Loaded, Rejected},
     state::{Live, Shared},
 };
 
 /// Longer than this the live image may not know an address of this host before it counts as stale.
 const GRACE: Duration = Duration::from_secs(1);
-/// After a failure for the host's new addresses the next attempt comes so much later.
+/// After a failure for the host as it is now the next attempt comes so much later.
 const RETRY: Duration = Duration::from_secs(10);
 const ADDRESSES: &str = "addresses of this host changed";
+const INTERFACES: &str = "interfaces of this host changed";
 
 /// A request to reload, and where the answer goes. The error is for a person.
 pub type Ask = oneshot::Sender<Result<Reloaded, String>>;
 
 /// What is to be compiled, is being compiled, and was.
 pub struct Reloads {
-    segments: PathBuf,
+    sources: Sources,
     shared: Arc<Shared>,
     /// What was tried last, good or bad; `None` when reading it failed.
-    tried: Option<Vec<SourceFile>>,
+    tried: Option<Texts>,
     generation: u32,
-    /// What the live image was compiled for.
+    /// What the live image was compiled for, as far as it depends on it.
     environment: Environment,
-    /// Since when this host is another than that.
+    /// Since when this host has other addresses.
     stale: Option<Instant>,
     /// When the live policy could not be compiled for this host as it is, and why.
     unfit: Option<(Environment, Instant, String)>,
@@ -73,24 +75,60 @@ enum Output {
     /// The files are those that were tried last: an editor's other files change the directory,
     /// too.
     SameFiles,
-    Files(Option<Vec<SourceFile>>, Result<Loaded, Rejected>),
-    /// The live policy, for other addresses.
-    Addresses(Arc<Policy>, Result<Image, CompileError>),
+    Files(Option<Texts>, Box<Result<Loaded, Rejected>>),
+    /// The live policy, for another host.
+    Host(Meaning, Result<Image, CompileError>),
+}
+
+/// What an image is made of.
+#[derive(Clone)]
+struct Meaning {
+    policy: Arc<Policy>,
+    settings: Arc<Settings>,
+    /// Whether the settings come from a file.
+    from_file: bool,
+}
+
+impl Meaning {
+    fn of(live: &Live) -> Self {
+        Self {
+            policy: Arc::clone(&live.policy),
+            settings: Arc::clone(&live.settings),
+            from_file: live.settings_path.is_some(),
+        }
+    }
+
+    /// What their image depends on.
+    fn relevant(&self, environment: &Environment) -> Environment {
+        let mut environment = environment.clone();
+        if !names_interfaces(&self.policy, &self.settings) {
+            environment.interfaces.clear();
+        }
+        environment
+    }
+}
+
+/// Whether an image depends on which interfaces there are: most do not, and need not be made anew
+/// for every container that comes or goes.
+fn names_interfaces(_policy: &Policy, settings: &Settings) -> bool {
+    settings.names_interfaces()
 }
 
 impl Reloads {
-    /// `files` are those of the live policy, compiled for `environment`.
+    /// `texts` are those of the live policy, compiled for `environment`.
     pub fn new(
-        segments: PathBuf,
+        sources: Sources,
         shared: Arc<Shared>,
-        files: Vec<SourceFile>,
-        environment: Environment,
+        texts: Texts,
+        environment: &Environment,
     ) -> Self {
-        let generation = shared.live().image.generation();
+        let live = shared.live();
+        let generation = live.image.generation();
+        let environment = Meaning::of(&live).relevant(environment);
         Self {
-            segments,
+            sources,
             shared,
-            tried: Some(files),
+            tried: Some(texts),
             generation,
             environment,
             stale: None,
@@ -132,40 +170,59 @@ impl Reloads {
     pub fn problem(&self) -> Option<String> {
         let (_, _, error) = self.unfit.as_ref()?;
         Some(format!(
-            "the policy in force does not know the addresses that this host has now: {error}"
+            "the policy in force does not know this host's addresses and interfaces as they are \
+             now: {error}"
         ))
+    }
+
+    /// Slots that the live image, or one that may become it, means.
+    pub fn slots(&self) -> BTreeSet<u32> {
+        let running = self.running.iter().map(|running| &running.environment);
+        std::iter::once(&self.environment)
+            .chain(running)
+            .flat_map(|environment| environment.interfaces.keys().copied())
+            .collect()
     }
 
     /// Starts the next work unless some is running. `now` is the host as it is.
     pub fn step(&mut self, now: &Environment) {
-        if *now == self.environment {
-            (self.stale, self.unfit) = (None, None);
+        let live = Meaning::of(&self.shared.live());
+        let relevant = live.relevant(now);
+        if relevant.host_addresses == self.environment.host_addresses {
+            self.stale = None;
         } else {
             self.stale.get_or_insert_with(Instant::now);
+        }
+        if relevant == self.environment {
+            self.unfit = None;
         }
         if self.running.is_some() {
             return;
         }
         if let Some(wanted) = self.wanted.take() {
-            let segments = self.segments.clone();
+            let sources = self.sources.clone();
             let tried = self.tried.clone().filter(|_| !wanted.always);
             let environment = now.clone();
             self.start(wanted.cause, wanted.asks, now, move || {
-                from_files(&segments, tried.as_deref(), &environment)
+                from_files(&sources, tried.as_ref(), &environment)
             });
             return;
         }
         let tried_for = |(environment, at, _): &(Environment, Instant, String)| {
-            environment == now && at.elapsed() < RETRY
+            *environment == relevant && at.elapsed() < RETRY
         };
-        if self.stale.is_some() && !self.unfit.as_ref().is_some_and(tried_for) {
+        if relevant != self.environment && !self.unfit.as_ref().is_some_and(tried_for) {
+            let cause = if self.stale.is_some() {
+                ADDRESSES
+            } else {
+                INTERFACES
+            };
             // Not the files: they may be broken, or waiting for somebody's word.
-            let policy = Arc::clone(&self.shared.live().policy);
-            let environment = now.clone();
-            self.start(ADDRESSES, Vec::new(), now, move || {
-                let options = compile::Options::default();
-                let image = compile::compile(&policy, &environment, &options);
-                Output::Addresses(policy, image)
+            let environment = relevant.clone();
+            self.start(cause, Vec::new(), &relevant, move || {
+                let options = live.settings.options();
+                let image = compile::compile(&live.policy, &environment, &options);
+                Output::Host(live, image)
             });
         }
     }
@@ -202,9 +259,9 @@ impl Reloads {
         let cause = running.cause;
         let result = match done.0 {
             Ok(Output::SameFiles) => return,
-            Ok(Output::Addresses(policy, image)) => {
+            Ok(Output::Host(meaning, image)) => {
                 let result = match image {
-                    Ok(image) => self.swap(cause, policy, image).await,
+                    Ok(image) => self.swap(cause, meaning, image).await,
                     Err(error) => Err(Failure::Rejected(Rejected::Compile(error))),
                 };
                 self.fitted(running.environment, result);
@@ -212,11 +269,15 @@ impl Reloads {
             }
             Ok(Output::Files(tried, result)) => {
                 self.tried = tried;
-                match result {
+                match *result {
                     Ok(loaded) => {
                         log_warnings(&loaded.warnings);
-                        let policy = Arc::new(loaded.policy);
-                        self.swap(cause, policy, loaded.image).await
+                        let meaning = Meaning {
+                            policy: Arc::new(loaded.policy),
+                            settings: Arc::new(loaded.settings),
+                            from_file: loaded.texts.settings.is_some(),
+                        };
+                        self.swap(cause, meaning, loaded.image).await
                     }
                     Err(rejected) => Err(Failure::Rejected(rejected)),
                 }
@@ -229,11 +290,12 @@ impl Reloads {
                 cause,
                 error = summary,
                 generation = self.shared.live().image.generation(),
-                "policy refused, the one before it stays in force"
+                "refused, what was in force before stays"
             );
             failure.log();
         } else {
-            self.environment = running.environment;
+            let live = Meaning::of(&self.shared.live());
+            self.environment = live.relevant(&running.environment);
         }
         self.shared.note(|board| board.last_error = error);
         let answer = result.map_err(|failure| failure.render());
@@ -250,7 +312,7 @@ impl Reloads {
                 let error = failure.summary();
                 tracing::error!(
                     error,
-                    "the policy in force cannot follow this host's addresses"
+                    "the policy in force cannot follow this host's addresses and interfaces"
                 );
                 self.unfit = Some((environment, Instant::now(), error));
             }
@@ -260,10 +322,17 @@ impl Reloads {
     async fn swap(
         &mut self,
         cause: &'static str,
-        policy: Arc<Policy>,
+        meaning: Meaning,
         image: Image,
     ) -> Result<Reloaded, Failure> {
         let live = self.shared.live();
+        let Meaning {
+            policy,
+            settings,
+            from_file,
+        } = meaning;
+        let settings_path = self.sources.settings.as_ref();
+        let settings_path = settings_path.filter(|_| from_file).map(|s| s.path.clone());
         let generations = &self.shared.generations;
         if image.hash() == live.image.hash() {
             let generation = live.image.generation();
@@ -273,6 +342,8 @@ impl Reloads {
             self.shared.set_live(Live {
                 path: live.path.clone(),
                 policy,
+                settings,
+                settings_path,
                 image: live.image.clone(),
                 loaded_at: live.loaded_at,
             });
@@ -313,6 +384,8 @@ impl Reloads {
         self.shared.set_live(Live {
             path: live.path.clone(),
             policy,
+            settings,
+            settings_path,
             image,
             loaded_at: Time::now(),
         });
@@ -326,15 +399,14 @@ impl Reloads {
 /// What finished work has to say.
 pub struct Done(Result<Output, String>);
 
-fn from_files(
-    segments: &std::path::Path,
-    tried: Option<&[SourceFile]>,
-    environment: &Environment,
-) -> Output {
-    match files::load(segments) {
-        Ok(files) if Some(&*files) == tried => Output::SameFiles,
-        Ok(files) => Output::Files(Some(files.clone()), load::compile(files, environment)),
-        Err(error) => Output::Files(None, Err(Rejected::Files(error))),
+fn from_files(sources: &Sources, tried: Option<&Texts>, environment: &Environment) -> Output {
+    match files::read_all(sources) {
+        Ok(texts) if Some(&texts) == tried => Output::SameFiles,
+        Ok(texts) => {
+            let result = load::compile(texts.clone(), environment);
+            Output::Files(Some(texts), Box::new(result))
+        }
+        Err(error) => Output::Files(None, Box::new(Err(Rejected::Files(error)))),
     }
 }
 
@@ -362,8 +434,9 @@ impl Failure {
     }
 
     fn log(&self) {
-        if let Self::Rejected(Rejected::Policy { diagnostics, .. }) = self {
-            for d in diagnostics.iter().filter(|d| d.severity == Severity::Error) {
+        if let Self::Rejected(rejected) = self {
+            let diagnostics = rejected.diagnostics().iter();
+            for d in diagnostics.filter(|d| d.severity == Severity::Error) {
                 tracing::error!(
                     code = d.code,
                     file = &*d.file,
@@ -375,5 +448,105 @@ impl Failure {
                 );
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, path::PathBuf};
+
+    use super::*;
+    use crate::{daemon::fake::Handle, events::Generations, policy::SourceFile};
+
+    const POLICY: &str = "version: 1\nsegments: {a: {members: [{cidr: 10.0.0.0/8}]}}\n";
+
+    fn reloads(settings: &str) -> Reloads {
+        let file = |name: &str, text: &str| SourceFile {
+            name: name.to_owned(),
+            text: text.to_owned(),
+        };
+        let texts = Texts {
+            policy: vec![file("p.yaml", POLICY)],
+            settings: Some(file("enforcer.yaml", settings)),
+        };
+        let loaded = load::compile(texts.clone(), &Environment::default()).unwrap();
+        let mut dataplane = Handle::default().open(0);
+        dataplane.apply(&loaded.image).unwrap();
+        let live = Live {
+            path: PathBuf::from("p.yaml"),
+            policy: Arc::new(loaded.policy),
+            settings: Arc::new(loaded.settings),
+            settings_path: None,
+            image: loaded.image,
+            loaded_at: Time::now(),
+        };
+        let shared = Shared::new(dataplane, Arc::new(Generations::default()), live);
+        let sources = Sources {
+            segments: PathBuf::from("p.yaml"),
+            settings: None,
+        };
+        Reloads::new(sources, Arc::new(shared), texts, &Environment::default())
+    }
+
+    fn host(interfaces: &[(u32, &str)], addresses: &[&str]) -> Environment {
+        Environment {
+            host_addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
+            interfaces: interfaces
+                .iter()
+                .map(|(slot, name)| (*slot, (*name).to_owned()))
+                .collect(),
+        }
+    }
+
+    /// Whether the host as it is makes work; it is done then.
+    async fn works(reloads: &mut Reloads, now: &Environment) -> bool {
+        reloads.step(now);
+        let works = reloads.running.is_some();
+        if works {
+            let done = reloads.done().await;
+            reloads.finish(done).await;
+        }
+        works
+    }
+
+    #[tokio::test]
+    async fn interfaces_matter_to_those_who_name_them() {
+        let mut plain =
+            reloads("version: 1\nfailsafe: [{name: a, sources: [10.0.0.0/8], ports: [tcp/22]}]\n");
+        assert!(!works(&mut plain, &host(&[(1, "eth0")], &[])).await);
+        assert!(plain.slots().is_empty());
+        assert!(works(&mut plain, &host(&[(1, "eth0")], &["10.0.0.1"])).await);
+        assert!(!works(&mut plain, &host(&[(2, "eth1")], &["10.0.0.1"])).await);
+
+        let mut named = reloads(
+            "version: 1\nfailsafe: [{name: a, sources: [10.0.0.0/8], ports: [tcp/22], interfaces: [eth0]}]\n",
+        );
+        let one = host(&[(1, "eth0")], &[]);
+        assert!(works(&mut named, &one).await);
+        assert!(!works(&mut named, &one).await);
+        assert_eq!(named.slots(), BTreeSet::from([1]));
+        // Another name, and a slot less.
+        assert!(works(&mut named, &host(&[(1, "eth1")], &[])).await);
+        // The slot is taken while an image may come that means it.
+        named.step(&host(&[(2, "eth0")], &[]));
+        assert_eq!(named.slots(), BTreeSet::from([1, 2]));
+        let done = named.done().await;
+        named.finish(done).await;
+        assert_eq!(named.slots(), BTreeSet::from([2]));
+        assert_eq!(
+            named.environment.interfaces,
+            BTreeMap::from([(2, "eth0".to_owned())])
+        );
+    }
+
+    #[tokio::test]
+    async fn other_interfaces_do_not_make_the_addresses_stale() {
+        let mut named = reloads(
+            "version: 1\nfailsafe: [{name: a, sources: [10.0.0.0/8], ports: [tcp/22], interfaces: [eth0]}]\n",
+        );
+        named.step(&host(&[(1, "eth0")], &[]));
+        assert!(named.stale.is_none());
+        named.step(&host(&[(1, "eth0")], &["10.0.0.1"]));
+        assert!(named.stale.is_some());
     }
 }

@@ -9,13 +9,14 @@ use std::{
 
 use crate::{
     api::types::{
-        CounterStatus, EventStatus, ExplainRequest, Explanation, InterfaceStatus, PolicyStatus,
-        State, Status, Time,
+        CounterStatus, EventStatus, ExplainRequest, Explanation, FailsafeStatus, InterfaceStatus,
+        PolicyStatus, RecordStatus, SettingsStatus, State, Status, Time,
     },
     compile::Image,
     dataplane::{Counters, Dataplane, SocketHooks},
     events::{Generations, Store, enrich::Local, reader::SharedDataplane},
     policy::model::Policy,
+    settings::{Settings, essentials_off, ethertype_name},
 };
 
 use super::explain::explain;
@@ -27,6 +28,10 @@ pub struct Live {
     pub path: PathBuf,
     /// Names and lines.
     pub policy: Arc<Policy>,
+    /// What passes before it is asked.
+    pub settings: Arc<Settings>,
+    /// Where they were read; `None`: they are the defaults.
+    pub settings_path: Option<PathBuf>,
     /// What the kernel has.
     pub image: Image,
     /// When the image took effect.
@@ -46,6 +51,8 @@ pub struct Board {
     pub socket_hooks_reason: Option<String>,
     /// Addresses of this host.
     pub addresses: BTreeSet<IpAddr>,
+    /// What somebody should look at.
+    pub warnings: Vec<String>,
     /// Other things that are wrong.
     pub problems: Vec<String>,
     /// Tasks that ended before their time.
@@ -128,6 +135,7 @@ impl Shared {
         Status {
             state,
             problems,
+            warnings: board.warnings,
             generation: live.image.generation(),
             policy: PolicyStatus {
                 path: live.path.display().to_string(),
@@ -137,11 +145,13 @@ impl Shared {
                 loaded_at: live.loaded_at,
                 last_error: board.last_error,
             },
+            settings: settings(&live),
             interfaces: board.interfaces,
             socket_hooks: hooks_name(board.socket_hooks).to_owned(),
             socket_hooks_reason: board.socket_hooks_reason,
             counters: counters.packets.iter().map(counter).collect(),
             events: events(&counters),
+            records: counters.records.iter().map(record).collect(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             started_at: self.started_at,
@@ -176,7 +186,7 @@ fn problems(board: &Board) -> Vec<String> {
     let mut problems = Vec::new();
     if let Some(error) = &board.last_error {
         problems.push(format!(
-            "the policy on disk was refused, the one before it stays in force: {error}"
+            "what is on disk was refused, what was in force before stays: {error}"
         ));
     }
     if board.interfaces.is_empty() {
@@ -188,6 +198,47 @@ fn problems(board: &Board) -> Vec<String> {
     }
     problems.extend(board.problems.iter().chain(&board.ended).cloned());
     problems
+}
+
+fn settings(live: &Live) -> SettingsStatus {
+    let settings = &live.settings;
+    let texts = |list: &[ipnet::IpNet]| list.iter().map(ToString::to_string).collect();
+    let failsafes = settings.failsafes.iter().map(|failsafe| FailsafeStatus {
+        name: failsafe.name.clone(),
+        sources: texts(&failsafe.passes.sources),
+        ports: failsafe.ports(),
+        interfaces: failsafe
+            .passes
+            .interfaces
+            .iter()
+            .map(|pattern| pattern.as_str().to_owned())
+            .collect(),
+    });
+    SettingsStatus {
+        path: live.settings_path.as_ref().map(|p| p.display().to_string()),
+        failsafes: failsafes.collect(),
+        essentials_off: essentials_off(settings.essentials)
+            .into_iter()
+            .map(str::to_owned)
+            .collect(),
+        ethertypes: settings
+            .ethertypes
+            .iter()
+            .copied()
+            .map(ethertype_name)
+            .collect(),
+    }
+}
+
+fn record(count: &crate::dataplane::RecordCount) -> RecordStatus {
+    RecordStatus {
+        hook: count.hook.name().to_owned(),
+        events: EventStatus {
+            emitted: count.emitted,
+            suppressed: count.suppressed,
+            lost: count.lost,
+        },
+    }
 }
 
 fn counter(count: &crate::dataplane::PacketCount) -> CounterStatus {

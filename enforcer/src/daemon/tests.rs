@@ -1,5 +1,7 @@
 //! The whole daemon on a fake dataplane, through its real socket.
 
+mod settings;
+
 use std::{
     fs,
     os::unix::fs::PermissionsExt,
@@ -53,6 +55,7 @@ struct Daemon {
 fn config(dir: &Path) -> Config {
     Config {
         segments: dir.join("segments"),
+        settings: None,
         interfaces: vec!["lo".parse().unwrap()],
         socket: dir.join("run/control.sock"),
         socket_hooks: SocketHooks::Observe,

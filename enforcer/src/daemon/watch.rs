@@ -11,7 +11,7 @@ use std::{
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
 use tokio::time::Instant;
 
-use super::files::is_policy_name;
+use super::files::{Sources, is_policy_name};
 use crate::poll::Readable;
 
 /// A change is reported when nothing more has happened for this long: a save is several events.
@@ -20,11 +20,12 @@ const QUIET: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(1);
 
 /// Watches the directory of a policy; for a single file the directory it is in, since editors
-/// save by renaming another file over it; and the directories of files that links lead to.
+/// save by renaming another file over it; the directory of the settings, if it exists; and the
+/// directories of files that links lead to.
 pub struct Watch {
     readable: Readable,
     inotify: Inotify,
-    policy: PathBuf,
+    sources: Sources,
     watched: BTreeMap<PathBuf, WatchDescriptor>,
     /// The first and the last change that were not reported yet.
     pending: Option<(Instant, Instant)>,
@@ -35,12 +36,12 @@ impl Watch {
     ///
     /// # Errors
     /// When inotify has no instance or watch left, or a directory is gone.
-    pub fn new(policy: &Path) -> io::Result<Self> {
+    pub fn new(sources: &Sources) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         let mut watch = Self {
             readable: Readable::new(&inotify)?,
             inotify,
-            policy: policy.to_owned(),
+            sources: sources.clone(),
             watched: BTreeMap::new(),
             pending: None,
         };
@@ -59,7 +60,7 @@ impl Watch {
             | AddWatchFlags::IN_DELETE_SELF
             | AddWatchFlags::IN_MOVE_SELF
             | AddWatchFlags::IN_ONLYDIR;
-        let directories = directories(&self.policy);
+        let directories = directories(&self.sources);
         for directory in &directories {
             let watch = self.inotify.add_watch(directory, flags)?;
             if self.watched.insert(directory.clone(), watch) != Some(watch) {
@@ -170,7 +171,8 @@ impl Watch {
     }
 }
 
-fn directories(policy: &Path) -> BTreeSet<PathBuf> {
+fn directories(sources: &Sources) -> BTreeSet<PathBuf> {
+    let policy = &sources.segments;
     let parent = |path: &Path| match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
@@ -181,14 +183,19 @@ fn directories(policy: &Path) -> BTreeSet<PathBuf> {
             .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_symlink()))
             .map(|entry| entry.path())
             .filter(|path| is_policy_name(path));
-        (policy.to_owned(), links.collect())
+        (policy.clone(), links.collect())
     } else {
-        (parent(policy), vec![policy.to_owned()])
+        (parent(policy), vec![policy.clone()])
     };
+    let settings = sources.settings.as_ref().map(|settings| &settings.path);
+    // The default path may not exist, and one that was named is missed when it is read.
+    let around = settings.map(|path| parent(path)).filter(|dir| dir.is_dir());
+    let files = files.into_iter().chain(settings.cloned());
     // A link's target may be edited in place.
-    let targets = files.iter().filter_map(|file| file.canonicalize().ok());
+    let targets = files.filter_map(|file| file.canonicalize().ok());
     let mut directories: BTreeSet<PathBuf> = targets.map(|target| parent(&target)).collect();
     directories.insert(first);
+    directories.extend(around);
     directories
 }
 
@@ -197,6 +204,14 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::daemon::files::SettingsPath;
+
+    fn policy(path: &Path) -> Sources {
+        Sources {
+            segments: path.to_owned(),
+            settings: None,
+        }
+    }
 
     async fn changes(watch: &mut Watch) -> bool {
         tokio::time::timeout(Duration::from_secs(2), watch.changed())
@@ -214,7 +229,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("a.yaml");
         fs::write(&file, "1").unwrap();
-        let mut watch = Watch::new(dir.path()).unwrap();
+        let mut watch = Watch::new(&policy(dir.path())).unwrap();
         fs::write(&file, "2").unwrap();
         let start = Instant::now();
         // As select! does while another arm is busy.
@@ -236,7 +251,7 @@ mod tests {
     async fn a_new_file_counts_when_it_is_closed_and_a_link_at_once() {
         use std::io::Write as _;
         let dir = tempfile::tempdir().unwrap();
-        let mut watch = Watch::new(dir.path()).unwrap();
+        let mut watch = Watch::new(&policy(dir.path())).unwrap();
         let mut file = fs::File::create(dir.path().join("a.yaml")).unwrap();
         file.write_all(b"half").unwrap();
         assert!(quiet(&mut watch).await, "half-written");
@@ -256,7 +271,7 @@ mod tests {
         let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let target = other.path().join("target.yaml");
         fs::write(&target, "1").unwrap();
-        let mut watch = Watch::new(dir.path()).unwrap();
+        let mut watch = Watch::new(&policy(dir.path())).unwrap();
         let link = dir.path().join("a.yaml");
         std::os::unix::fs::symlink(&target, &link).unwrap();
         assert!(changes(&mut watch).await, "the link");
@@ -274,7 +289,7 @@ mod tests {
         let file = dir.path().join("a.yaml");
         fs::write(&file, "1").unwrap();
         for path in [dir.path(), &file] {
-            let mut watch = Watch::new(path).unwrap();
+            let mut watch = Watch::new(&policy(path)).unwrap();
             fs::write(&file, "2").unwrap();
             assert!(changes(&mut watch).await, "in place");
             let other = dir.path().join(".a.yaml.new");
@@ -286,5 +301,28 @@ mod tests {
             assert!(changes(&mut watch).await, "after the rename");
             assert!(quiet(&mut watch).await, "nothing happened");
         }
+    }
+
+    #[tokio::test]
+    async fn settings_are_watched_once_their_directory_is_there() {
+        let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let etc = other.path().join("etc");
+        let settings = etc.join("enforcer.yaml");
+        let mut watch = Watch::new(&Sources {
+            settings: Some(SettingsPath {
+                path: settings.clone(),
+                required: false,
+            }),
+            ..policy(dir.path())
+        })
+        .unwrap();
+        assert!(quiet(&mut watch).await);
+        fs::create_dir(&etc).unwrap();
+        watch.repair();
+        assert!(changes(&mut watch).await, "the directory");
+        fs::write(&settings, "version: 1").unwrap();
+        assert!(changes(&mut watch).await, "the file");
+        fs::remove_file(&settings).unwrap();
+        assert!(changes(&mut watch).await, "gone");
     }
 }

@@ -1,7 +1,7 @@
 //! The dataplane in the kernel, through aya: load, attach, swap, read.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     os::fd::{AsFd as _, BorrowedFd},
     time::Duration,
@@ -23,7 +23,7 @@ use enforcer_common::{
     verdict::{COUNTERS, Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::{
         CONTROL_DEBUG, CONTROL_SOCKET_REFUSE, Control, DeniedSlot, Event, INTERFACE_L3,
-        Interface as WireInterface, slot,
+        Interface as WireInterface, VLAN_JUDGED_THERE, slot,
     },
 };
 
@@ -33,12 +33,12 @@ use nix::{
 };
 
 use super::errors::{
-    attach_error, has_errno, io_error, is_already_there, is_gone, load_error, map_error, missing,
-    syscall,
+    attach_error, io_error, is_already_there, is_gone, load_error, map_error, missing, syscall,
 };
+use super::query::{has_program, interface_name};
 use super::{
     Counters, Dataplane, DataplaneError, EventSource, Interface, LinkType, PacketCount,
-    RecordCount, SocketHooks, cgroup, objects, sys,
+    RecordCount, SocketHooks, WallClock, cgroup, objects, sys,
 };
 use crate::compile::Image;
 
@@ -65,12 +65,15 @@ pub struct KernelDataplane {
     image_words: u32,
     control: Control,
     attached: BTreeMap<u32, Attached>,
+    /// Keys in `VLANS`.
+    vlans: BTreeSet<u64>,
     socket_links: Vec<(&'static str, CgroupSockAddrLinkId)>,
     events: Option<RingBuf<MapData>>,
 }
 
 struct Attached {
     name: String,
+    slot: u32,
     links: Vec<(&'static str, SchedClassifierLinkId)>,
 }
 
@@ -117,6 +120,7 @@ impl KernelDataplane {
             image_words,
             control,
             attached: BTreeMap::new(),
+            vlans: BTreeSet::new(),
             socket_links: Vec::new(),
             events,
         };
@@ -200,8 +204,18 @@ impl Dataplane for KernelDataplane {
             .map_err(syscall("swap the live image"))
     }
 
+    fn set_clock(&mut self, clock: WallClock) -> Result<(), DataplaneError> {
+        self.control.unix_floor = clock.unix_floor;
+        self.control.boot_unix_ns = clock.boot_unix_ns;
+        // The kernel copies word by word, the floor first: time stands still before it goes back.
+        self.write_control()
+    }
+
     fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
-        if self.attached.contains_key(&interface.ifindex) {
+        let slot = interface.slot;
+        if let Some(attached) = self.attached.get(&interface.ifindex)
+            && attached.slot == slot
+        {
             return Ok(());
         }
         let flags = match interface.link {
@@ -209,10 +223,15 @@ impl Dataplane for KernelDataplane {
             LinkType::Ip => INTERFACE_L3,
         };
         let mut map: HashMap<_, u32, WireInterface> = typed_mut(&mut self.ebpf, "INTERFACES")?;
-        map.insert(interface.ifindex, WireInterface { flags, slot: 0 }, 0)
+        map.insert(interface.ifindex, WireInterface { flags, slot }, 0)
             .map_err(map_error("write INTERFACES"))?;
+        if let Some(attached) = self.attached.get_mut(&interface.ifindex) {
+            attached.slot = slot;
+            return Ok(());
+        }
         let mut attached = Attached {
             name: interface.name.clone(),
+            slot,
             links: Vec::new(),
         };
         for (name, direction) in TC_PROGRAMS {
@@ -247,6 +266,24 @@ impl Dataplane for KernelDataplane {
         let mut map: HashMap<_, u32, WireInterface> = typed_mut(&mut self.ebpf, "INTERFACES")?;
         let _ = map.remove(&ifindex);
         result
+    }
+
+    fn set_vlans(&mut self, keys: &BTreeSet<u64>) -> Result<(), DataplaneError> {
+        if *keys == self.vlans {
+            return Ok(());
+        }
+        let mut map: HashMap<_, u64, u32> = typed_mut(&mut self.ebpf, "VLANS")?;
+        let old: Vec<u64> = self.vlans.difference(keys).copied().collect();
+        for key in old {
+            map.remove(&key).map_err(map_error("write VLANS"))?;
+            self.vlans.remove(&key);
+        }
+        for key in keys {
+            map.insert(key, VLAN_JUDGED_THERE, 0)
+                .map_err(map_error("write VLANS"))?;
+            self.vlans.insert(*key);
+        }
+        Ok(())
     }
 
     fn missing(&mut self) -> Result<Vec<u32>, DataplaneError> {
@@ -477,27 +514,4 @@ where
 {
     let map = ebpf.map_mut(name).ok_or_else(|| missing(name))?;
     M::try_from(map).map_err(|e| load_error(name, &e))
-}
-
-/// Whether program `id` is among those that see an interface's packets.
-fn has_program(name: &str, direction: TcAttachType, id: u32) -> Result<bool, DataplaneError> {
-    let mut attempts = 3;
-    loop {
-        attempts -= 1;
-        match SchedClassifier::query_tcx(name, direction) {
-            Ok((_, programs)) => return Ok(programs.iter().any(|p| p.id() == id)),
-            // A program of somebody else that went away under the query; or the kernel's word
-            // for none at all.
-            Err(error) if has_errno(&error, libc::ENOENT) && attempts > 0 => {}
-            Err(error) if is_gone(&error) => return Ok(false),
-            Err(error) => {
-                return Err(syscall("query the programs of a link")(io_error(&error)));
-            }
-        }
-    }
-}
-
-fn interface_name(ifindex: u32) -> Option<String> {
-    let name = nix::net::if_::if_indextoname(ifindex).ok()?;
-    name.into_string().ok()
 }

@@ -7,7 +7,10 @@ pub mod cgroup;
 mod errors;
 pub mod kernel;
 mod objects;
+mod query;
 mod sys;
+
+use std::collections::BTreeSet;
 
 use enforcer_common::{
     verdict::{Hook, Outcome, Reason},
@@ -15,6 +18,12 @@ use enforcer_common::{
 };
 
 use crate::compile::Image;
+
+/// The object of the smallest size class, for tests that load it themselves.
+#[cfg(feature = "testing")]
+pub fn smallest_object() -> &'static [u8] {
+    objects::for_words(1).map_or(&[], |(_, object)| object)
+}
 
 /// What the socket hooks do with a call that TC would deny for every local source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,6 +55,17 @@ pub struct Interface {
     pub name: String,
     /// How its packets start.
     pub link: LinkType,
+    /// Its number in the interface bitmaps of images, 1 to 1023; 0: in none.
+    pub slot: u32,
+}
+
+/// What turns time since boot into Unix time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WallClock {
+    /// Unix seconds that the time of rules never goes back behind.
+    pub unix_floor: u64,
+    /// Unix time of the boot in nanoseconds.
+    pub boot_unix_ns: u64,
 }
 
 /// A packet counter.
@@ -157,7 +177,14 @@ pub trait Dataplane: Send {
     /// [`DataplaneError`]; nothing has changed then.
     fn apply(&mut self, image: &Image) -> Result<(), DataplaneError>;
 
-    /// Attaches `tc_ingress` and `tc_egress`; a no-op on an interface that has them.
+    /// Tells the programs the time; before the first image, and when the clock was set.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn set_clock(&mut self, clock: WallClock) -> Result<(), DataplaneError>;
+
+    /// Attaches `tc_ingress` and `tc_egress`; of an interface that has them only the slot is
+    /// written anew.
     ///
     /// # Errors
     /// [`DataplaneError::Attach`]; neither hook stays attached then.
@@ -168,6 +195,13 @@ pub trait Dataplane: Send {
     /// # Errors
     /// [`DataplaneError::Syscall`].
     fn detach(&mut self, ifindex: u32) -> Result<(), DataplaneError>;
+
+    /// Leaves packets with these tags, and no others, to the programs on their VLAN device; see
+    /// [`enforcer_common::wire::vlan_key`]. The caller sees to it that the device has programs.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`]; call it again.
+    fn set_vlans(&mut self, keys: &BTreeSet<u64>) -> Result<(), DataplaneError>;
 
     /// Asks the kernel which of the interfaces that were attached lack a program of ours: taken off
     /// by others, or gone with the interface. [`Dataplane::detach`] forgets them.

@@ -12,9 +12,10 @@ use enforcer_common::{
     wire::{Event, Process},
 };
 
-use super::{Generations, cgroups::Cgroups};
+use super::{Generations, cgroups::Cgroups, detail::detail};
 use crate::{
     api::types::{Default as DenyDefault, Denial, ProcessInfo, Time, Verdict},
+    clock::Sample,
     policy::model::{Origin, Policy, Protect, RuleId, SegmentId},
 };
 
@@ -24,31 +25,27 @@ const CACHED_ADDRESSES: usize = 16_384;
 /// Sorted names of the segments of an address.
 pub type Names = Arc<[Arc<str>]>;
 
-/// Wall-clock time minus time since boot. Sampled anew for each batch: the wall clock may step.
+/// Wall-clock time beside time since boot. Sampled anew for each batch: the wall clock may step.
 #[derive(Clone, Copy, Debug)]
-pub struct Clock {
-    offset: i128,
-    /// Nanoseconds since boot when it was sampled.
-    pub boottime: u64,
-}
+pub struct Clock(Sample);
 
 impl Clock {
-    /// The offset now.
+    /// Both now.
     ///
     /// # Errors
     /// What `clock_gettime` says.
-    pub fn sample() -> nix::Result<Self> {
-        let boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)?;
-        let boot = i128::from(boot.tv_sec()) * 1_000_000_000 + i128::from(boot.tv_nsec());
-        Ok(Self {
-            offset: jiff::Timestamp::now().as_nanosecond() - boot,
-            boottime: u64::try_from(boot).unwrap_or(0),
-        })
+    pub fn sample() -> std::io::Result<Self> {
+        Sample::now().map(Self)
+    }
+
+    /// Nanoseconds since boot when it was sampled.
+    pub fn boottime(self) -> u64 {
+        self.0.boottime
     }
 
     /// Nanoseconds since boot as wall-clock time.
     pub fn wall(self, boottime: u64) -> Time {
-        let nanos = self.offset + i128::from(boottime);
+        let nanos = self.0.unix(boottime);
         jiff::Timestamp::from_nanosecond(nanos).map_or_else(|_| Time::now(), Time)
     }
 }
@@ -169,6 +166,10 @@ impl Enricher {
         };
         let from_segments = names(addresses.map(|(source, _)| source));
         let to_segments = names(addresses.map(|(_, destination)| destination));
+        let source = addresses.map(|(source, _)| source);
+        let detail = policy
+            .as_ref()
+            .and_then(|policy| detail(policy, event.reason().name(), event.rule, source));
         let transport = matches!(event.protocol, 6 | 17 | 132) && addresses.is_some();
         let port = |port: u16| transport.then_some(port);
         let icmp = matches!(event.protocol, 1 | 58) && addresses.is_some();
@@ -183,6 +184,7 @@ impl Enricher {
             reason: event.reason().name().to_owned(),
             rule: why.rule,
             default: why.default,
+            detail,
             file: why.file,
             line: why.line,
             from_segments,
@@ -458,6 +460,25 @@ pub(crate) mod tests {
             "packets": 14, "generation": 1,
         });
         assert_eq!(json, expected);
+    }
+
+    #[test]
+    fn times_are_right_after_the_clock_was_set() {
+        let at = |boot_unix: i128| {
+            let clock = Clock(Sample {
+                boottime: 7_000_000_000,
+                boot_unix,
+            });
+            let event = Event {
+                time: 5_000_000_000,
+                ..event()
+            };
+            enricher().denial(&event, 1, clock).time.to_string()
+        };
+        let year = 365 * 86_400 * 1_000_000_000;
+        assert_eq!(at(0), "1970-01-01T00:00:05.000Z");
+        assert_eq!(at(year), "1971-01-01T00:00:05.000Z");
+        assert_eq!(at(-year), "1969-01-01T00:00:05.000Z");
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! Must not know: HTTP, the command line.
 
 pub mod cgroups;
+pub mod detail;
 pub mod enrich;
 pub mod generations;
 pub mod reader;

@@ -112,7 +112,7 @@ impl Reader {
                 // The kernel notes the time of records, not of packets in a count. These came
                 // since the last scan.
                 if let Ok(clock) = Clock::sample() {
-                    running.iter_mut().for_each(|e| e.time = clock.boottime);
+                    running.iter_mut().for_each(|e| e.time = clock.boottime());
                 }
                 self.record(&mut running);
                 self.losses(&counters);

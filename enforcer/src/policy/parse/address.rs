@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use crate::policy::{diag::shown, model::AddrRange};
 
 /// What is wrong with an address: code, message, help.
-pub(super) type Problem = (&'static str, String, Option<String>);
+pub(crate) type Problem = (&'static str, String, Option<String>);
 
 fn problem(code: &'static str, message: String) -> Problem {
     (code, message, None)
@@ -41,7 +41,7 @@ pub(super) fn address(text: &str) -> Result<IpAddr, Problem> {
 }
 
 /// `address/length`, no host bits set.
-pub(super) fn prefix(text: &str) -> Result<AddrRange, Problem> {
+pub(crate) fn prefix(text: &str) -> Result<AddrRange, Problem> {
     let Some((base, length)) = text.split_once('/') else {
         let help = match text.parse::<IpAddr>() {
             Ok(ip) => format!(

@@ -18,7 +18,7 @@ const MAX_SHOWN: usize = 200;
 
 /// A file of the policy: its name, and its place among the others.
 #[derive(Clone, Debug)]
-pub(super) struct File {
+pub(crate) struct File {
     pub index: usize,
     pub name: Arc<str>,
 }
@@ -48,7 +48,7 @@ impl File {
 
 /// What was found so far.
 #[derive(Default)]
-pub(super) struct Findings {
+pub(crate) struct Findings {
     list: Vec<(usize, Diagnostic)>,
     errors: usize,
     warnings: usize,
@@ -252,7 +252,7 @@ impl Findings {
 }
 
 /// The known keys of a mapping.
-pub(super) struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     /// Where the mapping starts.
     pub span: Span,
     what: &'static str,

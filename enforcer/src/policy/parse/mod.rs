@@ -4,17 +4,17 @@
 //! that is not YAML is left out and reported; the others are still checked. `docs/policy.md` is the
 //! language as users read it.
 
-mod address;
+pub(crate) mod address;
 mod catalogue;
-mod context;
+pub(crate) mod context;
 mod groups;
 mod lower;
-mod names;
+pub(crate) mod names;
 mod overlap;
-mod raw;
+pub(crate) mod raw;
 mod rules;
 mod segments;
-mod services;
+pub(crate) mod services;
 mod time;
 
 pub use catalogue::{CATALOGUE, describe};

@@ -9,7 +9,7 @@ pub(super) const BUILTINS: [&str; 4] = ["any", "unsegmented", "host", "multicast
 const YAML_WORDS: [&str; 3] = ["null", "true", "false"];
 
 /// Checks `[a-z0-9][a-z0-9-]{0,62}` and reserved words; `Err` says why, and what to write.
-pub(super) fn check(name: &str) -> Result<(), (&'static str, String, Option<String>)> {
+pub(crate) fn check(name: &str) -> Result<(), (&'static str, String, Option<String>)> {
     if BUILTINS.contains(&name) || YAML_WORDS.contains(&name) {
         let message = format!("{} is a reserved word and cannot be declared", shown(name));
         return Err(("E0112", message, None));
@@ -35,7 +35,7 @@ pub(super) fn check(name: &str) -> Result<(), (&'static str, String, Option<Stri
 }
 
 /// The candidate closest to `word`, if it is close enough to be a slip of the pen.
-pub(super) fn closest<'a>(
+pub(crate) fn closest<'a>(
     word: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {

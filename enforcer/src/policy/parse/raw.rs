@@ -18,14 +18,14 @@ const MAX_NODES: usize = 200_000;
 
 /// A value and its place.
 #[derive(Clone, Debug)]
-pub(super) struct Node {
+pub(crate) struct Node {
     pub span: Span,
     pub value: Value,
 }
 
 /// The shapes that YAML has.
 #[derive(Clone, Debug)]
-pub(super) enum Value {
+pub(crate) enum Value {
     /// Text as written, escapes resolved. `plain` when not quoted.
     Scalar {
         text: String,
@@ -38,7 +38,7 @@ pub(super) enum Value {
 
 /// A mapping's key.
 #[derive(Clone, Debug)]
-pub(super) struct Key {
+pub(crate) struct Key {
     pub span: Span,
     pub text: String,
 }
@@ -72,7 +72,7 @@ impl Node {
 type Refusal = Box<Diagnostic>;
 
 /// Reads one file; `Ok(None)` when it holds nothing but comments.
-pub(super) fn read(file: &SourceFile) -> Result<Option<Node>, Refusal> {
+pub(crate) fn read(file: &SourceFile) -> Result<Option<Node>, Refusal> {
     let lines: Vec<&str> = file.text.lines().collect();
     let widths = lines
         .iter()

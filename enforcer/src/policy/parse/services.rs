@@ -16,7 +16,7 @@ use crate::policy::{
 };
 
 /// `any`, a literal such as `tcp/5432`, or a catalogue name. `Ok(None)`: a name that is neither.
-pub(super) fn literal_or_catalogue(text: &str) -> Result<Option<Vec<Service>>, Problem> {
+pub(crate) fn literal_or_catalogue(text: &str) -> Result<Option<Vec<Service>>, Problem> {
     if text == "any" {
         return Ok(Some(vec![Service::Any]));
     }
@@ -71,7 +71,7 @@ fn advice(word: &str, rest: &str) -> String {
 }
 
 /// Help for a name that is no service at all; `known` are the user's own.
-pub(super) fn unknown_name_help<'a>(
+pub(crate) fn unknown_name_help<'a>(
     text: &str,
     known: impl IntoIterator<Item = &'a str>,
 ) -> Option<String> {
