@@ -16,6 +16,7 @@ mod bits;
 mod image;
 mod intern;
 mod intervals;
+mod key;
 mod local;
 mod marks;
 mod rows;
