@@ -13,4 +13,7 @@ pub mod frame;
 pub mod host;
 pub mod kernel;
 pub mod netns;
+pub mod nft;
+pub mod seen;
 pub mod traffic;
+pub mod wire;
