@@ -17,7 +17,8 @@ use enforcer_common::{
     decide::Decision,
     flow::{Clock, FlowSlot, FlowTable},
     judge,
-    packet::{self, Link, Packet},
+    packet::{self, Bytes, Link, Packet},
+    verdict::Reason,
     wire::{FlowEntry, FlowKey},
 };
 
@@ -88,6 +89,36 @@ impl FlowTable for HashFlows {
     }
 }
 
+/// What came of one packet.
+pub struct Seen {
+    /// As far as it was read.
+    pub packet: Packet,
+    pub form: Result<(), Reason>,
+    pub decision: Decision,
+}
+
+/// The whole path of one packet at the time `now`, with nothing kept but `flows`.
+pub fn judge_on<B: Bytes + ?Sized>(
+    image: &Image,
+    flows: &HashFlows,
+    now: u64,
+    link: &Link,
+    bytes: &B,
+) -> Seen {
+    let clock = Clock { now, hz: HZ };
+    let mut packet = Packet::EMPTY;
+    let form = packet::parse(bytes, link, &mut packet);
+    let decision = match form {
+        Ok(()) => judge::judge(image.words(), flows, &packet, &clock).decision,
+        Err(reason) => judge::judge_form(image.words(), &packet, reason),
+    };
+    Seen {
+        packet,
+        form,
+        decision,
+    }
+}
+
 /// A host with a policy, a flow table and a clock that stands still.
 pub struct Host {
     pub image: Image,
@@ -116,15 +147,7 @@ impl Host {
             ingress,
             ifindex: self.ifindex,
         };
-        let clock = Clock {
-            now: self.now,
-            hz: HZ,
-        };
-        let mut packet = Packet::EMPTY;
-        match packet::parse(frame, &link, &mut packet) {
-            Ok(()) => judge::judge(self.image.words(), &self.flows, &packet, &clock).decision,
-            Err(reason) => judge::judge_form(self.image.words(), &packet, reason),
-        }
+        judge_on(&self.image, &self.flows, self.now, &link, frame).decision
     }
 
     /// Lets seconds go by.
