@@ -118,6 +118,10 @@ impl<'a> Wire<'a> {
             let filter = format!("ipv4/conf/{name}/rp_filter");
             pair.host.sysctl(&filter, "0");
         }
+        // Datagrams that never get whole wait for half a minute: the others need room beside them.
+        for name in ["ipv4/ipfrag_high_thresh", "ipv6/ip6frag_high_thresh"] {
+            pair.host.sysctl(name, "67108864");
+        }
         Self {
             sender: Sender::new(&pair.peer, "eth0"),
             receiver: Receiver::new(&pair.host),

@@ -17,7 +17,7 @@ use nix::{
     },
 };
 
-use crate::generate::{MARK, RAW_PROTOCOLS, SENDER_MAC, UDP_PORTS};
+use crate::generate::{MARK, RAW_PROTOCOLS, SENDER_MAC, UDP_PORTS, ends};
 
 /// One case's data in one socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -191,6 +191,14 @@ impl Listener {
                 (None, 1 | 58) => pair(0),
                 _ => 0,
             };
+            // This host's own complaints about packets quote them, and broadcast ones come back.
+            let complaint = match (self.protocol, transport[0]) {
+                (1, 3 | 4 | 5 | 11 | 12) | (58, 1..=4) => source == ends(self.v6).1,
+                _ => false,
+            };
+            if complaint {
+                continue;
+            }
             into.insert(Delivery {
                 case,
                 source,
