@@ -1,6 +1,6 @@
 //! What the fuzzers found worth keeping, once more, without a fuzzer: every committed input and
 //! every seed of every target.
-#![allow(missing_docs, reason = "a test")]
+#![allow(missing_docs, clippy::unwrap_used, reason = "a test")]
 
 use std::panic::catch_unwind;
 

@@ -3,7 +3,7 @@
 
 libfuzzer_sys::fuzz_target!(
     init: {
-        enforcer_tests::fuzz::write_seeds(enforcer_fuzz::target("packets"));
+        enforcer_tests::fuzz::prepare(enforcer_fuzz::target("packets"));
     },
     |data: &[u8]| {
         (enforcer_fuzz::target("packets").run)(data);

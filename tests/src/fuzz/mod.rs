@@ -2,7 +2,7 @@
 //! themselves are in `tests/fuzz`; `fuzz_corpus.rs` runs the same functions over the committed
 //! inputs.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, sync::LazyLock};
 
 pub mod events;
 pub mod oracle;
@@ -56,8 +56,10 @@ pub fn corpus(target: &str) -> Vec<(PathBuf, Vec<u8>)> {
     files.into_iter().map(read).collect()
 }
 
-/// Writes a target's seeds to the directory that `ENFORCER_FUZZ_SEEDS` names, if any.
-pub fn write_seeds(target: &Target) {
+/// Before the first input: compiles what all of them share, so that it is none's coverage, and
+/// writes the target's seeds to the directory that `ENFORCER_FUZZ_SEEDS` names, if any.
+pub fn prepare(target: &Target) {
+    LazyLock::force(&script::POLICIES);
     let Some(directory) = std::env::var_os("ENFORCER_FUZZ_SEEDS").map(PathBuf::from) else {
         return;
     };

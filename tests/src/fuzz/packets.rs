@@ -240,7 +240,8 @@ impl<'a> Moment<'a> {
         let got = (decision.outcome, decision.rule, decision.segment);
         let mut may_be = vec![judge((source, destination), tuple.selector)];
         let syn = tuple.tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
-        if !(tuple.kind == Kind::Tcp && syn) && !multicast(destination) {
+        let may_be_reply = tuple.kind != Kind::Tcp || !syn;
+        if may_be_reply && !multicast(destination) {
             let selector = match tuple.kind {
                 Kind::IcmpReply if tuple.selector >> 8 == 0 => 8 << 8,
                 Kind::IcmpReply => (tuple.selector >> 8).wrapping_sub(1) << 8,

@@ -101,7 +101,8 @@ pub fn packets() -> Vec<Vec<u8>> {
             talks.push(vec![(0, 0, lease), (INGRESS, 0, query), (0, 0, mdns)]);
         }
         for (number, talk) in (0..).zip(&talks) {
-            scripts.push(encode(2 + number % (policies - 2), talk));
+            scripts.push(encode(2, talk));
+            scripts.push(encode(3 + number % (policies - 3), talk));
         }
         // The last of the first talk again: under other policies, later, elsewhere, tagged, bare.
         let mut talk = talks.swap_remove(0);
