@@ -73,7 +73,7 @@ pub fn read<'a>(bytes: &'a [u8], link: &Link) -> Option<Reading<'a>> {
                 } else {
                     8 + 8 * usize::from(*rest.get(1)?)
                 };
-                (next, rest, plain) = (rest[0], rest.get(length..)?, false);
+                (next, rest, plain) = (*rest.first()?, rest.get(length..)?, false);
             }
             Some(Reading {
                 source: address(8)?,
