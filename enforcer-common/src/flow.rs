@@ -5,11 +5,11 @@
 //! jiffies.
 
 use crate::{
-    packet::{Kind, Tuple, tcp},
-    wire::{FlowEntry, FlowKey},
+    packet::{Fragment, Kind, Packet, Tuple, tcp},
+    wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
 
-/// A table of flows.
+/// A table of flows, and of the fragmented packets of them that are on their way.
 pub trait FlowTable {
     /// An entry found, which stays readable and writable while the packet is judged.
     type Slot: FlowSlot;
@@ -17,6 +17,10 @@ pub trait FlowTable {
     fn find(&self, key: &FlowKey) -> Option<Self::Slot>;
     /// Writes an entry, new or over the old one. `false`: the table took it not.
     fn insert(&self, key: &FlowKey, entry: &FlowEntry) -> bool;
+    /// The first fragment of a packet, if it passed.
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentEntry>;
+    /// Notes that a first fragment passed. `false`: not noted, those that follow are denied.
+    fn insert_fragment(&self, key: &FragmentKey, entry: &FragmentEntry) -> bool;
 }
 
 /// One entry of a table, in place.
@@ -25,8 +29,25 @@ pub trait FlowSlot {
     fn load(&self) -> FlowEntry;
     /// Renews the entry's age and adds state flags.
     fn touch(&self, now: u64, flags: u32);
-    /// Marks the entry as judged under `generation`, by `rule`.
-    fn admit(&self, generation: u32, rule: u32);
+    /// Marks the entry as judged again.
+    fn admit(&self, admission: &Admission);
+    /// Notes the interface that packets of an end come in at: `side` as in [`FlowEntry::arrived`].
+    fn arrive(&self, side: u32, ifindex: u32);
+}
+
+/// What a judgement of a flow that goes on changes in its entry.
+#[derive(Clone, Copy, Debug)]
+pub struct Admission {
+    /// Generation of the policy.
+    pub generation: u32,
+    /// The rule, or `u32::MAX`.
+    pub rule: u32,
+    /// [`TIMED`] and [`SESSION`], as the rule has it.
+    pub timing: u32,
+    /// Boot second of the judgement; meaningful if timed.
+    pub boot: u32,
+    /// Whether a session begins.
+    pub begins: bool,
 }
 
 /// Jiffies now and per second.
@@ -45,6 +66,15 @@ pub const REPLIED: u32 = 1 << 1;
 /// TCP: FIN or RST was seen.
 pub const CLOSING: u32 = 1 << 2;
 
+/// The rule's verdict depends on time: the flow is judged again once a second.
+pub const TIMED: u32 = 1 << 3;
+/// The rule bounds how long the flow lasts.
+pub const SESSION: u32 = 1 << 4;
+
+/// Seconds that the later fragments of a packet may follow the first: receivers wait 30 (IPv4) or
+/// 60 (IPv6) for them.
+const FRAGMENT_SECONDS: u64 = 60;
+
 /// Idle seconds after which an entry counts as absent.
 pub mod idle {
     /// TCP, nothing came back yet.
@@ -54,9 +84,9 @@ pub mod idle {
     pub const TCP_ESTABLISHED: u64 = 8 * 3600;
     /// TCP after FIN or RST.
     pub const TCP_CLOSING: u64 = 120;
-    /// UDP and SCTP, nothing came back yet.
+    /// UDP, UDP-Lite and SCTP, nothing came back yet.
     pub const PORTS_ONE_WAY: u64 = 60;
-    /// UDP and SCTP, both directions seen.
+    /// UDP, UDP-Lite and SCTP, both directions seen.
     pub const PORTS: u64 = 180;
     /// ICMP requests.
     pub const ICMP: u64 = 60;
@@ -151,12 +181,16 @@ pub(crate) fn is_multicast(tuple: &Tuple) -> bool {
 /// Whether an entry is young enough to speak for its flow.
 #[inline(always)]
 pub(crate) fn fresh(entry: &FlowEntry, protocol: u8, clock: &Clock) -> bool {
+    if entry.flags & SESSION != 0 {
+        // Its rule says how long.
+        return true;
+    }
     let seconds = match protocol {
         6 if entry.flags & CLOSING != 0 => idle::TCP_CLOSING,
         6 if entry.flags & REPLIED != 0 => idle::TCP_ESTABLISHED,
         6 => idle::TCP_HALF_OPEN,
-        17 | 132 if entry.flags & REPLIED != 0 => idle::PORTS,
-        17 | 132 => idle::PORTS_ONE_WAY,
+        17 | 132 | 136 if entry.flags & REPLIED != 0 => idle::PORTS,
+        17 | 132 | 136 => idle::PORTS_ONE_WAY,
         1 | 58 => idle::ICMP,
         _ => idle::OTHER,
     };
@@ -175,4 +209,51 @@ pub(crate) fn state_flags(tuple: &Tuple, from_opener: bool) -> u32 {
         flags |= CLOSING;
     }
     flags
+}
+
+/// The key under which the fragments of a packet meet.
+#[inline(always)]
+pub(crate) fn fragment_key(packet: &Packet, ingress: bool) -> FragmentKey {
+    let t = &packet.tuple;
+    let protocol = if t.v6 { 0 } else { t.protocol };
+    FragmentKey::new(
+        t.source,
+        t.destination,
+        packet.fragment_id,
+        protocol,
+        t.v6,
+        !ingress,
+    )
+}
+
+/// What the fragments that follow this first one are judged by.
+#[inline(always)]
+pub(crate) fn fragment_entry(packet: &Packet, now: u64) -> FragmentEntry {
+    let t = &packet.tuple;
+    FragmentEntry {
+        seen: now,
+        ports: u32::from(t.source_port) << 16 | u32::from(t.destination_port),
+        service: u32::from(t.selector) << 16 | u32::from(t.protocol) << 8 | u32::from(t.tcp_flags),
+        kind: t.kind as u32,
+        covered: packet.fragment_at,
+    }
+}
+
+/// Gives a later fragment the transport of its first one. `false`: it follows none that passed, or
+/// overlaps it, and might rewrite what was judged (RFC 3128, RFC 5722).
+#[inline(always)]
+pub(crate) fn follow(packet: &mut Packet, entry: &FragmentEntry, clock: &Clock) -> bool {
+    let late = clock.now.saturating_sub(entry.seen) > FRAGMENT_SECONDS * u64::from(clock.hz);
+    if late || packet.fragment_at < entry.covered {
+        return false;
+    }
+    let t = &mut packet.tuple;
+    t.source_port = (entry.ports >> 16) as u16;
+    t.destination_port = entry.ports as u16;
+    t.selector = (entry.service >> 16) as u16;
+    t.protocol = (entry.service >> 8) as u8;
+    t.tcp_flags = entry.service as u8;
+    t.kind = Kind::from_bits(entry.kind);
+    packet.fragment = Fragment::Later;
+    true
 }

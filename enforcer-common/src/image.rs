@@ -90,6 +90,19 @@ pub mod header {
     pub const V4_HOST_COUNT: u32 = 35;
     /// Number of single IPv6 hosts, for the reader's information.
     pub const V6_HOST_COUNT: u32 = 36;
+    /// [`super::CLASS_INFO_WORDS`] words per address class: flags, offset of an interface bitmap.
+    pub const CLASS_INFO: u32 = 37;
+    /// Per service class a word: bit `i` says that failsafe `i` names it; 0 without failsafes.
+    pub const SERVICE_FAILSAFES: u32 = 38;
+    /// Per interface slot a word: bit `i` says that failsafe `i` holds there; 0: each everywhere.
+    pub const SLOT_FAILSAFES: u32 = 39;
+    /// Per rule two words, longest and longest idle time of its sessions in seconds (0: none);
+    /// 0 when no rule has them.
+    pub const SESSIONS: u32 = 40;
+    /// Ethertypes that pass although they are not IP, one word each; see [`super::LLC`].
+    pub const ETHERTYPES: u32 = 41;
+    /// How many, at most [`super::MAX_ETHERTYPES`].
+    pub const ETHERTYPES_COUNT: u32 = 42;
     /// Length of the header; the tables follow.
     pub const WORDS: u32 = 64;
 }
@@ -151,6 +164,36 @@ pub const ROW_WORDS: u32 = 4;
 pub const VERDICT_WORDS: u32 = 2;
 /// Flag of a row's default verdict: some service classes have exceptions.
 pub const ROW_HAS_EXCEPTIONS: u32 = 1 << 16;
+/// Flag of a verdict: it changes with time. The second word is the offset of a timeline: the number
+/// of entries (1 to [`MAX_TIMELINE`]), then per entry the Unix second until which it holds (low
+/// half, high half; ascending, the last one all ones) and two verdict words.
+pub const VERDICT_TIMELINE: u32 = 1 << 17;
+/// Flag of a verdict: its rule bounds sessions, see [`header::SESSIONS`].
+pub const VERDICT_SESSION: u32 = 1 << 18;
+/// Entries of a timeline.
+pub const MAX_TIMELINE: u32 = 64;
+/// Words of an entry of a timeline.
+pub const TIMELINE_WORDS: u32 = 4;
+/// Words per address class at [`header::CLASS_INFO`].
+pub const CLASS_INFO_WORDS: u32 = 2;
+/// Flag of an address class: its addresses are this host's own (link-local ones are never marked:
+/// another host may have the same on another link).
+pub const CLASS_OWN: u32 = 1;
+/// Shift of the flags that say in which failsafes' sources an address class is.
+pub const CLASS_FAILSAFE_SHIFT: u32 = 16;
+/// Failsafes of an image.
+pub const MAX_FAILSAFES: u32 = 16;
+/// Interface slots: numbers that the daemon gives to enforced interfaces, from 1. An interface
+/// bitmap has one bit each; bit `slot & 31` of word `slot >> 5`. Slot 0, for an interface not yet
+/// known to the image, is in no bitmap.
+pub const INTERFACE_SLOTS: u32 = 1024;
+/// Words of an interface bitmap.
+pub const INTERFACE_BITMAP_WORDS: u32 = INTERFACE_SLOTS / 32;
+/// Stands for every IEEE 802.3 frame with a length instead of an ethertype (LLC) in
+/// [`header::ETHERTYPES`].
+pub const LLC: u32 = 1;
+/// Listed ethertypes.
+pub const MAX_ETHERTYPES: u32 = 16;
 /// Indices of the service table: protocol numbers, then [`ICMP_OF_OTHER_FAMILY`].
 pub const PROTOCOLS: u32 = 257;
 /// Stands for protocol 58 in IPv4 and protocol 1 in IPv6, which no ICMP service names.
@@ -230,6 +273,18 @@ impl Address {
             lo: class as u64,
             kind: KIND_CLASS,
         }
+    }
+
+    /// Upper half of an IPv6 address, else 0.
+    #[inline(always)]
+    pub const fn hi(&self) -> u64 {
+        self.hi
+    }
+
+    /// Lower half of an IPv6 address; an IPv4 address; a class.
+    #[inline(always)]
+    pub const fn lo(&self) -> u64 {
+        self.lo
     }
 
     /// Whether the address is IPv6.
@@ -459,4 +514,91 @@ pub fn verdict_of<W: Words + ?Sized>(image: &W, row: u32, offset: u32, service: 
         probe += 1;
     }
     default
+}
+
+/// The verdict words that hold at `unix` (seconds) of a verdict with [`VERDICT_TIMELINE`].
+#[inline(always)]
+pub fn at_time<W: Words + ?Sized>(image: &W, offset: u32, unix: u64) -> (u32, u32) {
+    let count = image.word(offset);
+    let unix = unix & END;
+    // The first entry that holds longer than `unix`: six halvings of at most 64. Arithmetic
+    // instead of branches, of which the verifier would follow 64 ways.
+    let (mut low, mut step) = (0u32, MAX_TIMELINE / 2);
+    while step > 0 {
+        let probe = low.wrapping_add(step);
+        let inside = probe.wrapping_sub(count.wrapping_add(1)) >> 31;
+        let until = until(image, offset, probe.wrapping_sub(1)) & END;
+        let passed = until.wrapping_sub(unix).wrapping_sub(1) >> 63;
+        low = low.wrapping_add(step.wrapping_mul(inside & passed as u32));
+        step /= 2;
+    }
+    let entry = entry_of(offset, low);
+    (
+        image.word(entry.wrapping_add(2)),
+        image.word(entry.wrapping_add(3)),
+    )
+}
+
+/// All bits of a time but the highest: differences of two such numbers have a sign.
+const END: u64 = u64::MAX >> 1;
+
+#[inline(always)]
+const fn entry_of(offset: u32, entry: u32) -> u32 {
+    offset
+        .wrapping_add(1)
+        .wrapping_add(entry.wrapping_mul(TIMELINE_WORDS))
+}
+
+#[inline(always)]
+fn until<W: Words + ?Sized>(image: &W, offset: u32, entry: u32) -> u64 {
+    let at = entry_of(offset, entry);
+    u64::from(image.word(at)) | u64::from(image.word(at.wrapping_add(1))) << 32
+}
+
+/// Whether the addresses of a class may come in at an interface slot.
+#[inline(always)]
+pub fn may_arrive<W: Words + ?Sized>(image: &W, bitmap: u32, slot: u32) -> bool {
+    let slot = slot & (INTERFACE_SLOTS - 1);
+    bitmap == 0 || image.word(bitmap.wrapping_add(slot >> 5)) >> (slot & 31) & 1 != 0
+}
+
+/// Flags and interface bitmap of an address class.
+#[inline(always)]
+pub fn class_info<W: Words + ?Sized>(image: &W, class: u32) -> (u32, u32) {
+    let table = image.word(header::CLASS_INFO);
+    if table == 0 {
+        return (0, 0);
+    }
+    let at = table.wrapping_add(class.wrapping_mul(CLASS_INFO_WORDS));
+    (image.word(at), image.word(at.wrapping_add(1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    extern crate std;
+
+    #[test]
+    fn a_timeline_is_read_as_written() {
+        for count in 1..=MAX_TIMELINE {
+            let mut words = std::vec![0, count];
+            for i in 0..count {
+                let until = if i + 1 == count {
+                    u32::MAX
+                } else {
+                    10 * (i + 1)
+                };
+                let high = if i + 1 == count { u32::MAX } else { 0 };
+                words.extend([until, high, i, 100 + i]);
+            }
+            for unix in 0..u64::from(10 * count + 20) {
+                let want = (unix / 10).min(u64::from(count) - 1) as u32;
+                assert_eq!(
+                    at_time(&words[..], 1, unix),
+                    (want, 100 + want),
+                    "{count} {unix}"
+                );
+            }
+        }
+    }
 }

@@ -1,22 +1,30 @@
 //! The judgement of a packet: image × flow table × packet → verdict.
 //!
-//! In three steps, so that the kernel's verifier walks the look-ups in the image once and not once
-//! for each way that leads to them: [`plan`] (what does the flow table know, what must the image
-//! be asked?), [`answer`] (the image), [`conclude`] (what follows, for the packet and the table).
-//! Between the steps everything is in a [`Plan`], which the kernel keeps in a map: of values there
-//! the verifier knows nothing, so all ways meet. Must not know: what the table is made of, what
-//! time it is.
+//! In three steps, so that the kernel's verifier walks each once and not once for each way that
+//! leads to it: [`plan`] (what does the flow table know, what must the image be asked?),
+//! [`consult`] (what does the image say?), [`conclude`] (what follows, for the packet and the
+//! table). Between the steps everything is in a [`Plan`], which the kernel keeps in a map, and each
+//! step is a function of its own to the verifier, which then knows nothing of values there.
+//!
+//! Only `consult` reads the image, so a packet is judged by one image whole. `plan` knows the
+//! generation: an entry of that generation stands for the image's judgement. Should a swap come
+//! between the two, the flow is judged anew by the newer image. Must not know: what the table is
+//! made of, what time it is.
 
+pub use crate::conclude::conclude;
 use crate::{
-    decide::{Ask, Decision, Query, answer, generation},
-    flow::{
-        CLOSING, Clock, FlowSlot as _, FlowTable, OPENER_IS_LOW, REPLIED, fresh, is_multicast,
-        key_of, state_flags,
+    decide::{
+        ARRIVAL, Ask, Decision, FAILSAFE, FAILSAFE_REPLY, NO_SESSION, NOT_MARTIAN, NOT_OWN, Query,
+        REOPENS, REVERSED, Time, answer, answer_unreadable, generation,
     },
-    image::{EMPTY, Words, header},
-    packet::{Kind, Packet, Tuple, tcp},
+    flow::{
+        CLOSING, Clock, FlowSlot as _, FlowTable, OPENER_IS_LOW, REPLIED, SESSION, TIMED, follow,
+        fragment_entry, fragment_key, fresh, is_multicast, key_of, state_flags,
+    },
+    image::{EMPTY, Words},
+    packet::{Fragment, Kind, Link, Packet, Tuple, tcp},
     verdict::{Outcome, Reason},
-    wire::{FlowEntry, FlowKey},
+    wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
 
 /// The judgement of a packet.
@@ -24,45 +32,74 @@ use crate::{
 pub struct Judgement {
     /// The verdict.
     pub decision: Decision,
-    /// Whether the table refused the flow's entry.
+    /// Whether the table refused the flow's entry, or that of the packet's later fragments.
     pub insert_failed: bool,
 }
 
+/// Where and when a packet is judged.
+#[derive(Clone, Copy, Debug)]
+pub struct Scene<T> {
+    /// What is known of the packet besides its bytes.
+    pub link: Link,
+    /// Jiffies.
+    pub clock: Clock,
+    /// Time that is only asked for when a rule depends on it.
+    pub time: T,
+}
+
 /// It passes; no question.
-const PASS: u32 = 0;
+pub(crate) const PASS: u32 = 0;
 /// The rules decide, and no flow comes of it.
-const RULES: u32 = 1;
+pub(crate) const RULES: u32 = 1;
 /// The rules decide, and the packet opens a flow if it passes.
-const OPEN: u32 = 2;
+pub(crate) const OPEN: u32 = 2;
 /// The rules decide in either direction, and the flow is entered again if it passes.
-const MIDSTREAM: u32 = 3;
-/// The rules decide whether the flow, admitted under another policy, goes on.
-const REJUDGE: u32 = 4;
-/// The same, and the packet is an ICMP error about the flow.
-const REJUDGE_RELATED: u32 = 5;
-/// A denial of form between addresses that are known.
-const FORM: u32 = 6;
+pub(crate) const MIDSTREAM: u32 = 3;
+/// The rules decide whether the flow, admitted under another policy or a while ago, goes on.
+pub(crate) const REJUDGE: u32 = 4;
+/// The same, and the packet is an ICMP error about the flow, which `reverse` asks about.
+pub(crate) const REJUDGE_RELATED: u32 = 5;
+/// Part of a current flow, from an interface that its end was not seen at.
+pub(crate) const ARRIVES: u32 = 6;
 /// A denial of form without addresses.
-const FORM_UNREADABLE: u32 = 7;
+pub(crate) const FORM_UNREADABLE: u32 = 7;
 
 /// What to do about a packet. Plain words without padding.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Plan {
-    ask: Ask,
-    reverse: Ask,
-    key: FlowKey,
-    step: u32,
+    pub(crate) ask: Ask,
+    pub(crate) reverse: Ask,
+    pub(crate) key: FlowKey,
+    pub(crate) fragment_key: FragmentKey,
+    pub(crate) fragment: FragmentEntry,
+    pub(crate) step: u32,
     /// [`Reason`] of a pass or of a denial of form.
-    reason: u32,
+    pub(crate) reason: u32,
     /// Rule of the entry behind a pass.
-    rule: u32,
+    pub(crate) rule: u32,
     /// State flags for the entry if the packet's source is its opener, or of the packet.
-    flags: u32,
+    pub(crate) flags: u32,
     /// The same for an entry that comes of `reverse`.
-    reverse_flags: u32,
+    pub(crate) reverse_flags: u32,
     /// Whether `reverse` is to be asked when `ask` does not settle it.
-    has_reverse: u32,
+    pub(crate) has_reverse: u32,
+    /// Index in [`FlowEntry::arrived`] of the packet's end.
+    pub(crate) side: u32,
+    /// Interface that the packet came in at, 0 if it goes out.
+    pub(crate) ifindex: u32,
+    /// Whether later fragments follow the packet.
+    pub(crate) has_fragments: u32,
+    /// Whether the entry was admitted by another policy.
+    pub(crate) stale: u32,
+    /// State flags of the entry that was found.
+    pub(crate) found: u32,
+    /// Generation of the image that was consulted.
+    pub generation: u32,
+    /// What the image says to `ask`.
+    pub(crate) words: u64,
+    /// What it says to `reverse`.
+    pub(crate) reverse_words: u64,
 }
 
 impl Plan {
@@ -71,13 +108,49 @@ impl Plan {
         ask: Ask::EMPTY,
         reverse: Ask::EMPTY,
         key: FlowKey::new([0; 4], [0; 4], 0, 0, 0, false, 0),
+        fragment_key: FragmentKey::new([0; 4], [0; 4], 0, 0, false, false),
+        fragment: FragmentEntry {
+            seen: 0,
+            ports: 0,
+            service: 0,
+            kind: 0,
+            covered: 0,
+        },
         step: FORM_UNREADABLE,
         reason: Reason::NoPolicy as u32,
         rule: EMPTY,
         flags: 0,
         reverse_flags: 0,
         has_reverse: 0,
+        side: 0,
+        ifindex: 0,
+        has_fragments: 0,
+        stale: 0,
+        found: 0,
+        generation: 0,
+        words: Self::NO_POLICY,
+        reverse_words: Self::NO_POLICY,
     };
+
+    /// What nobody says when there is no image.
+    const NO_POLICY: u64 =
+        (Outcome::Denied as u32 | (Reason::NoPolicy as u32) << 8) as u64 | (EMPTY as u64) << 32;
+
+    /// Whether the image has a say.
+    #[inline(always)]
+    pub const fn asks(&self) -> bool {
+        self.step != PASS
+    }
+
+    /// There is no image to ask: denied.
+    #[inline(always)]
+    pub const fn without_policy(&mut self) {
+        self.step = FORM_UNREADABLE;
+        self.has_reverse = 0;
+        self.has_fragments = 0;
+        self.generation = 0;
+        self.words = Self::NO_POLICY;
+    }
 
     #[inline(always)]
     fn pass(&mut self, reason: Reason, rule: u32) {
@@ -86,17 +159,37 @@ impl Plan {
         self.rule = rule;
     }
 
+    /// A denial of form, after `screen`.
     #[inline(always)]
-    fn form(&mut self, tuple: &Tuple, reason: Reason) {
-        self.step = FORM;
-        self.reason = reason as u32;
-        self.ask = Ask::form(tuple.source_address(), tuple.destination_address());
+    fn form(&mut self, link: &Link, tuple: &Tuple, reason: Reason, screen: u32) {
+        self.rules(RULES, link, tuple, screen);
+        self.ask = self.ask.form(reason);
     }
 
     #[inline(always)]
-    fn rules(&mut self, step: u32, tuple: &Tuple) {
+    fn rules(&mut self, step: u32, link: &Link, tuple: &Tuple, screen: u32) {
         self.step = step;
         self.ask = forward(tuple, tuple.selector);
+        self.ask.screen = screen;
+        self.ask.slot = link.slot;
+        self.ask.source_port = u32::from(tuple.source_port);
+    }
+
+    /// A pass, unless the screening of the packet denies it.
+    #[inline(always)]
+    fn screened(&mut self, link: &Link, tuple: &Tuple, reason: Reason, screen: u32) {
+        self.rules(RULES, link, tuple, screen);
+        self.ask = self.ask.pass(reason);
+    }
+}
+
+/// What is looked at before the rules are asked about a packet.
+#[inline(always)]
+fn screening(link: &Link) -> u32 {
+    if link.ingress && !link.looped {
+        NOT_MARTIAN | NOT_OWN | FAILSAFE | ARRIVAL
+    } else {
+        NOT_MARTIAN | FAILSAFE
     }
 }
 
@@ -129,154 +222,156 @@ fn backward(tuple: &Tuple, selector: u16) -> Ask {
     })
 }
 
-/// Judges a packet whose form is sound.
+/// Judges a packet: `form` is what [`parse`](crate::packet::parse) said of it.
 #[inline(always)]
-pub fn judge<W: Words + ?Sized, T: FlowTable>(
+pub fn judge<W: Words + ?Sized, F: FlowTable, T: Time>(
     image: &W,
-    table: &T,
-    packet: &Packet,
-    clock: &Clock,
+    table: &F,
+    packet: &mut Packet,
+    scene: &Scene<T>,
+    form: Result<(), Reason>,
 ) -> Judgement {
     let mut plan = Plan::EMPTY;
-    self::plan(image, table, packet, clock, &mut plan);
-    carry_out(image, table, clock, &plan)
-}
-
-/// The verdict on a packet whose form is not sound.
-#[inline(always)]
-pub fn judge_form<W: Words + ?Sized>(image: &W, packet: &Packet, reason: Reason) -> Decision {
-    let mut plan = Plan::EMPTY;
-    plan_form(image, packet, reason, &mut plan);
-    let words = question(image, &plan);
-    form(&plan, words)
-}
-
-/// Asks the image what the plan wants to know, and concludes.
-#[inline(always)]
-pub fn carry_out<W: Words + ?Sized, T: FlowTable>(
-    image: &W,
-    table: &T,
-    clock: &Clock,
-    plan: &Plan,
-) -> Judgement {
-    let words = question(image, plan);
-    let mut reverse = words;
-    let allowed = Outcome::from_bits(words as u32) as u32 == Outcome::Allowed as u32;
-    if plan.has_reverse != 0 && !allowed {
-        reverse = answer(image, &plan.reverse);
+    match form {
+        Ok(()) => self::plan(generation(image), table, packet, scene, &mut plan),
+        Err(reason) => plan_form(packet, &scene.link, reason, &mut plan),
     }
-    let told = Told {
-        words,
-        reverse,
-        generation: generation(image),
-        now: clock.now,
-    };
-    conclude(table, plan, &told)
+    if plan.asks() {
+        consult(image, &scene.time, &mut plan);
+    }
+    conclude(table, scene, &plan)
 }
 
+/// Asks the image what the plan wants to know.
 #[inline(always)]
-fn question<W: Words + ?Sized>(image: &W, plan: &Plan) -> u64 {
-    match plan.step {
-        PASS => 0,
-        FORM_UNREADABLE => u64::from(image.word(header::FORM_UNREADABLE)) | u64::from(EMPTY) << 32,
-        _ => answer(image, &plan.ask),
+pub fn consult<W: Words + ?Sized, T: Time>(image: &W, time: &T, plan: &mut Plan) {
+    plan.generation = generation(image);
+    if plan.step == FORM_UNREADABLE {
+        plan.words = answer_unreadable(image, &plan.ask);
+        return;
+    }
+    plan.words = answer(image, &plan.ask, time);
+    plan.reverse_words = plan.words;
+    let allowed = Outcome::from_bits(plan.words as u32) as u32 == Outcome::Allowed as u32;
+    if plan.has_reverse != 0 && (!allowed || plan.step == REJUDGE_RELATED) {
+        plan.reverse_words = answer(image, &plan.reverse, time);
     }
 }
 
-/// Plans a denial of form, or the pass of an essential protocol below IP.
-#[inline(never)]
-pub fn plan_form<W: Words + ?Sized>(image: &W, packet: &Packet, reason: Reason, plan: &mut Plan) {
+/// Plans a denial of form, or the pass of a protocol below IP.
+#[inline(always)]
+pub fn plan_form(packet: &Packet, link: &Link, reason: Reason, plan: &mut Plan) {
     plan.has_reverse = 0;
-    if reason as u32 == Reason::Ethertype as u32
-        && packet.essential & image.word(header::ESSENTIALS) != 0
-    {
-        plan.pass(Reason::Essential, EMPTY);
-    } else if packet.addresses {
-        plan.form(&packet.tuple, reason);
-    } else {
+    plan.has_fragments = 0;
+    plan.form(link, &packet.tuple, reason, 0);
+    plan.ask.essential = packet.essential;
+    plan.ask.ethertype = u32::from(packet.ethertype);
+    if !packet.addresses {
         plan.step = FORM_UNREADABLE;
-        plan.reason = reason as u32;
     }
 }
 
 /// Looks a packet's flow up and plans what to ask.
-// A subprogram in the kernel, with a stack frame of its own.
-#[inline(never)]
-pub fn plan<W: Words + ?Sized, T: FlowTable>(
-    image: &W,
-    table: &T,
-    packet: &Packet,
-    clock: &Clock,
+#[inline(always)]
+pub fn plan<F: FlowTable, T: Time>(
+    generation: u32,
+    table: &F,
+    packet: &mut Packet,
+    scene: &Scene<T>,
     plan: &mut Plan,
 ) {
+    let Scene { link, clock, time } = scene;
     // The kernel's plan still holds the last packet's.
     plan.has_reverse = 0;
-    if packet.essential & image.word(header::ESSENTIALS) != 0 {
-        return plan.pass(Reason::Essential, EMPTY);
+    plan.has_fragments = 0;
+    plan.stale = 0;
+    plan.found = 0;
+    plan.generation = generation;
+    plan.ifindex = if link.ingress { link.ifindex } else { 0 };
+    let screen = screening(link);
+    if packet.fragment as u32 != Fragment::Whole as u32 {
+        plan.fragment_key = fragment_key(packet, link.ingress);
+        if packet.fragment as u32 == Fragment::First as u32 {
+            plan.fragment = fragment_entry(packet, clock.now);
+            // An error's later fragments do not have the packet that it quotes.
+            plan.has_fragments = u32::from(packet.tuple.kind as u32 != Kind::IcmpError as u32);
+        } else {
+            let followed = match table.fragment(&plan.fragment_key) {
+                Some(first) => follow(packet, &first, clock),
+                None => false,
+            };
+            if !followed {
+                return plan.form(link, &packet.tuple, Reason::Fragment, 0);
+            }
+        }
     }
     let tuple = &packet.tuple;
     let error = tuple.kind == Kind::IcmpError;
     if !error && (is_multicast(tuple) || tuple.kind == Kind::IcmpOther) {
-        return plan.rules(RULES, tuple);
+        plan.rules(RULES, link, tuple, screen);
+        plan.ask.essential = packet.essential;
+        return;
     }
     if error && !(packet.has_inner && packet.inner.source == tuple.destination) {
-        return plan.form(tuple, Reason::IcmpUnrelated);
+        return plan.form(link, tuple, Reason::IcmpUnrelated, screen);
     }
+    // A SYN asks for a new flow: it is judged as one, even over a live entry.
+    let opens = !error
+        && tuple.kind == Kind::Tcp
+        && tuple.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) == tcp::SYN;
+    let reply = if link.ingress || opens {
+        screen
+    } else {
+        screen | FAILSAFE_REPLY
+    };
     if tuple.kind == Kind::Tcp && impossible(tuple.tcp_flags) {
-        return plan.form(tuple, Reason::NoFlow);
+        return plan.form(link, tuple, Reason::NoFlow, screen & !FAILSAFE);
     }
     // An ICMP error passes when it speaks of a current flow, to the end whose packet it quotes.
     let subject = if error { &packet.inner } else { tuple };
     let (key, from_low) = key_of(subject, packet.ifindex);
     plan.key = key;
-    // A SYN asks for a new flow: it is judged as one, even over a live entry.
-    let opens = !error
-        && tuple.kind == Kind::Tcp
-        && tuple.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) == tcp::SYN;
+    plan.side = u32::from(from_low);
     if let Some(slot) = table.find(&key) {
         let entry = slot.load();
         if fresh(&entry, subject.protocol, clock) {
             let from_opener = (entry.flags & OPENER_IS_LOW != 0) == from_low;
+            let current = entry.generation == generation;
             if opens {
                 // Simultaneous open, or a spoofed SYN against a live flow: it may pass, but it
                 // takes nothing from the flow that is there.
-                let live = entry.flags & (REPLIED | CLOSING) == REPLIED
-                    && entry.generation == generation(image);
+                let live = entry.flags & (REPLIED | CLOSING) == REPLIED && current;
                 if !from_opener && live {
-                    return plan.rules(RULES, tuple);
+                    return plan.rules(RULES, link, tuple, screen);
                 }
             } else {
                 plan.flags = state_flags(subject, from_opener);
-                if entry.generation == generation(image) {
+                plan.rule = entry.rule;
+                plan.found = entry.flags;
+                let timed = entry.flags & TIMED != 0;
+                if current && !(timed && entry.checked != time.boot()) {
                     if error {
-                        return plan.pass(Reason::Related, entry.rule);
+                        return plan.screened(link, tuple, Reason::Related, screen & !FAILSAFE);
                     }
-                    slot.touch(clock.now, plan.flags);
-                    return plan.pass(Reason::Established, entry.rule);
-                }
-                plan.step = if error { REJUDGE_RELATED } else { REJUDGE };
-                if from_opener {
-                    plan.ask = forward(subject, entry.selector as u16);
+                    let arrived = entry.arrived[usize::from(from_low)];
+                    if plan.ifindex == 0 || plan.ifindex == arrived {
+                        slot.touch(clock.now, plan.flags);
+                        return plan.pass(Reason::Established, entry.rule);
+                    }
+                    plan.screened(link, tuple, Reason::Established, screen);
+                    plan.step = ARRIVES;
                     return;
                 }
-                plan.ask = backward(subject, entry.selector as u16);
-                // The far end may have a right of its own to this flow (a rule each way between
-                // two fixed ports). Not for TCP: there a SYN says who opens, and data in the
-                // other direction must not outlive the opener's rule.
-                if !error && matches!(subject.kind, Kind::Ports | Kind::Other) {
-                    plan.has_reverse = 1;
-                    plan.reverse = forward(subject, subject.selector);
-                    plan.reverse_flags = if from_low { OPENER_IS_LOW } else { 0 };
-                }
-                return;
+                plan.stale = u32::from(!current);
+                return rejudge(plan, scene, packet, &entry, from_opener);
             }
         }
     }
     if error {
-        return plan.form(tuple, Reason::IcmpUnrelated);
+        return plan.form(link, tuple, Reason::IcmpUnrelated, screen);
     }
     if tuple.kind == Kind::IcmpReply {
-        return plan.rules(RULES, tuple);
+        return plan.rules(RULES, link, tuple, screen);
     }
     let (opener, other) = if from_low {
         (OPENER_IS_LOW, 0)
@@ -285,111 +380,70 @@ pub fn plan<W: Words + ?Sized, T: FlowTable>(
     };
     plan.flags = state_flags(tuple, true) | opener;
     plan.reverse_flags = state_flags(tuple, false) | other;
-    plan.rules(OPEN, tuple);
-    if tuple.kind == Kind::Tcp && !opens {
-        if tuple.tcp_flags & (tcp::ACK | tcp::SYN | tcp::RST) != tcp::ACK {
-            return plan.form(tuple, Reason::NoFlow);
-        }
-        plan.step = MIDSTREAM;
-        plan.has_reverse = 1;
-        plan.reverse = backward(tuple, tuple.source_port);
+    if tuple.kind != Kind::Tcp || opens {
+        plan.rules(OPEN, link, tuple, reply);
+        plan.ask.essential = packet.essential;
+        return;
     }
+    if tuple.tcp_flags & (tcp::ACK | tcp::SYN | tcp::RST) != tcp::ACK {
+        return plan.form(link, tuple, Reason::NoFlow, reply);
+    }
+    plan.rules(MIDSTREAM, link, tuple, reply | NO_SESSION);
+    plan.has_reverse = 1;
+    plan.reverse = backward(tuple, tuple.source_port);
+    plan.reverse.screen = REVERSED | NO_SESSION;
 }
 
-/// What the image said, and when.
-struct Told {
-    words: u64,
-    reverse: u64,
-    generation: u32,
-    now: u64,
-}
-
+/// Plans to ask about the opener of a flow, for a packet of it or an ICMP error about it.
 #[inline(always)]
-fn form(plan: &Plan, words: u64) -> Decision {
-    let reason = Reason::from_bits(plan.reason);
-    if plan.step == PASS {
-        return Decision {
-            rule: plan.rule,
-            ..Decision::pass(reason)
-        };
+fn rejudge<T: Time>(
+    plan: &mut Plan,
+    scene: &Scene<T>,
+    packet: &Packet,
+    entry: &FlowEntry,
+    from_opener: bool,
+) {
+    let link = &scene.link;
+    let error = packet.tuple.kind == Kind::IcmpError;
+    let subject = if error { &packet.inner } else { &packet.tuple };
+    let selector = entry.selector as u16;
+    let mut screen = screening(link);
+    if error {
+        plan.step = REJUDGE_RELATED;
+        plan.has_reverse = 1;
+        plan.reverse = forward(&packet.tuple, packet.tuple.selector).pass(Reason::Related);
+        plan.reverse.screen = screen & !FAILSAFE;
+        plan.reverse.slot = link.slot;
+        screen = FAILSAFE;
+    } else {
+        plan.step = REJUDGE;
     }
-    Decision {
-        outcome: Outcome::from_bits(words as u32),
-        reason,
-        rule: EMPTY,
-        segment: (words >> 32) as u32,
+    if from_opener {
+        plan.ask = forward(subject, selector);
+    } else {
+        plan.ask = backward(subject, selector);
+        screen |= REVERSED;
     }
-}
-
-/// What follows from the answer: the verdict, and what becomes of the flow's entry.
-// A subprogram in the kernel, with a stack frame of its own.
-#[inline(never)]
-fn conclude<T: FlowTable>(table: &T, plan: &Plan, told: &Told) -> Judgement {
-    let mut insert_failed = false;
-    let decision = match plan.step {
-        RULES => Decision::unpack(told.words),
-        OPEN | MIDSTREAM => {
-            let mut decision = Decision::unpack(told.words);
-            let mut flags = plan.flags;
-            let mut selector = plan.ask.selector();
-            if plan.step == MIDSTREAM && decision.outcome != Outcome::Allowed {
-                // Whichever end may have opened the flow; a clear "allowed" in either direction
-                // goes before a pass that would be recorded.
-                let reverse = Decision::unpack(told.reverse);
-                if reverse.outcome == Outcome::Allowed
-                    || (!decision.outcome.passes() && reverse.outcome.passes())
-                {
-                    decision = reverse;
-                    flags = plan.reverse_flags;
-                    selector = plan.reverse.selector();
-                }
-            }
-            if decision.outcome.passes() {
-                let entry = FlowEntry {
-                    last_seen: told.now,
-                    generation: told.generation,
-                    rule: decision.rule,
-                    flags,
-                    selector,
-                };
-                insert_failed = !table.insert(&plan.key, &entry);
-            }
-            decision
-        }
-        REJUDGE | REJUDGE_RELATED => {
-            let mut decision = Decision::unpack(told.words);
-            if decision.outcome.passes() {
-                if let Some(slot) = table.find(&plan.key) {
-                    slot.admit(told.generation, decision.rule);
-                    if plan.step == REJUDGE {
-                        slot.touch(told.now, plan.flags);
-                    }
-                }
-                if plan.step == REJUDGE_RELATED && decision.outcome == Outcome::Allowed {
-                    decision.reason = Reason::Related;
-                }
-            } else {
-                let own = Decision::unpack(told.reverse);
-                if plan.has_reverse != 0 && own.outcome.passes() {
-                    let entry = FlowEntry {
-                        last_seen: told.now,
-                        generation: told.generation,
-                        rule: own.rule,
-                        flags: plan.reverse_flags,
-                        selector: plan.reverse.selector(),
-                    };
-                    insert_failed = !table.insert(&plan.key, &entry);
-                    decision = own;
-                } else {
-                    decision.reason = Reason::Revoked;
-                }
-            }
-            decision
-        }
-        _ => form(plan, told.words),
-    };
-    Judgement {
-        decision,
-        insert_failed,
+    let datagrams = matches!(subject.kind, Kind::Ports | Kind::Other);
+    if subject.kind != Kind::Tcp {
+        screen |= REOPENS;
+    }
+    plan.ask.screen = screen;
+    plan.ask.slot = link.slot;
+    if entry.flags & SESSION != 0 {
+        let boot = scene.time.boot();
+        plan.ask.age = boot.wrapping_sub(entry.opened);
+        plan.ask.quiet = boot.wrapping_sub(entry.checked);
+    }
+    // The far end may have a right of its own to this flow (a rule each way between two fixed
+    // ports). Not for TCP: there a SYN says who opens, and data in the other direction must not
+    // outlive the opener's rule.
+    if !error && !from_opener && datagrams {
+        let from_low = plan.side != 0;
+        plan.has_reverse = 1;
+        plan.reverse = forward(subject, subject.selector);
+        plan.reverse.screen = screening(link);
+        plan.reverse.slot = link.slot;
+        plan.reverse_flags = if from_low { OPENER_IS_LOW } else { 0 };
     }
 }

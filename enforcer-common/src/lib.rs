@@ -14,6 +14,7 @@
 #![cfg_attr(not(feature = "user"), forbid(unsafe_code))]
 #![deny(unsafe_code)] // with `user`, pod.rs alone opts out: aya's Pod is an unsafe trait
 
+mod conclude;
 pub mod decide;
 pub mod flow;
 pub mod image;
@@ -27,4 +28,4 @@ pub mod wire;
 /// Version of everything that crosses the boundary between kernel and userspace: map values,
 /// event records, the image format, counter indices. Raised by any change to them; a mismatch at
 /// load time is refused.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;

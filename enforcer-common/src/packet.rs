@@ -41,6 +41,13 @@ pub struct Link {
     pub ingress: bool,
     /// The interface, which scopes link-local addresses.
     pub ifindex: u32,
+    /// The interface's number in the image's interface bitmaps, 0 if it has none.
+    pub slot: u32,
+    /// Whether the kernel has merged segments into one packet (GRO) or has yet to split it (GSO):
+    /// only then may a length field of 0 mean "longer than 65 535".
+    pub gso: bool,
+    /// Whether it is the host's own multicast or broadcast, looped back to it.
+    pub looped: bool,
 }
 
 /// How the transport header takes part in flows.
@@ -51,7 +58,7 @@ pub enum Kind {
     Other,
     /// TCP: flags decide what opens a flow.
     Tcp,
-    /// UDP, SCTP: the first packet opens the flow.
+    /// UDP, UDP-Lite, SCTP: the first packet opens the flow.
     Ports,
     /// ICMP(v6) echo or timestamp request: opens a flow.
     IcmpRequest,
@@ -61,6 +68,22 @@ pub enum Kind {
     IcmpError,
     /// Any other ICMP message: judged, opens nothing.
     IcmpOther,
+}
+
+impl Kind {
+    /// The kind with this number; others read as [`Kind::Other`].
+    #[inline(always)]
+    pub const fn from_bits(bits: u32) -> Self {
+        match bits {
+            1 => Self::Tcp,
+            2 => Self::Ports,
+            3 => Self::IcmpRequest,
+            4 => Self::IcmpReply,
+            5 => Self::IcmpError,
+            6 => Self::IcmpOther,
+            _ => Self::Other,
+        }
+    }
 }
 
 /// Addresses and ports of a packet, in its own direction.
@@ -140,8 +163,27 @@ pub struct Packet {
     pub essential: u32,
     /// The interface, which scopes link-local addresses.
     pub ifindex: u32,
+    /// Fragment identification; meaningful if `fragment` is not [`Fragment::Whole`].
+    pub fragment_id: u32,
+    /// First fragment: bytes of payload behind it (a later one must not begin before). Later
+    /// fragment: where it begins.
+    pub fragment_at: u32,
+    /// What part of a packet it is.
+    pub fragment: Fragment,
     /// Ethertype after all VLAN tags, 0 if not read.
     pub ethertype: u16,
+}
+
+/// What part of an IP packet a frame carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Fragment {
+    /// All of it; an atomic fragment (RFC 6946) as well.
+    Whole,
+    /// The first fragment, with the whole transport header.
+    First,
+    /// One without a transport header.
+    Later,
 }
 
 impl Packet {
@@ -153,6 +195,9 @@ impl Packet {
         addresses: false,
         essential: 0,
         ifindex: 0,
+        fragment_id: 0,
+        fragment_at: 0,
+        fragment: Fragment::Whole,
         ethertype: 0,
     };
 }
@@ -184,6 +229,9 @@ const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 const SCTP: u8 = 132;
+const UDPLITE: u8 = 136;
+/// Longest IP payload and header together, reassembled (RFC 791, RFC 8200).
+const MAX_PACKET: u32 = 65_535;
 
 #[inline(always)]
 fn be16(bytes: [u8; 2]) -> u16 {
@@ -295,28 +343,91 @@ fn ipv4<B: Bytes + ?Sized>(
     tuple.destination = [0, 0, 0, be32(h[16], h[17], h[18], h[19])];
     tuple.protocol = h[9];
     packet.addresses = true;
-    let total = u32::from(be16([h[2], h[3]]));
-    let end = offset + total;
-    if header_length < 20 || total < header_length || end > bytes.length() {
+    let end = ip_end(bytes, link, offset, u32::from(be16([h[2], h[3]])));
+    if header_length < 20 || end < offset + header_length || end > bytes.length() {
         return Err(Reason::Malformed);
     }
-    let fragment = be16([h[6], h[7]]);
-    if fragment & 0x1fff != 0 {
-        return Err(Reason::Fragment);
+    let at = offset + header_length;
+    if header_length > 20 && source_routed(bytes, offset + 20, at) {
+        return Err(Reason::SourceRoute);
     }
-    let first_fragment = fragment & 0x2000 != 0;
-    transport(bytes, offset + header_length, end, packet)?;
+    let field = be16([h[6], h[7]]);
+    let begin = u32::from(field & 0x1fff) * 8;
+    let more = field & 0x2000 != 0;
+    if begin != 0 || more {
+        packet.fragment_id = u32::from(be16([h[4], h[5]]));
+        fragment(packet, begin, more, end - at)?;
+        if begin != 0 {
+            return Ok(());
+        }
+    }
+    let read = transport(bytes, at, end, packet);
+    if more {
+        // No tiny first fragment hides what the rules look at (RFC 1858).
+        return read.map_err(|_| Reason::Fragment);
+    }
+    read?;
     let tuple = &packet.tuple;
-    let destination = tuple.destination[3];
-    if first_fragment {
-        return Ok(());
-    }
     if tuple.protocol == UDP && dhcp_v4(link, tuple) {
         packet.essential = essential::DHCP;
-    } else if tuple.protocol == IGMP && destination >> 28 == 0xe {
+    } else if tuple.protocol == IGMP && tuple.destination[3] >> 28 == 0xe {
         packet.essential = essential::MULTICAST_MEMBERSHIP;
     }
     Ok(())
+}
+
+/// Where an IPv4 packet ends that says it is `total` bytes long. A length of 0 is what the kernel
+/// writes for merged segments of more than 65 535 bytes (its own `iph_totlen`).
+#[inline(always)]
+fn ip_end<B: Bytes + ?Sized>(bytes: &B, link: &Link, offset: u32, total: u32) -> u32 {
+    if total == 0 && link.gso {
+        bytes.length()
+    } else {
+        offset + total
+    }
+}
+
+/// Notes a fragment that begins at `begin` of a payload and has `length` bytes of it.
+#[inline(always)]
+fn fragment(packet: &mut Packet, begin: u32, more: bool, length: u32) -> Result<(), Reason> {
+    // All but the last are whole units of 8 bytes; no reassembled packet is longer than 65 535.
+    if length == 0 || (more && length & 7 != 0) || begin + length > MAX_PACKET {
+        return Err(Reason::Malformed);
+    }
+    if begin == 0 {
+        packet.fragment = Fragment::First;
+        packet.fragment_at = length;
+    } else {
+        packet.fragment = Fragment::Later;
+        packet.fragment_at = begin;
+        packet.tuple.kind = Kind::Other;
+    }
+    Ok(())
+}
+
+/// Whether IPv4 options may hold a source route (types 131 and 137): the destination in the header
+/// would not be the final one. Any byte of that value counts, so that no option before it needs
+/// to be walked; the options that stacks send today (NOP, router alert) have none.
+#[inline(never)]
+fn source_routed<B: Bytes + ?Sized>(bytes: &B, from: u32, end: u32) -> bool {
+    let mut at = from;
+    let mut walked = 0;
+    while walked < 10 {
+        if at >= end {
+            return false;
+        }
+        match bytes.read::<4>(at) {
+            Some(option) => {
+                if option.iter().any(|byte| matches!(byte, 131 | 137)) {
+                    return true;
+                }
+            }
+            None => return true,
+        }
+        at += 4;
+        walked += 1;
+    }
+    false
 }
 
 /// The DHCP client's part (RFC 2131 §4.1): what it sends, what it receives, broadcasts of both.
@@ -357,58 +468,46 @@ fn ipv6<B: Bytes + ?Sized>(
     tuple.source = v6_address(&h, 8);
     tuple.destination = v6_address(&h, 24);
     packet.addresses = true;
-    let end = offset + 40 + u32::from(be16([h[4], h[5]]));
+    let payload = u32::from(be16([h[4], h[5]]));
+    let end = if payload == 0 && link.gso {
+        // More than 65 535 bytes of merged segments, with or without a jumbo option.
+        bytes.length()
+    } else {
+        offset + 40 + payload
+    };
     if end > bytes.length() || mapped(&tuple.source) || mapped(&tuple.destination) {
         return Err(Reason::Malformed);
     }
-    let mut next = h[6];
     let hop_limit = h[7];
-    let mut at = offset + 40;
-    let mut fragmented = false;
-    let mut walked = 0;
-    // One turn more than headers are allowed, to see the one too many.
-    while walked <= MAX_EXTENSION_HEADERS {
-        if !matches!(next, 0 | 43 | 44 | 60) {
-            break;
+    let mut walk = Walk {
+        next: h[6],
+        at: offset + 40,
+        some: false,
+        fragment: 0,
+        id: 0,
+        fragment_at: 0,
+    };
+    let walked = extension_headers(bytes, end, &mut walk);
+    tuple.protocol = walk.next;
+    walked?;
+    if walk.fragment != 0 {
+        packet.fragment_id = walk.id;
+        let begin = u32::from(walk.fragment & 0xfff8);
+        let more = walk.fragment & 1 != 0;
+        if begin != 0 || more {
+            fragment(packet, begin, more, end - walk.fragment_at)?;
         }
-        if walked == MAX_EXTENSION_HEADERS || (next == 0 && walked > 0) {
-            tuple.protocol = next;
-            return Err(Reason::ExtensionHeader);
+        if begin != 0 {
+            return Ok(());
         }
-        // Padding behind the packet is not part of it.
-        if at + 8 > end {
-            return Err(Reason::Malformed);
+        if more {
+            // RFC 7112: the first fragment holds all headers.
+            return transport(bytes, walk.at, end, packet).map_err(|_| Reason::Fragment);
         }
-        let e: [u8; 8] = bytes.read(at).ok_or(Reason::Malformed)?;
-        let length = match next {
-            44 => {
-                let field = be16([e[2], e[3]]);
-                if field & 0xfff8 != 0 {
-                    tuple.protocol = e[0];
-                    return Err(Reason::Fragment);
-                }
-                // Offset 0: a first fragment, or an atomic one (RFC 6946), which is a whole packet.
-                fragmented = true;
-                8
-            }
-            43 if e[3] != 0 => {
-                // Segments left: the final destination is not the one that would be judged.
-                tuple.protocol = next;
-                return Err(Reason::ExtensionHeader);
-            }
-            _ => (u32::from(e[1]) + 1) * 8,
-        };
-        next = e[0];
-        at += length;
-        if at > end {
-            return Err(Reason::Malformed);
-        }
-        walked += 1;
     }
-    tuple.protocol = next;
-    transport(bytes, at, end, packet)?;
+    transport(bytes, walk.at, end, packet)?;
     let tuple = &packet.tuple;
-    if fragmented {
+    if walk.fragment_at != 0 {
         // RFC 6980: neighbour discovery never carries a fragment header, not even an atomic one,
         // so nothing here is essential.
         return Ok(());
@@ -416,7 +515,7 @@ fn ipv6<B: Bytes + ?Sized>(
     packet.essential = match tuple.protocol {
         ICMPV6 => match (tuple.selector >> 8, hop_limit) {
             // Nobody puts extension headers before neighbour discovery but to hide it.
-            (133..=136, 255) if walked == 0 => essential::ND,
+            (133..=136, 255) if !walk.some => essential::ND,
             (130 | 131 | 132 | 143, 1)
                 if link_local_v6(&tuple.source) || tuple.source == [0; 4] =>
             {
@@ -428,6 +527,84 @@ fn ipv6<B: Bytes + ?Sized>(
         _ => 0,
     };
     Ok(())
+}
+
+/// Where a walk over IPv6 extension headers stands.
+struct Walk {
+    next: u8,
+    at: u32,
+    /// Whether there was any header.
+    some: bool,
+    /// The fragment header's offset and flags, 0 if there is none or it is atomic.
+    fragment: u16,
+    id: u32,
+    /// Where the fragmentable part begins, 0 without a fragment header.
+    fragment_at: u32,
+}
+
+/// Walks extension headers up to the transport header, or to a later fragment's payload.
+#[inline(never)]
+fn extension_headers<B: Bytes + ?Sized>(
+    bytes: &B,
+    end: u32,
+    walk: &mut Walk,
+) -> Result<(), Reason> {
+    // A counter of its own: one in `walk`, the verifier loses track of.
+    let mut walked = 0;
+    // One turn more than headers are allowed, to see the one too many.
+    while walked <= MAX_EXTENSION_HEADERS {
+        let kind = walk.next;
+        if !matches!(kind, 0 | 43 | 44 | 60) {
+            return Ok(());
+        }
+        if walked == MAX_EXTENSION_HEADERS || (kind == 0 && walked > 0) {
+            return Err(Reason::ExtensionHeader);
+        }
+        // Padding behind the packet is not part of it.
+        if walk.at + 8 > end {
+            return Err(truncated(walk));
+        }
+        let e: [u8; 8] = bytes.read(walk.at).ok_or(Reason::Malformed)?;
+        let length = match kind {
+            44 => {
+                // One is enough; a second would let fragments hide in fragments.
+                if walk.fragment_at != 0 {
+                    return Err(Reason::ExtensionHeader);
+                }
+                // Offset and the "more" bit; the two reserved bits mean nothing (RFC 8200).
+                walk.fragment = be16([e[2], e[3]]) & 0xfff9;
+                walk.id = be32(e[4], e[5], e[6], e[7]);
+                walk.fragment_at = walk.at + 8;
+                if walk.fragment & 0xfff8 != 0 {
+                    walk.next = e[0];
+                    walk.at += 8;
+                    return Ok(());
+                }
+                8
+            }
+            // Segments left: the final destination is not the one that would be judged.
+            43 if e[3] != 0 => return Err(Reason::ExtensionHeader),
+            _ => (u32::from(e[1]) + 1) * 8,
+        };
+        walk.next = e[0];
+        walk.at += length;
+        if walk.at > end {
+            return Err(truncated(walk));
+        }
+        walk.some = true;
+        walked += 1;
+    }
+    Ok(())
+}
+
+/// Headers that go on behind the end: of a first fragment, they are in a later one.
+#[inline(always)]
+const fn truncated(walk: &Walk) -> Reason {
+    if walk.fragment & 1 != 0 {
+        Reason::Fragment
+    } else {
+        Reason::Malformed
+    }
 }
 
 /// The DHCPv6 client's part (RFC 8415 §7): to ff02::1:2 or out of this host; from link-local.
@@ -459,12 +636,13 @@ fn transport<B: Bytes + ?Sized>(
             let h: [u8; 14] = bytes.read(at).ok_or(Reason::Malformed)?;
             ports(tuple, Kind::Tcp, [h[0], h[1], h[2], h[3]]);
             tuple.tcp_flags = h[13];
-            if u32::from(h[12] >> 4) * 4 < 20 {
+            let length = u32::from(h[12] >> 4) * 4;
+            if length < 20 || at + length > end {
                 return Err(Reason::Malformed);
             }
         }
-        UDP | SCTP => {
-            let minimum = if tuple.protocol == UDP { 8 } else { 12 };
+        UDP | SCTP | UDPLITE => {
+            let minimum = if tuple.protocol == SCTP { 12 } else { 8 };
             if at + minimum > end {
                 return Err(Reason::Malformed);
             }
@@ -529,8 +707,20 @@ fn inner<B: Bytes + ?Sized>(
         }
         tuple.source = v6_address(&h, 8);
         tuple.destination = v6_address(&h, 24);
-        tuple.protocol = h[6];
-        transport_at = at + 40;
+        let mut walk = Walk {
+            next: h[6],
+            at: at + 40,
+            some: false,
+            fragment: 0,
+            id: 0,
+            fragment_at: 0,
+        };
+        extension_headers(bytes, end, &mut walk).ok()?;
+        if walk.fragment & 0xfff8 != 0 {
+            return None;
+        }
+        tuple.protocol = walk.next;
+        transport_at = walk.at;
     } else {
         let h: [u8; 20] = bytes.read(at)?;
         let header_length = u32::from(h[0] & 0x0f) * 4;
@@ -549,7 +739,7 @@ fn inner<B: Bytes + ?Sized>(
     let h: [u8; 6] = bytes.read(transport_at)?;
     match tuple.protocol {
         TCP => ports(tuple, Kind::Tcp, [h[0], h[1], h[2], h[3]]),
-        UDP | SCTP => ports(tuple, Kind::Ports, [h[0], h[1], h[2], h[3]]),
+        UDP | SCTP | UDPLITE => ports(tuple, Kind::Ports, [h[0], h[1], h[2], h[3]]),
         ICMP | ICMPV6 if (tuple.protocol == ICMPV6) == v6 => {
             icmp(tuple, h);
             // No error answers an error (RFC 1122 §3.2.2), and nothing else has a flow.

@@ -4,7 +4,10 @@
     reason = "aya::Pod is an unsafe trait; the orphan rule puts it here"
 )]
 
-use crate::wire::{Control, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, Interface, Process};
+use crate::wire::{
+    Control, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, FragmentEntry, FragmentKey,
+    Interface, Process,
+};
 
 macro_rules! pod {
     ($($type:ty),*) => { $(
@@ -15,5 +18,14 @@ macro_rules! pod {
 }
 
 pod!(
-    FlowKey, FlowKey4, FlowEntry, Control, Interface, Process, Event, DeniedSlot
+    FlowKey,
+    FlowKey4,
+    FlowEntry,
+    FragmentKey,
+    FragmentEntry,
+    Control,
+    Interface,
+    Process,
+    Event,
+    DeniedSlot
 );

@@ -104,7 +104,8 @@ reasons! {
     IcmpUnrelated = 9, "icmp_unrelated";
     /// Headers that contradict themselves or the packet's length; v4-mapped addresses.
     Malformed = 10, "malformed";
-    /// A fragment that carries no transport header.
+    /// A later fragment without its first before it, one that overlaps it, or a first one without
+    /// the whole transport header.
     Fragment = 11, "fragment";
     /// IPv6 extension headers past the limit, out of place, or with segments left.
     ExtensionHeader = 12, "extension_header";
@@ -114,6 +115,23 @@ reasons! {
     Ethertype = 14, "ethertype";
     /// No policy image is loaded, or it is not of this ABI.
     NoPolicy = 15, "no_policy";
+    /// A source that cannot come from there: this host's own address, or one of a segment that is
+    /// bound to other interfaces.
+    Spoofed = 16, "spoofed";
+    /// An address that no packet on a link has: loopback, a multicast source, an unspecified one.
+    Martian = 17, "martian";
+    /// A failsafe of the daemon's settings.
+    Failsafe = 18, "failsafe";
+    /// The flow's rule has expired, or its session has lasted as long as it may.
+    Expired = 19, "expired";
+    /// A tagged frame that is judged on its VLAN device, which is enforced.
+    VlanDevice = 20, "vlan_device";
+    /// A socket hook leaves the call to TC.
+    Deferred = 21, "deferred";
+    /// An ethertype that the daemon's settings list.
+    EthertypeListed = 22, "ethertype_listed";
+    /// IPv4 options with a source route: the destination is not the final one.
+    SourceRoute = 23, "source_route";
 }
 
 /// Counter slots reserved for reasons; more than there are, so that new ones keep indices stable.

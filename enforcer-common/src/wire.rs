@@ -76,16 +76,74 @@ pub struct FlowEntry {
     pub generation: u32,
     /// Rule that admitted it, or `u32::MAX`.
     pub rule: u32,
-    /// See `flow::{OPENER_IS_LOW, REPLIED, CLOSING}`.
+    /// See `flow::{OPENER_IS_LOW, REPLIED, CLOSING, TIMED, SESSION}`.
     pub flags: u32,
     /// Selector of the opener's query, which ports alone do not give (ICMP).
     pub selector: u32,
+    /// Boot second in which the session began; meaningful with `flow::SESSION`.
+    pub opened: u32,
+    /// Boot second of the last judgement; meaningful with `flow::TIMED`.
+    pub checked: u32,
+    /// Interface that packets of the high end, of the low end, last came in at; 0: none did.
+    pub arrived: [u32; 2],
+}
+
+/// The key of a fragmented packet on its way through a hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct FragmentKey {
+    source: [u32; 4],
+    destination: [u32; 4],
+    id: u32,
+    /// `hook << 16 | v6 << 8 | protocol` (IPv6: protocol 0, as receivers reassemble).
+    rest: u32,
+}
+
+impl FragmentKey {
+    /// A key from its parts. `protocol` is 0 for IPv6.
+    #[inline(always)]
+    pub const fn new(
+        source: [u32; 4],
+        destination: [u32; 4],
+        id: u32,
+        protocol: u8,
+        v6: bool,
+        egress: bool,
+    ) -> Self {
+        Self {
+            source,
+            destination,
+            id,
+            rest: (egress as u32) << 16 | (v6 as u32) << 8 | protocol as u32,
+        }
+    }
+}
+
+/// What later fragments of a packet whose first one passed need to be judged like it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct FragmentEntry {
+    /// Jiffies when the first fragment passed.
+    pub seen: u64,
+    /// Source port `<< 16 |` destination port.
+    pub ports: u32,
+    /// Selector `<< 16 |` protocol `<< 8 |` TCP flags.
+    pub service: u32,
+    /// How the transport takes part in flows, see `packet::Kind`.
+    pub kind: u32,
+    /// Bytes that the first fragment covers.
+    pub covered: u32,
 }
 
 /// The single value of `CONTROL`, written by the daemon.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Control {
+    /// Unix seconds that rules already saw: their time never goes back behind it, so that a rule
+    /// which expired stays expired when the clock is set back.
+    pub unix_floor: u64,
+    /// Unix time of the boot in nanoseconds: what `CLOCK_BOOTTIME` lacks to Unix time.
+    pub boot_unix_ns: u64,
     /// Network namespace whose processes the socket hooks may refuse (`SO_NETNS_COOKIE`).
     pub netns_cookie: u64,
     /// Kernel ticks a second.
@@ -105,10 +163,21 @@ pub const CONTROL_DEBUG: u32 = 1 << 1;
 pub struct Interface {
     /// See the `INTERFACE_*` bits.
     pub flags: u32,
+    /// Its number in the image's interface bitmaps, 1 to 1023; 0: in none.
+    pub slot: u32,
 }
 
 /// Packets start with the IP header (tun, GRE).
 pub const INTERFACE_L3: u32 = 1;
+
+/// Bit 63: 802.1ad; then ifindex `<< 12 | VID`: the key of `VLANS`.
+#[inline(always)]
+pub const fn vlan_key(ifindex: u32, service_tag: bool, vid: u16) -> u64 {
+    (service_tag as u64) << 63 | (ifindex as u64) << 12 | (vid & 0xfff) as u64
+}
+
+/// Value of `VLANS`: packets with this tag are judged on the VLAN device, which is enforced.
+pub const VLAN_JUDGED_THERE: u32 = 1;
 
 /// A process, as the socket hooks saw it: the value of `SOCKETS`, by socket cookie.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -234,10 +303,11 @@ pub mod slot {
 const _: () = {
     assert!(size_of::<FlowKey>() == 40 && align_of::<FlowKey>() == 4);
     assert!(size_of::<FlowKey4>() == 16 && align_of::<FlowKey4>() == 4);
-    assert!(size_of::<FlowEntry>() == 24 && align_of::<FlowEntry>() == 8);
+    assert!(size_of::<FlowEntry>() == 40 && align_of::<FlowEntry>() == 8);
     assert!(offset_of!(FlowEntry, generation) == 8 && offset_of!(FlowEntry, flags) == 16);
-    assert!(size_of::<Control>() == 16 && offset_of!(Control, hz) == 8);
-    assert!(size_of::<Interface>() == 4);
+    assert!(size_of::<FragmentKey>() == 40 && size_of::<FragmentEntry>() == 24);
+    assert!(size_of::<Control>() == 32 && offset_of!(Control, hz) == 24);
+    assert!(size_of::<Interface>() == 8);
     assert!(size_of::<Process>() == 32 && offset_of!(Process, comm) == 16);
     assert!(size_of::<Event>() == 136 && align_of::<Event>() == 8);
     assert!(offset_of!(Event, process) == 24 && offset_of!(Event, source) == 56);

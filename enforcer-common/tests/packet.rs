@@ -14,7 +14,7 @@ use std::net::IpAddr;
 
 use enforcer_common::{
     image::essential,
-    packet::{Kind, Link, Packet, parse},
+    packet::{Fragment as Part, Kind, Link, Packet, parse},
     verdict::Reason,
 };
 use frame::{Extension, SYN};
@@ -25,6 +25,9 @@ const LINK: Link = Link {
     vlan: None,
     ingress: true,
     ifindex: 7,
+    slot: 0,
+    gso: false,
+    looped: false,
 };
 const EGRESS: Link = Link {
     ingress: false,
@@ -145,9 +148,9 @@ fn sound_packets_give_their_tuple() {
         ),
         (
             between(false, 136, &frame::udp(5, 53)),
-            Kind::Other,
-            (0, 0),
-            0,
+            Kind::Ports,
+            (5, 53),
+            53,
         ),
         (between(true, 47, &[]), Kind::Other, (0, 0), 0),
         (between(true, 59, &[]), Kind::Other, (0, 0), 0),
@@ -346,26 +349,44 @@ fn transport_headers() {
         }
         for words in 0..16u8 {
             let header = set(&frame::tcp(5, 53, SYN), 12, &[words << 4]);
-            let want = if words < 5 { MALFORMED } else { Ok(()) };
+            // 20 bytes of header are there.
+            let want = if words == 5 { Ok(()) } else { MALFORMED };
             assert_eq!(form(&between(v6, 6, &header)), want, "data offset {words}");
         }
     }
 }
 
+/// Bytes behind the IPv4 header.
+fn packet_length(frame: &[u8]) -> u32 {
+    u32::try_from(frame.len() - 34).unwrap()
+}
+
 #[test]
 fn ipv4_fragments() {
     for plain in [
-        tcp4(),
-        between(false, 17, &frame::udp(5, 53)),
+        between(
+            false,
+            6,
+            &[&frame::tcp(40_000, 8080, SYN)[..], &[0; 4]].concat(),
+        ),
+        between(false, 17, &frame::udp(5, 53)[..8]),
         between(false, 47, &[0; 24]),
         between(false, 255, &[0; 24]),
     ] {
         // The first carries the ports and is judged by them.
-        assert_eq!(form(&frame::as_fragment(&plain, 0, true)), Ok(()));
+        let (result, packet) = read(&frame::as_fragment(&plain, 0, true), &LINK);
+        assert_eq!((result, packet.fragment), (Ok(()), Part::First));
+        assert_eq!(packet.fragment_at as usize, plain.len() - 34);
         for (offset, more) in [(1, true), (1, false), (185, true), (0x1fff, false)] {
             let bytes = frame::as_fragment(&plain, offset, more);
             let (result, packet) = read(&bytes, &LINK);
-            assert_eq!(result, FRAGMENT, "{offset} {more}");
+            if u32::from(offset) * 8 + packet_length(&plain) > 65_535 {
+                assert_eq!(result, MALFORMED, "no packet is that long");
+                continue;
+            }
+            assert_eq!(result, Ok(()), "{offset} {more}");
+            assert_eq!(packet.fragment, Part::Later);
+            assert_eq!(packet.fragment_at, u32::from(offset) * 8);
             assert!(packet.addresses);
             assert_eq!(
                 packet.tuple.destination_port, 0,
@@ -376,8 +397,18 @@ fn ipv4_fragments() {
     // RFC 1858: a first fragment that hides the TCP flags.
     for length in 0..20 {
         let bytes = between(false, 6, &frame::tcp(5, 53, SYN)[..length]);
-        assert_eq!(form(&frame::as_fragment(&bytes, 0, true)), MALFORMED);
+        let want = if length > 0 && length % 8 == 0 {
+            FRAGMENT
+        } else {
+            MALFORMED
+        };
+        assert_eq!(form(&frame::as_fragment(&bytes, 0, true)), want, "{length}");
     }
+    // All but the last are whole units of 8 bytes.
+    let odd = between(false, 17, &frame::udp(5, 53));
+    assert_eq!(form(&frame::as_fragment(&odd, 0, true)), MALFORMED);
+    assert_eq!(form(&frame::as_fragment(&odd, 3, true)), MALFORMED);
+    assert_eq!(form(&frame::as_fragment(&odd, 3, false)), Ok(()));
     // "Don't fragment" and the reserved bit are not offsets.
     assert_eq!(form(&set(&tcp4(), 20, &[0x40, 0])), Ok(()));
     assert_eq!(form(&set(&tcp4(), 20, &[0x80, 0])), Ok(()));
@@ -446,24 +477,45 @@ fn ipv6_extension_headers() {
         (&[HopByHop, HopByHop], EXTENSION),
         (&[Routing(1)], EXTENSION),
         (&[Options, Routing(255)], EXTENSION),
-        (&[Fragment(0, true)], Ok(())),
-        (&[Fragment(1, false)], FRAGMENT),
-        (&[Fragment(1, true)], FRAGMENT),
-        (&[Fragment(0x1fff, false)], FRAGMENT),
-        (&[HopByHop, Fragment(9, true), Options], FRAGMENT),
-        (&[Fragment(0, false), Fragment(2, false)], FRAGMENT),
+        // A first fragment holds whole units of 8 bytes, and these are 20.
+        (&[Fragment(0, true)], MALFORMED),
+        (&[Fragment(1, true)], MALFORMED),
+        (&[Fragment(0x1fff, false)], MALFORMED),
+        // One fragment header is enough.
+        (&[Fragment(0, false), Fragment(2, false)], EXTENSION),
+        (&[Fragment(0, false), Fragment(0, false)], EXTENSION),
     ];
     for (headers, want) in cases {
         let (result, packet) = read(&extended(headers, 6, &tcp), &LINK);
         assert_eq!(result, *want, "{headers:?}");
         assert!(packet.addresses);
     }
+    let whole = [&tcp[..], &[0; 4]].concat();
+    for (headers, at, part) in [
+        (&[Fragment(0, true)][..], 24, Part::First),
+        (&[Fragment(1, false)], 8, Part::Later),
+        (&[HopByHop, Fragment(9, true), Options], 72, Part::Later),
+        (&[HopByHop, Fragment(0, true), Options], 32, Part::First),
+        (&[Fragment(0, false)], 0, Part::Whole),
+    ] {
+        let (result, packet) = read(&extended(headers, 6, &whole), &LINK);
+        assert_eq!(result, Ok(()), "{headers:?}");
+        assert_eq!(
+            (packet.fragment, packet.fragment_at),
+            (part, at),
+            "{headers:?}"
+        );
+    }
     // RFC 7112: a first fragment without its transport header.
     for payload in [&[][..], &tcp[..19]] {
         assert_eq!(form(&extended(&[Fragment(0, true)], 6, payload)), MALFORMED);
     }
+    assert_eq!(
+        form(&extended(&[Fragment(0, true)], 6, &tcp[..16])),
+        FRAGMENT
+    );
     let bytes = extended(&[Fragment(0, true), Options], 6, &[]);
-    assert_eq!(form(&bytes), MALFORMED);
+    assert_eq!(form(&bytes), FRAGMENT);
     // Lengths that run past the packet, with the frame's padding to lure the reader on.
     for header in [HopByHop, Options, Routing(0)] {
         for units in 1..=255u8 {

@@ -56,6 +56,9 @@ fn link() -> impl Strategy<Value = Link> {
             vlan: vlan.filter(|_| ethernet),
             ingress,
             ifindex: 1,
+            slot: 0,
+            gso: false,
+            looped: false,
         })
 }
 

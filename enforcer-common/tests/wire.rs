@@ -23,7 +23,7 @@ fn bytes<T: Copy>(value: &T) -> &[u8] {
 
 #[test]
 fn abi_version() {
-    assert_eq!(ABI_VERSION, 1, "did the bytes below change?");
+    assert_eq!(ABI_VERSION, 2, "did the bytes below change?");
 }
 
 #[test]
@@ -59,19 +59,28 @@ fn flow_entry_control_interface_process() {
         rule: 5,
         flags: 6,
         selector: 0x1f90,
+        opened: 7,
+        checked: 8,
+        arrived: [9, 10],
     };
     #[rustfmt::skip]
     assert_eq!(bytes(&entry), [
         8, 7, 6, 5, 4, 3, 2, 1, 0x44, 0x33, 0x22, 0x11, 5, 0, 0, 0, 6, 0, 0, 0, 0x90, 0x1f, 0, 0,
+        7, 0, 0, 0, 8, 0, 0, 0, 9, 0, 0, 0, 10, 0, 0, 0,
     ]);
     let control = Control {
+        unix_floor: 7,
+        boot_unix_ns: 8,
         netns_cookie: 1,
         hz: 250,
         flags: 3,
     };
     #[rustfmt::skip]
-    assert_eq!(bytes(&control), [1, 0, 0, 0, 0, 0, 0, 0, 250, 0, 0, 0, 3, 0, 0, 0]);
-    assert_eq!(bytes(&Interface { flags: 1 }), [1, 0, 0, 0]);
+    assert_eq!(bytes(&control), [7, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 250, 0, 0, 0, 3, 0, 0, 0]);
+    assert_eq!(
+        bytes(&Interface { flags: 1, slot: 2 }),
+        [1, 0, 0, 0, 2, 0, 0, 0]
+    );
     let process = Process {
         cgroup: 2,
         pid: 3,
@@ -187,6 +196,14 @@ fn reasons_and_counters_keep_their_numbers() {
             "vlan_nested",
             "ethertype",
             "no_policy",
+            "spoofed",
+            "martian",
+            "failsafe",
+            "expired",
+            "vlan_device",
+            "deferred",
+            "ethertype_listed",
+            "source_route",
         ]
     );
     assert_eq!(

@@ -3,14 +3,17 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{helpers::generated::bpf_skb_load_bytes, programs::TcContext};
-use enforcer_common::packet::{Bytes, Link};
+use enforcer_common::{
+    packet::{Bytes, Link},
+    wire::{INTERFACE_L3, vlan_key},
+};
 
 use crate::maps;
 
 /// A packet at a TC hook.
-pub struct Skb<'a>(pub &'a TcContext);
+pub struct Skb(pub TcContext);
 
-impl Bytes for Skb<'_> {
+impl Bytes for Skb {
     #[inline(always)]
     fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         let mut bytes = MaybeUninit::<[u8; N]>::uninit();
@@ -38,24 +41,38 @@ impl Bytes for Skb<'_> {
     }
 }
 
-/// What the metadata says of the packet.
+/// `skb->pkt_type` of the host's own multicast, looped back (linux/if_packet.h).
+const PACKET_LOOPBACK: u32 = 5;
+
+/// What the metadata says of the packet, and whether it is judged on its VLAN device instead.
 #[inline(always)]
-pub fn link(ctx: &TcContext, ingress: bool) -> Link {
+pub fn link(ctx: &TcContext, ingress: bool) -> (Link, bool) {
     let skb = ctx.skb.skb;
     // SAFETY: loads from the context, which the verifier checks field by field.
-    let (ifindex, protocol, tagged, tci) = unsafe {
+    let (ifindex, protocol, tagged, tci, tag, gso, kind) = unsafe {
         (
             (*skb).ifindex,
             (*skb).protocol,
             (*skb).vlan_present,
             (*skb).vlan_tci,
+            (*skb).vlan_proto,
+            (*skb).gso_size,
+            (*skb).pkt_type,
         )
     };
-    Link {
-        ethernet: maps::interface_flags(ifindex) & enforcer_common::wire::INTERFACE_L3 == 0,
+    let interface = maps::interface(ifindex);
+    let service_tag = u16::from_be(tag as u16) == 0x88a8;
+    let elsewhere =
+        tagged != 0 && maps::judged_on_vlan_device(vlan_key(ifindex, service_tag, tci as u16));
+    let link = Link {
+        ethernet: interface.flags & INTERFACE_L3 == 0,
         protocol: u16::from_be(protocol as u16),
         vlan: if tagged != 0 { Some(tci as u16) } else { None },
         ingress,
         ifindex,
-    }
+        slot: interface.slot,
+        gso: gso != 0,
+        looped: kind == PACKET_LOOPBACK,
+    };
+    (link, elsewhere)
 }

@@ -8,45 +8,38 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use enforcer_common::{
-    decide::Decision,
     flow::Clock,
     packet::Packet,
     verdict::{Hook, Outcome, Record, packet_counter, record_counter},
     wire::{DENIED_SLOTS, DeniedSlot, Process},
 };
 
-use crate::maps::{self, DENIED, EVENTS, SOCKETS};
-
-/// A judged packet, as far as accounting needs to know.
-pub struct Judged {
-    pub hook: Hook,
-    pub decision: Decision,
-    pub generation: u32,
-    pub clock: Clock,
-}
+use crate::maps::{self, DENIED, EVENTS, SOCKETS, Work};
 
 /// Counts a judged packet and, if it was denied or would have been, records it.
-#[inline(never)]
-pub fn account(ctx: &TcContext, packet: &Packet, judged: &Judged) {
-    let Judged {
+#[inline(always)]
+pub fn account(ctx: &TcContext, work: &Work) {
+    let Work {
         hook,
         decision,
-        clock,
+        packet,
+        scene,
         ..
-    } = judged;
+    } = work;
+    let clock = &scene.clock;
     maps::count(packet_counter(*hook, decision.outcome, decision.reason), 1);
     match decision.outcome {
         Outcome::Denied | Outcome::WouldDeny => {}
         Outcome::Allowed | Outcome::Off => return,
     }
-    let index = hash(packet, judged) & (DENIED_SLOTS - 1);
+    let index = hash(packet, work) & (DENIED_SLOTS - 1);
     let Some(slot) = DENIED.get_ptr_mut(index) else {
         return;
     };
     // SAFETY: this CPU's own element of a live array map. TC programs do not nest on a CPU: both
     // hooks run with bottom halves disabled.
     let slot = unsafe { &mut *slot };
-    let record = if same(slot, packet, judged) {
+    let record = if same(slot, packet, work) {
         slot.event.total += 1;
         slot.pending = slot.pending.wrapping_add(1);
         if clock.now.wrapping_sub(slot.emitted_at) < u64::from(clock.hz) {
@@ -62,7 +55,7 @@ pub fn account(ctx: &TcContext, packet: &Packet, judged: &Judged) {
                 u64::from(suppressed),
             );
         }
-        take_over(ctx, slot, index, packet, judged);
+        take_over(ctx, slot, index, packet, work);
         emit(slot, clock)
     };
     maps::count(record_counter(*hook, record), 1);
@@ -92,13 +85,14 @@ fn output(slot: &mut DeniedSlot) -> bool {
 
 /// Starts a new epoch of the slot for another flow.
 #[inline(always)]
-fn take_over(ctx: &TcContext, slot: &mut DeniedSlot, index: u32, packet: &Packet, judged: &Judged) {
-    let Judged {
+fn take_over(ctx: &TcContext, slot: &mut DeniedSlot, index: u32, packet: &Packet, work: &Work) {
+    let Work {
         hook,
         decision,
-        generation,
+        plan,
         ..
-    } = judged;
+    } = work;
+    let generation = &plan.generation;
     let epoch = slot.epoch.wrapping_add(1);
     slot.epoch = epoch;
     slot.pending = 1;
@@ -162,13 +156,14 @@ fn family(packet: &Packet) -> u8 {
 /// The source port that tells repeats of one flow from another. TCP and UDP clients take a new
 /// one for each attempt, and each attempt is worth a record of its own.
 #[inline(always)]
-fn same(slot: &DeniedSlot, packet: &Packet, judged: &Judged) -> bool {
-    let Judged {
+fn same(slot: &DeniedSlot, packet: &Packet, work: &Work) -> bool {
+    let Work {
         hook,
         decision,
-        generation,
+        plan,
         ..
-    } = judged;
+    } = work;
+    let generation = &plan.generation;
     let event = &slot.event;
     let tuple = &packet.tuple;
     slot.epoch_end != 0
@@ -191,8 +186,8 @@ fn same(slot: &DeniedSlot, packet: &Packet, judged: &Judged) -> bool {
 /// Any spread will do: a collision costs a record more, not a count.
 /// Hook and interface take part: a forwarded packet that is only observed comes by twice.
 #[inline(always)]
-fn hash(packet: &Packet, judged: &Judged) -> u32 {
-    let Judged { hook, decision, .. } = judged;
+fn hash(packet: &Packet, work: &Work) -> u32 {
+    let Work { hook, decision, .. } = work;
     let t = &packet.tuple;
     let mut h = t.source[3] ^ t.source[2].rotate_left(7) ^ t.source[1].rotate_left(13);
     h = h.wrapping_mul(0x9e37_79b1) ^ t.destination[3] ^ t.destination[2].rotate_left(9);

@@ -4,6 +4,7 @@
 //! socket hooks in the modules here. No policy in this file.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)] // one atomic addition, see `maps::count_shared`
 
 mod ctx;
 mod events;
@@ -11,7 +12,7 @@ mod maps;
 mod socket;
 
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::generated::bpf_jiffies64,
     macros::{cgroup_sock_addr, classifier},
     programs::{SockAddrContext, TcContext},
@@ -20,12 +21,12 @@ use aya_log_ebpf::info;
 use enforcer_common::{
     decide::{Decision, generation},
     flow::Clock,
-    judge, packet,
-    verdict::{Hook, Record, record_counter},
+    judge::{self, Scene},
+    packet,
+    verdict::{Hook, Reason, Record, record_counter},
     wire::CONTROL_DEBUG,
 };
-use events::Judged;
-use maps::Work;
+use maps::{KernelTime, Work};
 
 /// Packets coming into the host.
 #[classifier]
@@ -93,43 +94,131 @@ fn now() -> u64 {
 
 #[inline(always)]
 fn run(ctx: &TcContext, hook: Hook) -> i32 {
-    let control = maps::control();
-    let clock = Clock {
-        now: now(),
-        hz: control.hz,
-    };
-    let link = ctx::link(ctx, matches!(hook, Hook::TcIngress));
     // An array map of one element: the look-up cannot fail.
     let Some(work) = maps::work() else {
         return TC_ACT_SHOT;
     };
-    work.packet.ifindex = link.ifindex;
-    work.judged = Judged {
-        hook,
-        decision: Decision::NO_POLICY,
-        generation: 0,
-        clock,
+    let control = maps::control();
+    let (link, elsewhere) = ctx::link(ctx, matches!(hook, Hook::TcIngress));
+    let clock = Clock {
+        now: now(),
+        hz: control.hz,
     };
-    if let Some(image) = maps::live() {
-        work.judged.generation = generation(&image);
-        match packet::parse(&ctx::Skb(ctx), &link, &mut work.packet) {
-            Ok(()) => {
-                let Work { packet, plan, .. } = &mut *work;
-                judge::plan(&image, &maps::LruFlows, packet, &clock, plan);
-            }
-            Err(reason) => judge::plan_form(&image, &work.packet, reason, &mut work.plan),
+    work.packet.ifindex = link.ifindex;
+    work.hook = hook;
+    work.scene = Scene {
+        link,
+        clock,
+        time: KernelTime::new(&control),
+    };
+    let skb = ctx.skb.skb;
+    if elsewhere {
+        work.plan.generation = 0;
+        work.decision = Decision::pass(Reason::VlanDevice);
+    } else {
+        work.form = parse(skb, work);
+        plan(work);
+        if work.plan.asks() {
+            consult(work);
         }
-        let judgement = judge::carry_out(&image, &maps::LruFlows, &clock, &work.plan);
-        work.judged.decision = judgement.decision;
-        if judgement.insert_failed {
+        if conclude(work) != 0 {
             maps::count(record_counter(hook, Record::FlowInsertFailed), 1);
             if control.flags & CONTROL_DEBUG != 0 {
                 info!(ctx, "flow table took no entry on ifindex {}", link.ifindex);
             }
         }
     }
-    events::account(ctx, &work.packet, &work.judged);
-    action(&work.judged.decision)
+    account(skb, work);
+    action(&work.decision)
+}
+
+// The steps of a judgement. Global functions: the verifier goes through each once, on its own, and
+// knows nothing of what is in `work` when it starts. All in one, the program took more than the
+// million instructions that it follows.
+
+/// Reads the packet; the reason of form why it cannot be, else [`SOUND`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn parse(skb: *mut __sk_buff, work: *mut Work) -> u32 {
+    // SAFETY: the caller's workspace, or null to the verifier.
+    let Some(work) = (unsafe { work.as_mut() }) else {
+        return Reason::Malformed as u32;
+    };
+    let bytes = ctx::Skb(TcContext::new(skb));
+    match packet::parse(&bytes, &work.scene.link, &mut work.packet) {
+        Ok(()) => SOUND,
+        Err(reason) => reason as u32,
+    }
+}
+
+/// No reason's number.
+const SOUND: u32 = u32::MAX;
+
+/// Looks the flow up and plans what to ask the policy.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn plan(work: *mut Work) -> u32 {
+    // SAFETY: as in `parse`.
+    let Some(work) = (unsafe { work.as_mut() }) else {
+        return 0;
+    };
+    // 0 is no generation: without an image no entry is current.
+    let generation = match maps::live() {
+        Some(image) => generation(&image),
+        None => 0,
+    };
+    let Work {
+        packet,
+        scene,
+        plan,
+        form,
+        ..
+    } = work;
+    if *form == SOUND {
+        judge::plan(generation, &maps::LruFlows, packet, scene, plan);
+    } else {
+        judge::plan_form(packet, &scene.link, Reason::from_bits(*form), plan);
+    }
+    0
+}
+
+/// Asks the policy.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn consult(work: *mut Work) -> u32 {
+    // SAFETY: as in `parse`.
+    let Some(work) = (unsafe { work.as_mut() }) else {
+        return 0;
+    };
+    match maps::live() {
+        Some(image) => judge::consult(&image, &work.scene.time, &mut work.plan),
+        None => work.plan.without_policy(),
+    }
+    0
+}
+
+/// Concludes: the verdict, and the flow's entry. Whether the table refused it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn conclude(work: *mut Work) -> u32 {
+    // SAFETY: as in `parse`.
+    let Some(work) = (unsafe { work.as_mut() }) else {
+        return 0;
+    };
+    let judgement = judge::conclude(&maps::LruFlows, &work.scene, &work.plan);
+    work.decision = judgement.decision;
+    u32::from(judgement.insert_failed)
+}
+
+/// Counts and records.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn account(skb: *mut __sk_buff, work: *mut Work) -> u32 {
+    // SAFETY: as in `parse`.
+    if let Some(work) = unsafe { work.as_mut() } {
+        events::account(&TcContext::new(skb), work);
+    }
+    0
 }
 
 #[cfg(target_arch = "bpf")]

@@ -1,21 +1,21 @@
 //! Every map, and the traits of the shared core on top of them.
 
-use crate::events::Judged;
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_RDONLY_PROG},
     btf_maps::{Array, ArrayOfMaps, HashMap, LruHashMap, PerCpuArray, RingBuf},
+    helpers::generated::bpf_ktime_get_boot_ns,
     macros::btf_map,
 };
 use enforcer_common::{
-    decide,
-    flow::{FlowSlot, FlowTable},
+    decide::{self, Decision, Time},
+    flow::{Admission, FlowSlot, FlowTable, SESSION, TIMED},
     image::Words,
-    judge::Plan,
+    judge::{Plan, Scene},
     packet::Packet,
-    verdict::COUNTERS as COUNTER_COUNT,
+    verdict::{COUNTERS as COUNTER_COUNT, Hook},
     wire::{
-        Control, DENIED_SLOTS, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, Interface, Process,
-        slot,
+        Control, DENIED_SLOTS, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, FragmentEntry,
+        FragmentKey, Interface, Process, VLAN_JUDGED_THERE, slot,
     },
 };
 
@@ -29,8 +29,15 @@ pub const IMAGE_WORDS: usize = 1 << 18;
 
 type ImageMap = Array<[u32; IMAGE_WORDS], 1, { BPF_F_RDONLY_PROG as usize }>;
 
+/// In a second.
+const NANOSECONDS: u64 = 1_000_000_000;
 /// Flows of each family that the table holds.
 const FLOWS: usize = 1 << 17;
+/// Fragmented packets of which a first fragment passed. Nobody without the right to send can fill
+/// it, and a full one evicts: what follows an evicted one is denied.
+const FRAGMENTED: usize = 1 << 14;
+/// VLAN devices.
+const VLAN_DEVICES: usize = 4096;
 /// Sockets whose process is remembered.
 const SOCKET_COUNT: usize = 1 << 14;
 /// Bytes of the event ring: 7 000 records.
@@ -44,6 +51,10 @@ static CONTROL: Array<Control, 1> = Array::new();
 static FLOWS4: LruHashMap<FlowKey4, FlowEntry, FLOWS> = LruHashMap::new();
 #[btf_map]
 static FLOWS6: LruHashMap<FlowKey, FlowEntry, FLOWS> = LruHashMap::new();
+#[btf_map]
+static FRAGMENTS: LruHashMap<FragmentKey, FragmentEntry, FRAGMENTED> = LruHashMap::new();
+#[btf_map]
+static VLANS: HashMap<u64, u32, VLAN_DEVICES> = HashMap::new();
 #[btf_map]
 pub static DENIED: PerCpuArray<DeniedSlot, { DENIED_SLOTS as usize }> = PerCpuArray::new();
 #[btf_map]
@@ -85,6 +96,8 @@ pub fn control() -> Control {
     match CONTROL.get(0) {
         Some(control) => *control,
         None => Control {
+            unix_floor: 0,
+            boot_unix_ns: 0,
             netns_cookie: 0,
             hz: 0,
             flags: 0,
@@ -92,13 +105,53 @@ pub fn control() -> Control {
     }
 }
 
-/// Flags of an interface; 0 (Ethernet) for one that is not listed.
+/// An interface; Ethernet without a slot if it is not listed.
 #[inline(always)]
-pub fn interface_flags(ifindex: u32) -> u32 {
-    // SAFETY: the value is a plain u32 that only the daemon writes, before attaching.
+pub fn interface(ifindex: u32) -> Interface {
+    // SAFETY: two plain u32 that only the daemon writes.
     match unsafe { INTERFACES.get(&ifindex) } {
-        Some(interface) => interface.flags,
-        None => 0,
+        Some(interface) => *interface,
+        None => Interface { flags: 0, slot: 0 },
+    }
+}
+
+/// Whether frames with this tag are judged on their VLAN device.
+#[inline(always)]
+pub fn judged_on_vlan_device(key: u64) -> bool {
+    // SAFETY: a plain u32 that only the daemon writes.
+    unsafe { VLANS.get(&key) }.is_some_and(|flags| flags & VLAN_JUDGED_THERE != 0)
+}
+
+/// Time by the daemon's offset: right across suspend, and across clock steps once it has written
+/// the new one.
+#[derive(Clone, Copy)]
+pub struct KernelTime {
+    boot_unix_ns: u64,
+    floor: u64,
+}
+
+impl KernelTime {
+    #[inline(always)]
+    pub fn new(control: &Control) -> Self {
+        Self {
+            boot_unix_ns: control.boot_unix_ns,
+            floor: control.unix_floor,
+        }
+    }
+}
+
+impl Time for KernelTime {
+    #[inline(always)]
+    fn boot(&self) -> u32 {
+        // SAFETY: a helper without arguments.
+        (unsafe { bpf_ktime_get_boot_ns() } / NANOSECONDS) as u32
+    }
+
+    #[inline(always)]
+    fn unix(&self) -> u64 {
+        // SAFETY: a helper without arguments.
+        let now = unsafe { bpf_ktime_get_boot_ns() };
+        (now.wrapping_add(self.boot_unix_ns) / NANOSECONDS).max(self.floor)
     }
 }
 
@@ -111,13 +164,33 @@ pub fn count(index: u32, packets: u64) {
     }
 }
 
-/// The packet at hand, what is planned for it and its judgement. In a map because the 512-byte
-/// stack has no room for it, and because the verifier knows nothing of values there: the ways
-/// through one step meet before the next (see `enforcer_common::judge`).
+/// Adds one to a per-CPU counter from a program that another one on this CPU may interrupt.
+#[inline(always)]
+pub fn count_shared(index: u32) {
+    if let Some(counter) = COUNTERS.get_ptr_mut(index) {
+        // SAFETY: this CPU's own slot of a live array map; one instruction that only writes there.
+        // The target has no `fetch_add`, the instruction set has always had this one.
+        unsafe {
+            core::arch::asm!(
+                "lock *(u64 *)({counter} + 0) += {one}",
+                counter = in(reg) counter,
+                one = in(reg) 1u64,
+            );
+        }
+    }
+}
+
+/// The packet at hand and all that is found out about it. In a map because the 512-byte stack has
+/// no room for it, and because the verifier knows nothing of values there (see
+/// `enforcer_common::judge`).
 pub struct Work {
     pub packet: Packet,
-    pub judged: Judged,
+    pub scene: Scene<KernelTime>,
     pub plan: Plan,
+    pub decision: Decision,
+    pub hook: Hook,
+    /// What the parser said.
+    pub form: u32,
 }
 
 /// This run's workspace; `packet` is empty.
@@ -158,6 +231,19 @@ impl FlowTable for LruFlows {
             FLOWS4.insert(key.v4(), entry, u64::from(BPF_ANY)).is_ok()
         }
     }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentEntry> {
+        // SAFETY: an LRU may hand the element to another packet while it is copied; the worst is a
+        // fragment judged by the ports of another allowed packet, of which the receiver has no
+        // first fragment.
+        unsafe { FRAGMENTS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn insert_fragment(&self, key: &FragmentKey, entry: &FragmentEntry) -> bool {
+        FRAGMENTS.insert(key, entry, u64::from(BPF_ANY)).is_ok()
+    }
 }
 
 impl FlowSlot for LruSlot {
@@ -184,11 +270,25 @@ impl FlowSlot for LruSlot {
     }
 
     #[inline(always)]
-    fn admit(&self, generation: u32, rule: u32) {
+    fn admit(&self, admission: &Admission) {
         // SAFETY: as in `touch`.
         unsafe {
-            (*self.0).rule = rule;
-            (*self.0).generation = generation;
+            let timing = TIMED | SESSION;
+            if (*self.0).flags & timing != admission.timing {
+                (*self.0).flags = (*self.0).flags & !timing | admission.timing;
+            }
+            if admission.begins {
+                (*self.0).opened = admission.boot;
+            }
+            (*self.0).checked = admission.boot;
+            (*self.0).rule = admission.rule;
+            (*self.0).generation = admission.generation;
         }
+    }
+
+    #[inline(always)]
+    fn arrive(&self, side: u32, ifindex: u32) {
+        // SAFETY: as in `touch`.
+        unsafe { (*self.0).arrived[side as usize & 1] = ifindex };
     }
 }

@@ -21,11 +21,11 @@ use enforcer_common::{
     flow::{self, FlowTable as _},
     image::{Address, LOCAL_UNKNOWN, MAX_LOCAL, MAX_LOCAL_CLASSES, Words as _, header},
     packet::{Kind, Tuple},
-    verdict::{Hook, Outcome, Record, packet_counter, record_counter},
+    verdict::{Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::{CONTROL_SOCKET_REFUSE, Control, Event, Process},
 };
 
-use crate::maps::{self, EVENTS, Image, LruFlows, SOCKETS};
+use crate::maps::{self, EVENTS, Image, KernelTime, LruFlows, SOCKETS};
 
 const TCP: u32 = 6;
 const UDP: u32 = 17;
@@ -125,21 +125,38 @@ fn judge(
     bound: [u32; 4],
     source_port: u16,
 ) -> bool {
+    let refused = refuse(ctx, hook, v6, destination, bound, source_port);
+    if !refused {
+        maps::count_shared(packet_counter(hook, Outcome::Allowed, Reason::Deferred));
+    }
+    !refused
+}
+
+/// Whether the call is refused; then it is counted and recorded.
+#[inline(always)]
+fn refuse(
+    ctx: &SockAddrContext,
+    hook: Hook,
+    v6: bool,
+    destination: [u32; 4],
+    bound: [u32; 4],
+    source_port: u16,
+) -> bool {
     let c: *mut bpf_sock_addr = ctx.sock_addr;
     // SAFETY: the context is the program's own.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    let process = remember(cookie);
+    remember(cookie);
     let control = maps::control();
     if control.flags & CONTROL_SOCKET_REFUSE == 0 || other_namespace(ctx, &control) {
-        return true;
+        return false;
     }
     // SAFETY: loads from the context.
     let (protocol, port) = unsafe { ((*c).protocol, u16::from_be((*c).user_port as u16)) };
     if protocol != TCP && protocol != UDP {
-        return true;
+        return false;
     }
     let Some(image) = maps::live() else {
-        return true;
+        return false;
     };
     let mut tuple = Tuple {
         source: bound,
@@ -157,26 +174,19 @@ fn judge(
         selector: port,
     };
     if unjudged(&image, &tuple) || essential(&tuple) {
-        return true;
+        return false;
     }
-    let Some(words) = denied(&image, &tuple) else {
-        return true;
+    let Some(words) = denied(generation(&image), &tuple, &control) else {
+        return false;
     };
     if answers_a_flow(&image, &mut tuple) {
-        return true;
+        return false;
     }
     let decision = Decision::unpack(words);
-    maps::count(packet_counter(hook, Outcome::Denied, decision.reason), 1);
-    let record = record(
-        hook,
-        &tuple,
-        &decision,
-        generation(&image),
-        cookie,
-        &process,
-    );
-    maps::count(record_counter(hook, record), 1);
-    false
+    maps::count_shared(packet_counter(hook, Outcome::Denied, decision.reason));
+    let record = record(hook, &tuple, &decision, generation(&image), cookie);
+    maps::count_shared(record_counter(hook, record));
+    true
 }
 
 #[inline(always)]
@@ -186,25 +196,32 @@ fn other_namespace(ctx: &SockAddrContext, control: &Control) -> bool {
     cookie != control.netns_cookie
 }
 
-/// Notes which process uses the socket.
+/// The process that makes the call.
 #[inline(always)]
-fn remember(cookie: u64) -> Process {
-    let process = Process {
+fn process() -> Process {
+    Process {
         // SAFETY: a helper without arguments.
         cgroup: unsafe { bpf_get_current_cgroup_id() },
         pid: (bpf_get_current_pid_tgid() >> 32) as u32,
         uid: bpf_get_current_uid_gid() as u32,
         comm: bpf_get_current_comm().unwrap_or([0; 16]),
-    };
-    if cookie != 0 {
-        // SAFETY: only compared; see `events::take_over`.
-        let known = unsafe { SOCKETS.get(&cookie) }.is_some_and(|p| p.pid == process.pid);
-        if !known {
-            // A full table evicts; an attribution is a courtesy.
-            let _ = SOCKETS.insert(&cookie, &process, u64::from(BPF_ANY));
-        }
     }
-    process
+}
+
+/// Notes which process uses the socket.
+// A subprogram: its part of the 512-byte stack is free again afterwards.
+#[inline(never)]
+fn remember(cookie: u64) {
+    if cookie == 0 {
+        return;
+    }
+    let process = process();
+    // SAFETY: only compared; see `events::take_over`.
+    let known = unsafe { SOCKETS.get(&cookie) }.is_some_and(|p| p.pid == process.pid);
+    if !known {
+        // A full table evicts; an attribution is a courtesy.
+        let _ = SOCKETS.insert(&cookie, &process, u64::from(BPF_ANY));
+    }
 }
 
 /// Destinations that TC judges by more than addresses, or not at all: this host, loopback,
@@ -277,53 +294,112 @@ fn local(image: &Image, v6: bool, i: u32) -> [u32; 4] {
     }
 }
 
+/// One look into the image about a socket. On the stack: calls can be preempted.
+#[repr(C)]
+pub struct Turn {
+    ask: Ask,
+    /// Which of the host's address classes the source is; [`BOUND`]: it is in `ask`.
+    index: u32,
+    /// Generation of the image that is looked into.
+    generation: u32,
+    /// Verdict words.
+    words: u64,
+}
+
+/// The socket has an address.
+const BOUND: u32 = u32::MAX;
+/// TC would deny it.
+const DENIED: u32 = 0;
+/// There are no more classes.
+const END: u32 = 1;
+/// TC might let it pass, or another image came in between.
+const LEAVE: u32 = 2;
+
+/// Takes a turn. A global function, which the verifier goes through once and not once a turn: in a
+/// loop, `connect6` took 618 000 instructions of its million.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn socket_turn(turn: *mut Turn, control: *const Control) -> u32 {
+    // SAFETY: the caller's, or null to the verifier.
+    let (Some(turn), Some(control)) = (unsafe { turn.as_mut() }, unsafe { control.as_ref() })
+    else {
+        return LEAVE;
+    };
+    let Some(image) = maps::live() else {
+        return LEAVE;
+    };
+    if generation(&image) != turn.generation {
+        return LEAVE;
+    }
+    if turn.index != BOUND {
+        let (base, count) = if turn.ask.is_v6() {
+            (
+                image.word(header::LOCAL6_CLASSES),
+                image.word(header::LOCAL6_CLASSES_COUNT),
+            )
+        } else {
+            (
+                image.word(header::LOCAL4_CLASSES),
+                image.word(header::LOCAL4_CLASSES_COUNT),
+            )
+        };
+        if count > MAX_LOCAL_CLASSES {
+            return LEAVE;
+        }
+        if turn.index >= count {
+            return END;
+        }
+        let class = image.word(base.wrapping_add(turn.index));
+        turn.ask.set_source(Address::of_class(class));
+    }
+    turn.words = answer(&image, &turn.ask, &KernelTime::new(control));
+    if Outcome::from_bits(turn.words as u32).passes() {
+        LEAVE
+    } else {
+        DENIED
+    }
+}
+
 /// The verdict words if TC would deny a packet from this socket: from the address it is bound to,
 /// or from every local one. `None` when one would pass, or the image names none.
 #[inline(always)]
-fn denied(image: &Image, tuple: &Tuple) -> Option<u64> {
+fn denied(generation: u32, tuple: &Tuple, control: &Control) -> Option<u64> {
     let bound = tuple.source != [0; 4];
-    let (base, count) = match (bound, tuple.v6) {
-        (true, _) => (0, 1),
-        (false, true) => (
-            image.word(header::LOCAL6_CLASSES),
-            image.word(header::LOCAL6_CLASSES_COUNT),
-        ),
-        (false, false) => (
-            image.word(header::LOCAL4_CLASSES),
-            image.word(header::LOCAL4_CLASSES_COUNT),
-        ),
+    let mut turn = Turn {
+        ask: Ask::rules(&Query {
+            source: tuple.source_address(),
+            destination: tuple.destination_address(),
+            protocol: tuple.protocol,
+            selector: tuple.selector,
+        }),
+        index: if bound { BOUND } else { 0 },
+        generation,
+        words: 0,
     };
-    if count > MAX_LOCAL_CLASSES {
-        return None;
+    if bound {
+        return match socket_turn(&raw mut turn, control) {
+            DENIED => Some(turn.words),
+            _ => None,
+        };
     }
-    let mut query = Query {
-        source: tuple.source_address(),
-        destination: tuple.destination_address(),
-        protocol: tuple.protocol,
-        selector: tuple.selector,
-    };
     let mut words = None;
     let mut i = 0;
-    while i < MAX_LOCAL_CLASSES {
-        if i >= count {
-            break;
+    while i <= MAX_LOCAL_CLASSES {
+        turn.index = i;
+        match socket_turn(&raw mut turn, control) {
+            DENIED => words = Some(turn.words),
+            END => return words,
+            _ => return None,
         }
-        if !bound {
-            query.source = Address::of_class(image.word(base.wrapping_add(i)));
-        }
-        let verdict = answer(image, &Ask::rules(&query));
-        if Outcome::from_bits(verdict as u32).passes() {
-            return None;
-        }
-        words = Some(verdict);
         i += 1;
     }
-    words
+    None
 }
 
 /// Whether a datagram may be the answer to a flow that the other end opened. TC knows whether
 /// that entry is current; here it is enough that there is one.
-#[inline(always)]
+// A subprogram for its stack, as `remember`.
+#[inline(never)]
 fn answers_a_flow(image: &Image, tuple: &mut Tuple) -> bool {
     if !matches!(tuple.kind, Kind::Ports) {
         return false;
@@ -357,15 +433,9 @@ fn scoped(tuple: &Tuple) -> bool {
     !tuple.v6 && tuple.source[3] >> 16 == 0xa9fe
 }
 
-#[inline(always)]
-fn record(
-    hook: Hook,
-    tuple: &Tuple,
-    decision: &Decision,
-    generation: u32,
-    cookie: u64,
-    process: &Process,
-) -> Record {
+// A subprogram for its stack, as `remember`.
+#[inline(never)]
+fn record(hook: Hook, tuple: &Tuple, decision: &Decision, generation: u32, cookie: u64) -> Record {
     let Some(mut entry) = EVENTS.reserve(0) else {
         return Record::Lost;
     };
@@ -374,7 +444,7 @@ fn record(
         time: unsafe { bpf_ktime_get_boot_ns() },
         total: 1,
         cookie,
-        process: *process,
+        process: process(),
         source: tuple.source,
         destination: tuple.destination,
         rule: decision.rule,

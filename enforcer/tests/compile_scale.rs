@@ -236,6 +236,7 @@ fn spot_check(policy: &Policy, env: &Environment, image: &Image, count: usize) {
                 protocol: query.protocol,
                 selector: query.selector,
             },
+            0,
         );
         let judgement = reference::judge(policy, env, &query);
         assert_eq!(decision.outcome.name(), {
@@ -259,6 +260,7 @@ fn environment() -> Environment {
             IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)),
             IpAddr::V6(Ipv6Addr::LOCALHOST),
         ]),
+        ..Environment::default()
     }
 }
 

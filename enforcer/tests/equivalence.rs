@@ -18,11 +18,13 @@ use enforcer::{
     },
 };
 use enforcer_common::{
-    decide::{Ask, Decision, Query, answer, decide},
-    image::{self, Address, EMPTY, Words, address_class, service_class},
-    judge::judge_form,
-    packet::Packet,
+    decide::{Ask, At, Decision, Query, answer, decide},
+    flow::{Admission, Clock, FlowSlot, FlowTable},
+    image::{self, EMPTY, Words, address_class, service_class},
+    judge::{Scene, judge},
+    packet::{Link, Packet},
     verdict::{Outcome, Reason},
+    wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
 use proptest::{
     prelude::*,
@@ -91,7 +93,7 @@ fn decided<W: Words>(image: &W, query: &FlowQuery) -> Decision {
         protocol: query.protocol,
         selector: query.selector,
     };
-    decide(image, &query)
+    decide(image, &query, 0)
 }
 
 /// Both answers to one query, and to a denial of form between the same addresses.
@@ -107,14 +109,80 @@ fn check(
     };
     prop_assert_eq!(decided(&spy, query), expected(policy, env, query));
 
-    let addresses = (Address::from(query.src), Address::from(query.dst));
-    let form = answer(&spy, &Ask::form(addresses.0, addresses.1));
+    let ask = Ask::rules(&Query {
+        source: query.src.into(),
+        destination: query.dst.into(),
+        protocol: 0,
+        selector: 0,
+    });
+    let form = answer(&spy, &ask.form(Reason::Malformed), &At(0));
+    prop_assert_eq!(Reason::from_bits(form as u32 >> 8), Reason::Malformed);
     let (strength, guard) = reference::judge_form(policy, env, Some((query.src, query.dst)));
     prop_assert_eq!(Outcome::from_bits(form as u32), outcome(strength));
     prop_assert_eq!((form >> 32) as u32, guard.map_or(EMPTY, |guard| guard.0));
 
     prop_assert!((spy.farthest.get() as usize) < image.words().len());
     Ok(())
+}
+
+const SCENE: Scene<At> = Scene {
+    link: Link {
+        ethernet: true,
+        protocol: 0,
+        vlan: None,
+        ingress: true,
+        ifindex: 1,
+        slot: 0,
+        gso: false,
+        looped: false,
+    },
+    clock: Clock { now: 0, hz: 100 },
+    time: At(0),
+};
+
+/// A frame that cannot be read.
+fn unreadable_frame(image: &Image) -> Decision {
+    let form = Err(Reason::Malformed);
+    let mut packet = Packet::EMPTY;
+    judge(image.words(), &NoFlows, &mut packet, &SCENE, form).decision
+}
+
+/// A table that knows nothing.
+struct NoFlows;
+
+/// There are none.
+struct NoSlot;
+
+impl FlowTable for NoFlows {
+    type Slot = NoSlot;
+
+    fn find(&self, _: &FlowKey) -> Option<NoSlot> {
+        None
+    }
+
+    fn insert(&self, _: &FlowKey, _: &FlowEntry) -> bool {
+        false
+    }
+
+    fn fragment(&self, _: &FragmentKey) -> Option<FragmentEntry> {
+        None
+    }
+
+    fn insert_fragment(&self, _: &FragmentKey, _: &FragmentEntry) -> bool {
+        false
+    }
+}
+
+impl FlowSlot for NoSlot {
+    fn load(&self) -> FlowEntry {
+        unreachable!()
+    }
+
+    fn touch(&self, _: u64, _: u32) {}
+
+    fn admit(&self, _: &Admission) {}
+
+    fn arrive(&self, _: u32, _: u32) {}
 }
 
 fn compiled(policy: &Policy, env: &Environment) -> Image {
@@ -137,7 +205,7 @@ proptest! {
         for query in &queries {
             check(&policy, &env, &image, query)?;
         }
-        let unreadable = judge_form(image.words(), &Packet::EMPTY, Reason::Malformed);
+        let unreadable = unreadable_frame(&image);
         let (strength, guard) = reference::judge_form(&policy, &env, None);
         prop_assert_eq!(unreadable.outcome, outcome(strength));
         prop_assert_eq!((unreadable.segment, guard), (EMPTY, None));

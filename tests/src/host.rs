@@ -14,12 +14,12 @@ use enforcer::{
     },
 };
 use enforcer_common::{
-    decide::Decision,
-    flow::{Clock, FlowSlot, FlowTable},
-    judge,
+    decide::{Decision, Time},
+    flow::{Admission, Clock, FlowSlot, FlowTable, SESSION, TIMED},
+    judge::{self, Scene},
     packet::{self, Bytes, Link, Packet},
     verdict::Reason,
-    wire::{FlowEntry, FlowKey},
+    wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
 
 use crate::kernel;
@@ -45,6 +45,7 @@ pub fn image(text: &str) -> Image {
 #[derive(Default)]
 pub struct HashFlows {
     pub entries: RefCell<HashMap<FlowKey, Entry>>,
+    pub fragments: RefCell<HashMap<FragmentKey, FragmentEntry>>,
     /// Takes no new entries.
     pub full: Cell<bool>,
 }
@@ -64,10 +65,21 @@ impl FlowSlot for Entry {
         self.0.set(entry);
     }
 
-    fn admit(&self, generation: u32, rule: u32) {
+    fn admit(&self, admission: &Admission) {
         let mut entry = self.0.get();
-        entry.generation = generation;
-        entry.rule = rule;
+        entry.flags = entry.flags & !(TIMED | SESSION) | admission.timing;
+        if admission.begins {
+            entry.opened = admission.boot;
+        }
+        entry.checked = admission.boot;
+        entry.generation = admission.generation;
+        entry.rule = admission.rule;
+        self.0.set(entry);
+    }
+
+    fn arrive(&self, side: u32, ifindex: u32) {
+        let mut entry = self.0.get();
+        entry.arrived[side as usize] = ifindex;
         self.0.set(entry);
     }
 }
@@ -87,6 +99,35 @@ impl FlowTable for HashFlows {
         self.entries.borrow_mut().insert(*key, entry);
         true
     }
+
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentEntry> {
+        self.fragments.borrow().get(key).copied()
+    }
+
+    fn insert_fragment(&self, key: &FragmentKey, entry: &FragmentEntry) -> bool {
+        if self.full.get() {
+            return false;
+        }
+        self.fragments.borrow_mut().insert(*key, *entry);
+        true
+    }
+}
+
+/// A moment of the host's clocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    pub boot: u32,
+    pub unix: u64,
+}
+
+impl Time for Moment {
+    fn boot(&self) -> u32 {
+        self.boot
+    }
+
+    fn unix(&self) -> u64 {
+        self.unix
+    }
 }
 
 /// What came of one packet.
@@ -97,25 +138,20 @@ pub struct Seen {
     pub decision: Decision,
 }
 
-/// The whole path of one packet at the time `now`, with nothing kept but `flows`.
-pub fn judge_on<B: Bytes + ?Sized>(
+/// The whole path of one packet, with nothing kept but `flows`.
+pub fn see<B: Bytes + ?Sized>(
     image: &Image,
     flows: &HashFlows,
-    now: u64,
-    link: &Link,
+    scene: &Scene<Moment>,
     bytes: &B,
 ) -> Seen {
-    let clock = Clock { now, hz: HZ };
     let mut packet = Packet::EMPTY;
-    let form = packet::parse(bytes, link, &mut packet);
-    let decision = match form {
-        Ok(()) => judge::judge(image.words(), flows, &packet, &clock).decision,
-        Err(reason) => judge::judge_form(image.words(), &packet, reason),
-    };
+    let form = packet::parse(bytes, &scene.link, &mut packet);
+    let judgement = judge::judge(image.words(), flows, &mut packet, scene, form);
     Seen {
         packet,
         form,
-        decision,
+        decision: judgement.decision,
     }
 }
 
@@ -126,6 +162,9 @@ pub struct Host {
     /// Jiffies, [`HZ`] a second.
     pub now: u64,
     pub ifindex: u32,
+    /// The interface's slot.
+    pub slot: u32,
+    pub time: Moment,
 }
 
 impl Host {
@@ -136,6 +175,11 @@ impl Host {
             // Not 0: a clock that starts there hides subtractions.
             now: 1_000_000,
             ifindex: 1,
+            slot: 0,
+            time: Moment {
+                boot: 10_000,
+                unix: 1_800_000_000,
+            },
         }
     }
 
@@ -146,13 +190,31 @@ impl Host {
             vlan: None,
             ingress,
             ifindex: self.ifindex,
+            slot: self.slot,
+            gso: false,
+            looped: false,
         };
-        judge_on(&self.image, &self.flows, self.now, &link, frame).decision
+        self.judge_on(link, frame)
+    }
+
+    /// Judges a frame of which this much is known.
+    pub fn judge_on(&mut self, link: Link, frame: &[u8]) -> Decision {
+        let scene = Scene {
+            link,
+            clock: Clock {
+                now: self.now,
+                hz: HZ,
+            },
+            time: self.time,
+        };
+        see(&self.image, &self.flows, &scene, frame).decision
     }
 
     /// Lets seconds go by.
     pub fn wait(&mut self, seconds: u64) {
         self.now += seconds * u64::from(HZ);
+        self.time.boot += seconds as u32;
+        self.time.unix += seconds;
     }
 
     /// The only entry of the table.

@@ -20,7 +20,10 @@ use enforcer::{
 use enforcer_common::{
     image::{SIZE_CLASSES, essential},
     verdict::{Hook, Outcome, Reason},
-    wire::{DENIED_SLOTS, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, Interface},
+    wire::{
+        DENIED_SLOTS, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, FragmentEntry, FragmentKey,
+        Interface,
+    },
 };
 
 static GENERATION: AtomicU32 = AtomicU32::new(1);
@@ -35,6 +38,7 @@ pub fn compile(policy: &Policy, env: &Environment) -> Image {
     let options = Options {
         generation: generation(),
         essentials: essential::ALL,
+        ..Options::default()
     };
     compile::compile(policy, env, &options).expect("the policy compiles")
 }
@@ -204,7 +208,9 @@ impl Programs {
     pub fn set_interface(&mut self, ifindex: u32, flags: u32) {
         let map = self.dataplane.ebpf_mut().map_mut("INTERFACES").unwrap();
         let mut interfaces: HashMap<_, u32, Interface> = map.try_into().unwrap();
-        interfaces.insert(ifindex, Interface { flags }, 0).unwrap();
+        interfaces
+            .insert(ifindex, Interface { flags, slot: 0 }, 0)
+            .unwrap();
     }
 
     /// Instructions that the verifier went through for each program that gets attached.
@@ -230,6 +236,12 @@ impl Programs {
         }
         empty::<FlowKey4>(self.dataplane.ebpf_mut().map_mut("FLOWS4").unwrap());
         empty::<FlowKey>(self.dataplane.ebpf_mut().map_mut("FLOWS6").unwrap());
+        let map = self.dataplane.ebpf_mut().map_mut("FRAGMENTS").unwrap();
+        let mut fragments: HashMap<_, FragmentKey, FragmentEntry> = map.try_into().unwrap();
+        let keys: Vec<_> = fragments.keys().filter_map(Result::ok).collect();
+        for key in keys {
+            let _ = fragments.remove(&key);
+        }
     }
 
     /// Runs a frame and finds its counter: exactly one must have moved since the last call, by

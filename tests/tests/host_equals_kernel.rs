@@ -148,22 +148,37 @@ fn sound(random: &mut Random) -> Vec<u8> {
                 1 => headers.push(Extension::HopByHop),
                 2 => headers.push(Extension::Routing(1)),
                 3 => headers.push(Extension::Fragment(0, true)),
-                4 => headers.push(Extension::Fragment(3, true)),
+                4 => headers.push(Extension::Fragment(random.pick(&[1, 3, 4]), true)),
                 _ => {}
             }
+        }
+        let mut payload = payload;
+        if random.one_in(2) {
+            payload.resize(payload.len().next_multiple_of(8), 0);
         }
         let (first, bytes) = frame::extended(&headers, protocol, &payload);
         let mut bytes = frame::frame(source, destination, first, &bytes);
         bytes[21] = random.pick(&[255, 255, 1, 64]);
         bytes
     } else {
+        // Fragments hold whole units of 8 bytes.
+        let part = random.below(12);
+        let mut payload = payload;
+        if part < 3 {
+            payload.resize(payload.len().next_multiple_of(8), 0);
+        }
         let mut bytes = frame::frame(source, destination, protocol, &payload);
         if random.one_in(6) {
             bytes = frame::with_options(&bytes, u8::try_from(random.below(11)).unwrap());
+            if random.one_in(4) {
+                let at = 34 + random.below(8);
+                bytes[at] = random.pick(&[131, 137, 130]);
+            }
         }
-        match random.below(12) {
+        match part {
             0 => frame::as_fragment(&bytes, 0, true),
-            1 => frame::as_fragment(&bytes, 1, false),
+            1 => frame::as_fragment(&bytes, random.pick(&[1, 2, 3, 4]), false),
+            2 => frame::as_fragment(&bytes, random.pick(&[1, 3, 5]), true),
             _ => bytes,
         }
     }
@@ -213,6 +228,17 @@ fn stamped(entry: &FlowEntry) -> (u32, u32, u32, u32) {
     (entry.generation, entry.rule, entry.flags, entry.selector)
 }
 
+/// Reasons that take more than a frame and a policy.
+const ELSEWHERE: [Reason; 7] = [
+    Reason::NoPolicy,
+    Reason::Spoofed,
+    Reason::Failsafe,
+    Reason::Expired,
+    Reason::VlanDevice,
+    Reason::Deferred,
+    Reason::EthertypeListed,
+];
+
 #[test]
 fn damaged_frames_get_one_verdict() {
     pin();
@@ -259,7 +285,7 @@ fn damaged_frames_get_one_verdict() {
     seen.sort_by_key(|(k, _)| (k.1 as u32, k.0 as u32));
     println!("{seen:?}");
     let reasons: HashSet<Reason> = seen.iter().map(|((_, reason), _)| *reason).collect();
-    for reason in Reason::ALL.iter().filter(|r| **r != Reason::NoPolicy) {
+    for reason in Reason::ALL.iter().filter(|r| !ELSEWHERE.contains(*r)) {
         assert!(reasons.contains(reason), "no frame reached {reason:?}");
     }
     for outcome in Outcome::ALL {

@@ -113,6 +113,7 @@ fn policies_and_packets() {
     let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
     let env = Environment {
         host_addresses: [IpAddr::from([10, 0, 9, 9])].into(),
+        ..Environment::default()
     };
     let mut lines = 0;
     assert!(CASES.len() >= 25);

@@ -13,8 +13,9 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    daemon::{self, Config, RunError, environment::Pattern, netlink, preflight::preflight},
+    daemon::{self, Config, RunError, netlink, preflight::preflight},
     dataplane::SocketHooks,
+    policy::pattern::Pattern,
 };
 
 use super::{Exit, Failure, Globals, Open, out};

@@ -36,19 +36,38 @@ use enforcer_common::{
     verdict::Reason,
 };
 
-use crate::policy::model::{Environment, Policy};
+use crate::policy::{
+    model::{Environment, Policy, Transport},
+    pattern::Pattern,
+};
+use ipnet::IpNet;
 
 use rows::Exception;
 use table::{Keys, Placed};
 use writer::{Full, Writer};
 
 /// What an image says besides the policy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Never 0, never used twice ([`Image::with_generation`] gives an image its own later).
     pub generation: u32,
     /// Bits of [`essential`]: what passes before any rule.
     pub essentials: u32,
+    /// What nothing in the policy cuts; at most 16.
+    pub failsafes: Vec<Failsafe>,
+    /// Ethertypes that pass although they are not IP, at most 16; 1 stands for all of LLC.
+    pub ethertypes: Vec<u16>,
+}
+
+/// Flows to this host that nothing in the policy cuts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failsafe {
+    /// Prefixes that they come from.
+    pub sources: Vec<IpNet>,
+    /// Ports of this host, TCP or UDP: transport, first, last.
+    pub ports: Vec<(Transport, u16, u16)>,
+    /// Interfaces that they come in at; empty: any.
+    pub interfaces: Vec<Pattern>,
 }
 
 impl Default for Options {
@@ -56,6 +75,8 @@ impl Default for Options {
         Self {
             generation: 1,
             essentials: essential::ALL,
+            failsafes: Vec::new(),
+            ethertypes: Vec::new(),
         }
     }
 }

@@ -35,6 +35,12 @@ pub fn one_flow(request: &ExplainRequest) -> Result<(), String> {
     Ok(())
 }
 
+/// Unix seconds.
+fn now() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |time| time.as_secs())
+}
+
 /// What `image`, compiled from `policy`, says about a flow.
 ///
 /// # Errors
@@ -55,6 +61,7 @@ pub fn explain(
             protocol,
             selector,
         },
+        now(),
     );
     let why = because(policy, decision.reason, decision.rule, decision.segment);
     let (verdict, strength) = match decision.outcome {

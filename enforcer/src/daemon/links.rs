@@ -11,7 +11,8 @@ use crate::{
     events::reader::SharedDataplane,
 };
 
-use super::environment::{Host, Link, Pattern};
+use super::environment::{Host, Link};
+use crate::policy::pattern::Pattern;
 
 const HOOKS: [&str; 2] = ["tc_ingress", "tc_egress"];
 

@@ -131,6 +131,7 @@ tests:
         };
         let here = Environment {
             host_addresses: ["192.0.2.7".parse().unwrap()].into(),
+            ..Environment::default()
         };
         let elsewhere = compile(files(), &Environment::default()).unwrap();
         let here = compile(files(), &here).unwrap();

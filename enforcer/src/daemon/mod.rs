@@ -47,8 +47,9 @@ use crate::{
     },
 };
 
+use crate::policy::pattern::Pattern;
 use control::Control;
-use environment::{Host, Pattern};
+use environment::Host;
 use load::Rejected;
 use state::{Live, Shared};
 

@@ -106,6 +106,8 @@ impl KernelDataplane {
         let hz = measure_hz(&mut ebpf)?;
         let netns_cookie = sys::netns_cookie().map_err(syscall("getsockopt(SO_NETNS_COOKIE)"))?;
         let control = Control {
+            unix_floor: 0,
+            boot_unix_ns: 0,
             netns_cookie,
             hz,
             flags: if options.debug { CONTROL_DEBUG } else { 0 },
@@ -207,7 +209,7 @@ impl Dataplane for KernelDataplane {
             LinkType::Ip => INTERFACE_L3,
         };
         let mut map: HashMap<_, u32, WireInterface> = typed_mut(&mut self.ebpf, "INTERFACES")?;
-        map.insert(interface.ifindex, WireInterface { flags }, 0)
+        map.insert(interface.ifindex, WireInterface { flags, slot: 0 }, 0)
             .map_err(map_error("write INTERFACES"))?;
         let mut attached = Attached {
             name: interface.name.clone(),

@@ -300,6 +300,7 @@ pub fn environment() -> impl Strategy<Value = Environment> {
                 }
             })
             .collect(),
+        ..Environment::default()
     })
 }
 

@@ -12,6 +12,7 @@ pub mod arbitrary;
 pub mod diag;
 pub mod model;
 pub mod parse;
+pub mod pattern;
 pub mod reference;
 
 pub use diag::{Diagnostic, Severity};

@@ -5,7 +5,7 @@
 //! A value of [`Policy`] is valid by construction: the parser is the only producer besides tests.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
@@ -337,6 +337,8 @@ pub struct Policy {
 pub struct Environment {
     /// Addresses of this host (all of the network namespace), for the built-in `host`.
     pub host_addresses: BTreeSet<IpAddr>,
+    /// Enforced interfaces by slot, 1 to 1023 (see `enforcer_common::image::INTERFACE_SLOTS`).
+    pub interfaces: BTreeMap<u32, String>,
 }
 
 impl Policy {

@@ -127,6 +127,7 @@ type Row = (Outcome, Reason, Option<u32>, Option<u32>);
 fn check(policy: &Policy, query: FlowQuery, expected: Row) {
     let env = Environment {
         host_addresses: ["192.0.2.1".parse().unwrap()].into(),
+        ..Environment::default()
     };
     let j = judge(policy, &env, &query);
     let got = (

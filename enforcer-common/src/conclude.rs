@@ -1,0 +1,182 @@
+//! What follows from the image's answer: the verdict, and what becomes of the flow's entry.
+//!
+//! Third step of the judgement, see [`crate::judge`]. Must not know: the image.
+
+use crate::{
+    decide::{Decision, RENEWED, Time},
+    flow::{Admission, FlowSlot as _, FlowTable, SESSION, TIMED},
+    image::{EMPTY, VERDICT_SESSION, VERDICT_TIMELINE},
+    judge::{
+        ARRIVES, Judgement, MIDSTREAM, OPEN, PASS, Plan, REJUDGE, REJUDGE_RELATED, RULES, Scene,
+    },
+    verdict::{Outcome, Reason},
+    wire::FlowEntry,
+};
+
+#[inline(always)]
+fn decided(plan: &Plan) -> Decision {
+    if plan.step == PASS {
+        return Decision {
+            rule: plan.rule,
+            ..Decision::pass(Reason::from_bits(plan.reason))
+        };
+    }
+    Decision::unpack(plan.words)
+}
+
+/// How an entry depends on time that these verdict words admit.
+#[inline(always)]
+const fn timing(words: u64) -> u32 {
+    let word = words as u32;
+    if word & VERDICT_SESSION != 0 {
+        TIMED | SESSION
+    } else if word & VERDICT_TIMELINE != 0 {
+        TIMED
+    } else {
+        0
+    }
+}
+
+/// Enters a flow that `words` admit.
+#[inline(always)]
+fn enter<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan, reversed: bool) -> bool {
+    let (words, flags, selector) = if reversed {
+        (
+            plan.reverse_words,
+            plan.reverse_flags,
+            plan.reverse.selector(),
+        )
+    } else {
+        (plan.words, plan.flags, plan.ask.selector())
+    };
+    let timing = timing(words);
+    let boot = if timing != 0 { scene.time.boot() } else { 0 };
+    let arrived = if plan.side != 0 {
+        [0, plan.ifindex]
+    } else {
+        [plan.ifindex, 0]
+    };
+    let entry = FlowEntry {
+        last_seen: scene.clock.now,
+        generation: plan.generation,
+        rule: Decision::unpack(words).rule,
+        flags: flags | timing,
+        selector,
+        opened: boot,
+        checked: boot,
+        arrived,
+    };
+    table.insert(&plan.key, &entry)
+}
+
+/// The verdict on a flow that was admitted before, and its entry brought up to date.
+#[inline(always)]
+fn go_on<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Decision {
+    let mut decision = Decision::unpack(plan.words);
+    if !decision.outcome.passes() {
+        // Who sent this packet is another matter than whether the flow may go on.
+        if !matches!(decision.reason, Reason::Spoofed | Reason::Martian) {
+            decision.reason = if plan.stale != 0 {
+                Reason::Revoked
+            } else {
+                Reason::Expired
+            };
+        }
+        return decision;
+    }
+    if plan.step == REJUDGE_RELATED {
+        // The error itself, from whatever router, must not be spoofed.
+        let error = Decision::unpack(plan.reverse_words);
+        if !error.outcome.passes() {
+            return error;
+        }
+    }
+    if let Some(slot) = table.find(&plan.key) {
+        let timing = timing(plan.words);
+        slot.admit(&Admission {
+            generation: plan.generation,
+            rule: decision.rule,
+            timing,
+            boot: if timing != 0 { scene.time.boot() } else { 0 },
+            begins: plan.found & SESSION == 0 || plan.words as u32 & RENEWED != 0,
+        });
+        if plan.step == REJUDGE {
+            slot.touch(scene.clock.now, plan.flags);
+            if plan.ifindex != 0 {
+                slot.arrive(plan.side, plan.ifindex);
+            }
+        }
+    }
+    if plan.step == REJUDGE_RELATED && decision.outcome == Outcome::Allowed {
+        decision.reason = Reason::Related;
+    }
+    decision
+}
+
+/// What follows from the answer: the verdict, and what becomes of the flow's entry.
+#[inline(always)]
+pub fn conclude<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Judgement {
+    let mut insert_failed = false;
+    let mut decision = decided(plan);
+    match plan.step {
+        RULES => {
+            if decision.reason == Reason::Related {
+                decision.rule = plan.rule;
+            }
+        }
+        OPEN | MIDSTREAM => {
+            let mut reversed = false;
+            if plan.step == MIDSTREAM && decision.outcome != Outcome::Allowed {
+                // Whichever end may have opened the flow; a clear "allowed" in either direction
+                // goes before a pass that would be recorded. Not for a packet that is not what it
+                // says: then nothing about the flow matters.
+                let reverse = Decision::unpack(plan.reverse_words);
+                let genuine = !matches!(decision.reason, Reason::Spoofed | Reason::Martian);
+                if genuine
+                    && (reverse.outcome == Outcome::Allowed
+                        || (!decision.outcome.passes() && reverse.outcome.passes()))
+                {
+                    decision = reverse;
+                    reversed = true;
+                }
+            }
+            // What is essential needs no entry.
+            if decision.outcome.passes() && decision.reason != Reason::Essential {
+                insert_failed = !enter(table, scene, plan, reversed);
+            }
+        }
+        REJUDGE | REJUDGE_RELATED => {
+            decision = go_on(table, scene, plan);
+            let own = Decision::unpack(plan.reverse_words);
+            let asked = plan.step == REJUDGE && plan.has_reverse != 0;
+            if !decision.outcome.passes() && asked && own.outcome.passes() {
+                insert_failed = !enter(table, scene, plan, true);
+                decision = own;
+            }
+        }
+        ARRIVES => {
+            if decision.outcome.passes() {
+                decision.rule = if decision.reason == Reason::Established {
+                    plan.rule
+                } else {
+                    EMPTY
+                };
+                if let Some(slot) = table.find(&plan.key) {
+                    slot.touch(scene.clock.now, plan.flags);
+                    // What passes only because it is observed is recorded each time.
+                    if decision.outcome == Outcome::Allowed {
+                        slot.arrive(plan.side, plan.ifindex);
+                    }
+                }
+            }
+        }
+        _ => {}
+    }
+    if plan.has_fragments != 0 && decision.outcome.passes() {
+        insert_failed |= !table.insert_fragment(&plan.fragment_key, &plan.fragment);
+    }
+    Judgement {
+        decision,
+        insert_failed,
+    }
+}
