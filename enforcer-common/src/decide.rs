@@ -112,7 +112,14 @@ impl Time for At {
 /// Judges a flow that is about to be opened, at `unix` seconds.
 #[inline(always)]
 pub fn decide<W: Words + ?Sized>(image: &W, query: &Query, unix: u64) -> Decision {
-    Decision::unpack(answer(image, &Ask::rules(query), &At(unix)))
+    Decision::unpack(verdict_at(image, query, unix))
+}
+
+/// The verdict words behind [`decide`], the first in the lower half: with
+/// [`image::VERDICT_SESSION`] where the rule bounds sessions.
+#[inline(always)]
+pub fn verdict_at<W: Words + ?Sized>(image: &W, query: &Query, unix: u64) -> u64 {
+    answer(image, &Ask::rules(query), &At(unix))
 }
 
 /// The packet's source is the ask's destination: it is a reply.

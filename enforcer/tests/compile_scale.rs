@@ -79,6 +79,7 @@ fn segment(number: usize, members: Vec<Member>, noise: &mut Noise) -> Segment {
         members,
         mode: [Mode::Enforce, Mode::Enforce, Mode::Observe][noise.below(3) as usize],
         protect: Protect::Both,
+        interfaces: vec![],
         origin: origin(),
     }
 }
@@ -107,6 +108,8 @@ fn rule(number: usize, segments: u64, ports: u64, wide: u64, noise: &mut Noise) 
         to,
         services,
         action: [Action::Allow, Action::Deny][usize::from(noise.below(20) == 0)],
+        expires: None,
+        session: None,
         origin: origin(),
     }
 }
@@ -238,7 +241,7 @@ fn spot_check(policy: &Policy, env: &Environment, image: &Image, count: usize) {
             },
             0,
         );
-        let judgement = reference::judge(policy, env, &query);
+        let judgement = reference::judge(policy, env, &query, 0);
         assert_eq!(decision.outcome.name(), {
             match judgement.outcome {
                 reference::Outcome::Allowed => "allowed",
@@ -370,6 +373,8 @@ fn more_kinds_of_service_than_can_be_told_apart_are_refused() {
             last: u16::MAX - number,
         }],
         action: Action::Allow,
+        expires: None,
+        session: None,
         origin: origin(),
     });
     let mut policy = policy(vec![], 0, 1, 1, &mut Noise(0));

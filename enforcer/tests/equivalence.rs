@@ -63,7 +63,7 @@ impl Words for Spy<'_> {
 
 /// The reference's judgement in the words of the image.
 fn expected(policy: &Policy, env: &Environment, query: &FlowQuery) -> Decision {
-    let judgement = reference::judge(policy, env, query);
+    let judgement = reference::judge(policy, env, query, 0);
     Decision {
         outcome: outcome(judgement.outcome),
         reason: match judgement.reason {
@@ -259,7 +259,7 @@ fn services(image: &Image, v6: bool) -> Vec<(u8, u16)> {
     let mut found: BTreeMap<(u32, bool), (u8, u16)> = BTreeMap::new();
     for protocol in 0..=u8::MAX {
         let last = match protocol {
-            1 | 6 | 17 | 58 | 132 => u16::MAX,
+            1 | 6 | 17 | 58 | 132 | 136 => u16::MAX,
             _ => 0,
         };
         for selector in 0..=last {

@@ -177,7 +177,7 @@ fn passes(image: &Image, connection: &Connection) -> bool {
         protocol: connection.protocol.number(),
         selector: connection.port,
     };
-    match decide(image.words(), &query).outcome {
+    match decide(image.words(), &query, 0).outcome {
         Outcome::Allowed | Outcome::Off => true,
         Outcome::Denied => false,
         outcome => panic!("{outcome:?} of {connection:?}"),

@@ -130,7 +130,7 @@ fn policies_and_packets() {
             let line = parse(line);
             let (rule, segment) = numbers(&policy, &line);
 
-            let judged = reference::judge(&policy, &env, &line.query);
+            let judged = reference::judge(&policy, &env, &line.query, 0);
             let outcome = format!("{:?}", judged.outcome).to_lowercase();
             assert_eq!(outcome, line.outcome.replace('_', ""), "reference, {at}");
             assert_eq!(judged.rule.map_or(EMPTY, |r| r.0), rule, "reference, {at}");

@@ -143,7 +143,7 @@ fn reference_image_and_bytecode_agree() {
         let mut asked = HashSet::new();
         let mut seen: HashSet<(IpAddr, IpAddr, u8)> = HashSet::new();
         for (number, query) in (20_000u16..).zip(&queries) {
-            let want = reference::judge(&policy, &env, query);
+            let want = reference::judge(&policy, &env, query, 0);
             let host = decide(
                 image.words(),
                 &Query {

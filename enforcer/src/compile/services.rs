@@ -57,8 +57,8 @@ fn parts(rule: &Rule) -> Parts {
                 u32::from(first),
                 u32::from(last),
             )),
-            Service::Icmp { kind } => parts.push(icmp(1, kind)),
-            Service::Icmpv6 { kind } => parts.push(icmp(58, kind)),
+            Service::Icmp { kind, code } => parts.push(icmp(1, kind, code)),
+            Service::Icmpv6 { kind, code } => parts.push(icmp(58, kind, code)),
             Service::Protocol(number) => parts.push((usize::from(number), WHOLE.0, WHOLE.1)),
         }
     }
@@ -74,10 +74,13 @@ fn parts(rule: &Rule) -> Parts {
     united
 }
 
-/// Every code of a type.
-fn icmp(index: usize, kind: u8) -> (usize, u32, u32) {
+/// A code of a type, or all of them.
+fn icmp(index: usize, kind: u8, code: Option<u8>) -> (usize, u32, u32) {
     let first = u32::from(kind) << 8;
-    (index, first, first | 0xff)
+    match code {
+        Some(code) => (index, first | u32::from(code), first | u32::from(code)),
+        None => (index, first, first | 0xff),
+    }
 }
 
 impl Services {

@@ -184,8 +184,16 @@ fn matches(service: Service, action: Action, v6: bool, protocol: u8, selector: u
             first,
             last,
         } => transport.number() == protocol && (first..=last).contains(&selector),
-        Service::Icmp { kind } => !v6 && protocol == 1 && selector >> 8 == u16::from(kind),
-        Service::Icmpv6 { kind } => v6 && protocol == 58 && selector >> 8 == u16::from(kind),
+        Service::Icmp { kind, code } => {
+            !v6 && protocol == 1
+                && selector >> 8 == u16::from(kind)
+                && code.is_none_or(|code| selector & 0xff == u16::from(code))
+        }
+        Service::Icmpv6 { kind, code } => {
+            v6 && protocol == 58
+                && selector >> 8 == u16::from(kind)
+                && code.is_none_or(|code| selector & 0xff == u16::from(code))
+        }
         Service::Protocol(number) => number == protocol,
     }
 }
@@ -195,7 +203,7 @@ fn check_services(policy: &Policy, words: &[u32], services: &Services) {
         for protocol in 0..=u8::MAX {
             // Every selector of the protocols that have them.
             let last = match protocol {
-                1 | 6 | 17 | 58 | 132 => u16::MAX,
+                1 | 6 | 17 | 58 | 132 | 136 => u16::MAX,
                 _ => 0,
             };
             for selector in 0..=last {

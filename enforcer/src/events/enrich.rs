@@ -388,6 +388,7 @@ pub(crate) mod tests {
             }],
             mode: Mode::Enforce,
             protect,
+            interfaces: vec![],
             origin: origin(line),
         }
     }
@@ -410,6 +411,8 @@ pub(crate) mod tests {
                 to: Endpoints::default(),
                 services: vec![Service::Any],
                 action: Action::Deny,
+                expires: None,
+                session: None,
                 origin: origin(20),
             }],
             tests: Vec::new(),

@@ -126,6 +126,7 @@ fn segment(index: usize) -> impl Strategy<Value = Segment> {
         members,
         mode,
         protect,
+        interfaces: vec![],
         origin: origin("random.yaml", line(index, 10)),
     })
 }
@@ -151,8 +152,8 @@ fn service() -> impl Strategy<Value = Service> {
             first: a.min(b),
             last: a.max(b),
         }),
-        2 => icmp.prop_map(|kind| Service::Icmp { kind }),
-        2 => icmpv6.prop_map(|kind| Service::Icmpv6 { kind }),
+        2 => icmp.prop_map(|kind| Service::Icmp { kind, code: None }),
+        2 => icmpv6.prop_map(|kind| Service::Icmpv6 { kind, code: None }),
         3 => select(protocols).prop_map(Service::Protocol),
     ]
 }
@@ -273,6 +274,8 @@ pub fn policy() -> impl Strategy<Value = Policy> {
                     to: to.resolve(count, &groups),
                     services: services.clone(),
                     action: if *deny { Action::Deny } else { Action::Allow },
+                    expires: None,
+                    session: None,
                     origin: origin("random.yaml", line(i, 200)),
                 })
                 .collect();
@@ -384,14 +387,14 @@ fn point(policy: &Policy) -> impl Strategy<Value = (u8, u16)> + use<> {
                     points.extend(near.map(|port| (protocol, port)));
                 }
             }
-            Service::Icmp { kind } => around(&mut points, 1, kind),
-            Service::Icmpv6 { kind } => around(&mut points, 58, kind),
+            Service::Icmp { kind, .. } => around(&mut points, 1, kind),
+            Service::Icmpv6 { kind, .. } => around(&mut points, 58, kind),
             Service::Protocol(number) => {
                 // Only protocols without ports or types: their selector is 0.
                 let near = [number.saturating_sub(1), number, number.saturating_add(1)];
                 points.extend(
                     near.into_iter()
-                        .filter(|p| !matches!(p, 1 | 6 | 17 | 58 | 132))
+                        .filter(|p| !matches!(p, 1 | 6 | 17 | 58 | 132 | 136))
                         .map(|p| (p, 0)),
                 );
             }
@@ -433,7 +436,7 @@ mod tests {
             let query = query(&p);
             (Just(p), environment(), query)
         })) {
-            let j = judge(&p, &env, &q);
+            let j = judge(&p, &env, &q, 0);
             prop_assert_eq!(
                 j.rule.is_some(),
                 matches!(j.reason, Reason::RuleAllow | Reason::RuleDeny)
@@ -454,7 +457,7 @@ mod tests {
             let strategy = query(&p);
             for _ in 0..8 {
                 let q = strategy.new_tree(&mut runner).unwrap().current();
-                let j = judge(&p, &env, &q);
+                let j = judge(&p, &env, &q, 0);
                 *seen.entry((j.reason, j.outcome)).or_insert(0) += 1;
             }
         }

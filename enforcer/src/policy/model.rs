@@ -10,6 +10,8 @@ use std::{
     sync::Arc,
 };
 
+use super::pattern::Pattern;
+
 /// How strongly a segment's denials bite. Ordered: `Off < Observe < Enforce`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Mode {
@@ -172,6 +174,8 @@ pub struct Segment {
     pub mode: Mode,
     /// Already defaulted.
     pub protect: Protect,
+    /// Interfaces at which the segment's addresses may come in as sources; empty: any.
+    pub interfaces: Vec<Pattern>,
     /// Where the segment's name is written.
     pub origin: Origin,
 }
@@ -200,6 +204,8 @@ pub enum Transport {
     Udp,
     /// Protocol 132.
     Sctp,
+    /// Protocol 136.
+    UdpLite,
 }
 
 impl Transport {
@@ -209,6 +215,7 @@ impl Transport {
             Self::Tcp => 6,
             Self::Udp => 17,
             Self::Sctp => 132,
+            Self::UdpLite => 136,
         }
     }
 }
@@ -227,17 +234,21 @@ pub enum Service {
         /// Highest destination port, included.
         last: u16,
     },
-    /// ICMP over IPv4 with this type (any code).
+    /// ICMP over IPv4 with this type.
     Icmp {
         /// ICMP type.
         kind: u8,
+        /// ICMP code; `None`: any.
+        code: Option<u8>,
     },
-    /// ICMPv6 over IPv6 with this type (any code).
+    /// ICMPv6 over IPv6 with this type.
     Icmpv6 {
         /// ICMPv6 type.
         kind: u8,
+        /// ICMPv6 code; `None`: any.
+        code: Option<u8>,
     },
-    /// A protocol by number. Never 1, 6, 17, 58 or 132: those have words of their own.
+    /// A protocol by number. Never 1, 6, 17, 58, 132 or 136: those have words of their own.
     Protocol(u8),
 }
 
@@ -254,6 +265,15 @@ pub enum Action {
     Deny,
 }
 
+/// How long the flows that an allow rule admits may live; at least one bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Session {
+    /// Longest life, in seconds.
+    pub max: Option<u32>,
+    /// Longest time without a packet, in seconds; at most `max`.
+    pub idle: Option<u32>,
+}
+
 /// `from` × `to` × `services`: who may, or may not, open which flow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
@@ -267,6 +287,10 @@ pub struct Rule {
     pub services: Vec<Service>,
     /// Allow or deny.
     pub action: Action,
+    /// Unix second, never 0, from which on the rule does not exist.
+    pub expires: Option<u64>,
+    /// Of allow rules only.
+    pub session: Option<Session>,
     /// Where the rule starts.
     pub origin: Origin,
 }
@@ -280,7 +304,7 @@ pub struct FlowQuery {
     pub dst: IpAddr,
     /// IP protocol number.
     pub protocol: u8,
-    /// Destination port for TCP, UDP and SCTP; `type << 8 | code` for ICMP and ICMPv6; else 0.
+    /// Destination port for TCP, UDP, SCTP and UDP-Lite; `type << 8 | code` for ICMP and ICMPv6; else 0.
     pub selector: u16,
 }
 
@@ -302,6 +326,8 @@ pub struct PolicyTest {
     pub service: String,
     /// The expectation.
     pub expect: Expect,
+    /// Unix second at which it is judged; `None`: while no rule has expired.
+    pub at: Option<u64>,
     /// Where the test starts.
     pub origin: Origin,
 }

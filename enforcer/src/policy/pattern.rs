@@ -2,6 +2,11 @@
 
 use std::str::FromStr;
 
+use super::diag::shown;
+
+/// Longest pattern, in bytes.
+const LONGEST: usize = 64;
+
 /// A name of an interface, in which `*` stands for any characters and `?` for one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pattern(String);
@@ -31,13 +36,14 @@ impl FromStr for Pattern {
         let bad = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
         if text.is_empty() || text.contains(bad) {
             return Err(format!(
-                "`{}` cannot be the name of an interface",
-                text.escape_debug()
+                "{} cannot be the name of an interface",
+                shown(text)
             ));
         }
-        if !text.contains('*') && text.len() > 15 {
+        if text.len() > 15 && (!text.contains('*') || text.len() > LONGEST) {
             return Err(format!(
-                "`{text}` is too long: names of interfaces have up to 15 characters"
+                "{} is too long: names of interfaces have up to 15 characters",
+                shown(text)
             ));
         }
         Ok(Self(text.to_owned()))
@@ -98,5 +104,7 @@ mod tests {
         for bad in ["", "a b", "a/b", "eth0:1", "0123456789abcdef", "a\u{1b}"] {
             assert!(bad.parse::<Pattern>().is_err(), "{bad:?}");
         }
+        assert!("*".repeat(LONGEST).parse::<Pattern>().is_ok());
+        assert!("*".repeat(LONGEST + 1).parse::<Pattern>().is_err());
     }
 }

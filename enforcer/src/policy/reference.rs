@@ -55,6 +55,8 @@ pub struct Judgement {
     pub reason: Reason,
     /// The rule, for [`Reason::RuleAllow`] and [`Reason::RuleDeny`].
     pub rule: Option<RuleId>,
+    /// Whether that rule bounds the flow's life (`session`).
+    pub session: bool,
     /// The guard that is named, for [`Reason::DefaultDeny`].
     pub guard: Option<SegmentId>,
     /// Every segment of the source.
@@ -63,14 +65,17 @@ pub struct Judgement {
     pub to: BTreeSet<SegmentId>,
 }
 
-/// Judges the flow that `query` opens.
-pub fn judge(policy: &Policy, env: &Environment, query: &FlowQuery) -> Judgement {
+/// Judges the flow that `query` opens at `unix` (seconds).
+pub fn judge(policy: &Policy, env: &Environment, query: &FlowQuery, unix: u64) -> Judgement {
     let from = policy.segments_of(query.src);
     let to = policy.segments_of(query.dst);
     let verdict = |outcome, reason, rule, guard| Judgement {
         outcome,
         reason,
         rule,
+        session: rule
+            .and_then(|id| policy.rule(id))
+            .is_some_and(|rule| rule.session.is_some()),
         guard,
         from: from.clone(),
         to: to.clone(),
@@ -78,9 +83,12 @@ pub fn judge(policy: &Policy, env: &Environment, query: &FlowQuery) -> Judgement
 
     // The strongest matching deny; of equals the first in file order.
     let mut deny: Option<(Mode, RuleId)> = None;
-    let mut allow: Option<RuleId> = None;
+    // The allow that gives most; of equals the first in file order.
+    let mut allow: Option<(u32, RuleId)> = None;
     for (rule, index) in policy.rules.iter().zip(0u32..) {
-        let matches = side_matches(env, &rule.from, query.src, &from)
+        let exists = rule.expires.is_none_or(|expires| unix < expires);
+        let matches = exists
+            && side_matches(env, &rule.from, query.src, &from)
             && side_matches(env, &rule.to, query.dst, &to)
             && rule
                 .services
@@ -99,15 +107,24 @@ pub fn judge(policy: &Policy, env: &Environment, query: &FlowQuery) -> Judgement
                     deny = Some((strength, RuleId(index)));
                 }
             }
-            Action::Allow => allow = allow.or(Some(RuleId(index))),
+            Action::Allow => {
+                let limits = if rule.expires.is_some() {
+                    2
+                } else {
+                    u32::from(rule.session.is_some())
+                };
+                if allow.is_none_or(|(fewest, _)| limits < fewest) {
+                    allow = Some((limits, RuleId(index)));
+                }
+            }
         }
     }
 
     if let Some((strength, rule)) = deny {
         return verdict(denied(strength), Reason::RuleDeny, Some(rule), None);
     }
-    if allow.is_some() {
-        return verdict(Outcome::Allowed, Reason::RuleAllow, allow, None);
+    if let Some((_, rule)) = allow {
+        return verdict(Outcome::Allowed, Reason::RuleAllow, Some(rule), None);
     }
     if let Some((strength, guard)) = strongest_guard(policy, &from, &to) {
         return verdict(denied(strength), Reason::DefaultDeny, None, Some(guard));
@@ -142,6 +159,18 @@ pub fn judge_form(
     }
 }
 
+/// Whether a packet with this source may not come in at `interface`: a segment that it is in names
+/// other interfaces. One that the enforcer is not at counts as none of them.
+pub fn spoofed(policy: &Policy, env: &Environment, source: IpAddr, interface: &str) -> bool {
+    let known = env.interfaces.values().any(|name| name == interface);
+    policy
+        .segments
+        .iter()
+        .filter(|segment| !segment.interfaces.is_empty())
+        .filter(|segment| segment.members.iter().any(|m| m.contains(source)))
+        .any(|segment| !known || !segment.interfaces.iter().any(|p| p.matches(interface)))
+}
+
 fn denied(strength: Mode) -> Outcome {
     match strength {
         Mode::Enforce => Outcome::Denied,
@@ -165,7 +194,10 @@ fn side_matches(
 }
 
 fn service_matches(service: Service, action: Action, query: &FlowQuery) -> bool {
-    let icmp_type = query.selector >> 8;
+    let icmp = |kind: u8, code: Option<u8>| {
+        query.selector >> 8 == u16::from(kind)
+            && code.is_none_or(|code| query.selector & 0xff == u16::from(code))
+    };
     match service {
         Service::Any => match action {
             Action::Allow => !TUNNEL_PROTOCOLS.contains(&query.protocol),
@@ -180,11 +212,11 @@ fn service_matches(service: Service, action: Action, query: &FlowQuery) -> bool 
                 && first <= query.selector
                 && query.selector <= last
         }
-        Service::Icmp { kind } => {
-            query.protocol == 1 && query.dst.is_ipv4() && icmp_type == u16::from(kind)
+        Service::Icmp { kind, code } => {
+            query.protocol == 1 && query.dst.is_ipv4() && icmp(kind, code)
         }
-        Service::Icmpv6 { kind } => {
-            query.protocol == 58 && query.dst.is_ipv6() && icmp_type == u16::from(kind)
+        Service::Icmpv6 { kind, code } => {
+            query.protocol == 58 && query.dst.is_ipv6() && icmp(kind, code)
         }
         Service::Protocol(number) => query.protocol == number,
     }
@@ -238,7 +270,8 @@ pub fn run_tests(policy: &Policy, env: &Environment) -> Vec<Diagnostic> {
 
 fn run_test(policy: &Policy, env: &Environment, test: &PolicyTest) -> Option<Diagnostic> {
     let query = &test.query;
-    let judgement = judge(policy, env, query);
+    // Every instant of the language comes after 0: there, nothing has expired.
+    let judgement = judge(policy, env, query, test.at.unwrap_or(0));
     let expected = match test.expect {
         Expect::Allow => "allow",
         Expect::Deny => "deny",
@@ -262,17 +295,19 @@ fn run_test(policy: &Policy, env: &Environment, test: &PolicyTest) -> Option<Dia
         "the test expects {expected}, but {} -> {} {} is {verdict}",
         query.src, query.dst, test.service
     );
-    Some(
-        Diagnostic::error("E0401", &test.origin.file, span, message)
-            .note(why(policy, &judgement))
-            .note(format!(
-                "{} is in {}; {} is in {}",
-                query.src,
-                names(policy, &judgement.from),
-                query.dst,
-                names(policy, &judgement.to)
-            )),
-    )
+    let mut found = Diagnostic::error("E0401", &test.origin.file, span, message);
+    if let Some(at) = test.at.and_then(|at| i64::try_from(at).ok())
+        && let Ok(at) = jiff::Timestamp::from_second(at)
+    {
+        found = found.note(format!("judged at {at}"));
+    }
+    Some(found.note(why(policy, &judgement)).note(format!(
+        "{} is in {}; {} is in {}",
+        query.src,
+        names(policy, &judgement.from),
+        query.dst,
+        names(policy, &judgement.to)
+    )))
 }
 
 /// The reason in words, with the place that says so.

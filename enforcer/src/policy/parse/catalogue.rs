@@ -67,7 +67,16 @@ pub const CATALOGUE: [(&str, &[Service]); 54] = [
     ("oracle", &[tcp(1521)]),
     (
         "ping",
-        &[Service::Icmp { kind: 8 }, Service::Icmpv6 { kind: 128 }],
+        &[
+            Service::Icmp {
+                kind: 8,
+                code: None,
+            },
+            Service::Icmpv6 {
+                kind: 128,
+                code: None,
+            },
+        ],
     ),
     ("postgresql", &[tcp(5432)]),
     ("quic", &[udp(443)]),
@@ -122,8 +131,46 @@ pub(super) const ICMPV6_TYPES: [(&str, u8); 14] = [
     ("redirect", 137),
 ];
 
+/// Codes of ICMP: type, name, code.
+pub(super) const ICMP_CODES: [(u8, &str, u8); 18] = [
+    (3, "net-unreachable", 0),
+    (3, "host-unreachable", 1),
+    (3, "protocol-unreachable", 2),
+    (3, "port-unreachable", 3),
+    (3, "fragmentation-needed", 4),
+    (3, "source-route-failed", 5),
+    (3, "net-unknown", 6),
+    (3, "host-unknown", 7),
+    (3, "net-prohibited", 9),
+    (3, "host-prohibited", 10),
+    (3, "admin-prohibited", 13),
+    (5, "redirect-net", 0),
+    (5, "redirect-host", 1),
+    (11, "ttl-exceeded", 0),
+    (11, "reassembly-exceeded", 1),
+    (12, "pointer", 0),
+    (12, "missing-option", 1),
+    (12, "bad-length", 2),
+];
+
+/// Codes of ICMPv6, as [`ICMP_CODES`].
+pub(super) const ICMPV6_CODES: [(u8, &str, u8); 12] = [
+    (1, "no-route", 0),
+    (1, "admin-prohibited", 1),
+    (1, "beyond-scope", 2),
+    (1, "address-unreachable", 3),
+    (1, "port-unreachable", 4),
+    (1, "source-policy-failed", 5),
+    (1, "reject-route", 6),
+    (3, "hop-limit-exceeded", 0),
+    (3, "reassembly-exceeded", 1),
+    (4, "erroneous-header", 0),
+    (4, "unknown-next-header", 1),
+    (4, "unknown-option", 2),
+];
+
 /// IP protocols without ports or types.
-pub(super) const PROTOCOLS: [(&str, u8); 16] = [
+pub(super) const PROTOCOLS: [(&str, u8); 15] = [
     ("6in4", 41),
     ("ah", 51),
     ("dccp", 33),
@@ -138,17 +185,17 @@ pub(super) const PROTOCOLS: [(&str, u8); 16] = [
     ("ospf", 89),
     ("pim", 103),
     ("rsvp", 46),
-    ("udplite", 136),
     ("vrrp", 112),
 ];
 
 /// Protocols that are not written `proto/…`, and the word to use.
-pub(super) const OWN_WORDS: [(&str, u8); 5] = [
+pub(super) const OWN_WORDS: [(&str, u8); 6] = [
     ("icmp", 1),
     ("tcp", 6),
     ("udp", 17),
     ("icmpv6", 58),
     ("sctp", 132),
+    ("udplite", 136),
 ];
 
 /// What a catalogue name stands for.
@@ -157,6 +204,12 @@ pub(super) fn lookup(name: &str) -> Option<&'static [Service]> {
         .iter()
         .find(|(n, _)| *n == name)
         .map(|(_, services)| *services)
+}
+
+/// `/` and a code, by name where it has one.
+fn code_word(table: &[(u8, &str, u8)], kind: u8, code: u8) -> String {
+    let named = table.iter().find(|(k, _, c)| (*k, *c) == (kind, code));
+    named.map_or_else(|| format!("/{code}"), |(_, name, _)| format!("/{name}"))
 }
 
 /// A service in the words of the language.
@@ -181,8 +234,22 @@ pub fn describe(service: &Service) -> String {
                 format!("{protocol}/{first}-{last}")
             }
         }
-        Service::Icmp { kind } => format!("icmp/{}", word(&ICMP_TYPES, kind)),
-        Service::Icmpv6 { kind } => format!("icmpv6/{}", word(&ICMPV6_TYPES, kind)),
+        Service::Icmp { kind, code } => {
+            let code = code.map(|code| code_word(&ICMP_CODES, kind, code));
+            format!(
+                "icmp/{}{}",
+                word(&ICMP_TYPES, kind),
+                code.unwrap_or_default()
+            )
+        }
+        Service::Icmpv6 { kind, code } => {
+            let code = code.map(|code| code_word(&ICMPV6_CODES, kind, code));
+            format!(
+                "icmpv6/{}{}",
+                word(&ICMPV6_TYPES, kind),
+                code.unwrap_or_default()
+            )
+        }
         Service::Protocol(number) => format!("proto/{}", word(&PROTOCOLS, number)),
     }
 }

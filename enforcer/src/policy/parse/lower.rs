@@ -27,7 +27,7 @@ pub(super) const MODES: [(&str, Mode); 3] = [
     ("off", Mode::Off),
 ];
 
-/// Memberships that groups and rules may expand to, in all: bounds the memory a policy can ask for.
+/// Memberships and services that groups and rules may expand to, in all: bounds the memory a policy can ask for.
 const MAX_EXPANDED: usize = 4_000_000;
 
 /// A named thing and its body, as written.
@@ -60,7 +60,7 @@ pub(super) struct Lowering<'a> {
     pub segments: Vec<Declared<'a>>,
     pub groups: Vec<Declared<'a>>,
     pub targets: BTreeMap<&'a str, (Target, Origin)>,
-    pub services: BTreeMap<&'a str, (Vec<Service>, &'a File, Span)>,
+    pub services: BTreeMap<&'a str, (Arc<[Service]>, &'a File, Span)>,
     pub rules: Vec<(&'a File, &'a Node)>,
     pub tests: Vec<(&'a File, &'a Node)>,
     service_bodies: Vec<Declared<'a>>,
@@ -293,13 +293,16 @@ impl<'a> Lowering<'a> {
                 continue;
             }
             let mut list: Vec<Service> = Vec::new();
+            let mut listed: BTreeSet<Service> = BTreeSet::new();
             let what = format!("the service {}", shown(name));
             for item in self.findings.list(file, node, &what).unwrap_or_default() {
                 let Some(text) = self.findings.text(file, item, "a service") else {
                     continue;
                 };
                 match services::literal_or_catalogue(text) {
-                    Ok(Some(found)) => list.extend(found),
+                    Ok(Some(found)) => {
+                        list.extend(found.into_iter().filter(|service| listed.insert(*service)));
+                    }
                     Err(problem) => self.findings.problem(file, item.span, problem),
                     Ok(None) if declared.contains(text) => {
                         let message = format!(
@@ -313,7 +316,7 @@ impl<'a> Lowering<'a> {
                     Ok(None) => self.unknown_service(file, item.span, text),
                 }
             }
-            self.services.insert(name, (list, file, key.span));
+            self.services.insert(name, (list.into(), file, key.span));
         }
     }
 
@@ -362,13 +365,14 @@ impl<'a> Lowering<'a> {
         })
     }
 
-    /// Counts memberships; `false` once there are too many, reported where that happened.
+    /// Counts memberships and services; `false` once there are too many, reported where that happened.
     pub fn may_expand(&mut self, file: &File, span: Span, count: usize) -> bool {
         let before = self.expanded;
         self.expanded = self.expanded.saturating_add(count);
         if before <= MAX_EXPANDED && self.expanded > MAX_EXPANDED {
-            let message =
-                format!("groups and rules stand for more than {MAX_EXPANDED} memberships in all");
+            let message = format!(
+                "groups and rules stand for more than {MAX_EXPANDED} memberships and services in all"
+            );
             self.findings.push(file, file.error("E0002", span, message));
         }
         self.expanded <= MAX_EXPANDED

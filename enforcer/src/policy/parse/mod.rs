@@ -10,10 +10,12 @@ mod context;
 mod groups;
 mod lower;
 mod names;
+mod overlap;
 mod raw;
 mod rules;
 mod segments;
 mod services;
+mod time;
 
 pub use catalogue::{CATALOGUE, describe};
 pub use services::parse_point;

@@ -1,18 +1,24 @@
 //! `rules:` and `tests:`.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::{
-    context::File,
+    address::Problem,
+    context::{File, Findings},
     lower::{Lowering, Target},
     names,
-    raw::Node,
+    raw::{Node, Value},
     segments::test_address,
-    services,
+    services, time,
 };
 use crate::policy::{
     diag::{Span, shown},
-    model::{Action, Endpoints, Expect, FlowQuery, Group, Origin, PolicyTest, Rule, Service},
+    model::{
+        Action, Endpoints, Expect, FlowQuery, Group, Origin, PolicyTest, Rule, Service, Session,
+    },
 };
 
 pub(super) fn rules(lowering: &mut Lowering<'_>, groups: &[Group]) -> Vec<Rule> {
@@ -31,11 +37,12 @@ fn rule<'a>(
     file: &File,
     node: &'a Node,
 ) -> Option<Rule> {
-    let known = ["name", "from", "to", "services", "action"];
-    let later = ["expires", "schedule", "session"];
+    let known = [
+        "name", "from", "to", "services", "action", "expires", "session",
+    ];
     let fields = lowering
         .findings
-        .fields(file, node, "a rule", &known, &later)?;
+        .fields(file, node, "a rule", &known, &["schedule"])?;
     let name = lowering
         .findings
         .required(file, &fields, "name")
@@ -51,14 +58,74 @@ fn rule<'a>(
         Some(node) => lowering.findings.choice(file, node, "action", &words)?,
         None => Action::Allow,
     };
+    let findings = &mut lowering.findings;
+    let expires = fields
+        .get("expires")
+        .and_then(|node| instant(findings, file, node));
+    let session = fields
+        .get("session")
+        .and_then(|node| session(findings, file, node, action));
     Some(Rule {
         name: name?,
         from: from?,
         to: to?,
         services: services?,
         action,
+        expires,
+        session,
         origin: file.origin(fields.span),
     })
+}
+
+/// Reads a word; what is wrong with it is reported.
+fn word<T>(
+    findings: &mut Findings,
+    file: &File,
+    node: &Node,
+    what: &str,
+    parse: fn(&str) -> Result<T, Problem>,
+) -> Option<T> {
+    let text = findings.text(file, node, what)?;
+    match parse(text) {
+        Ok(value) => Some(value),
+        Err(problem) => {
+            findings.problem(file, node.span, problem);
+            None
+        }
+    }
+}
+
+fn instant(findings: &mut Findings, file: &File, node: &Node) -> Option<u64> {
+    word(findings, file, node, "an instant", time::instant)
+}
+
+fn session(findings: &mut Findings, file: &File, node: &Node, action: Action) -> Option<Session> {
+    let fields = findings.fields(file, node, "`session`", &["max", "idle"], &[])?;
+    if matches!(&node.value, Value::Map(entries) if entries.is_empty()) {
+        findings.empty(file, node.span, "`session`");
+    }
+    if action == Action::Deny {
+        let message = "a deny rule admits nothing that `session` could bound";
+        let help = "remove it, or end the rule itself with `expires`";
+        findings.push(file, file.error("E0505", node.span, message).help(help));
+        return None;
+    }
+    let mut bound = |key| {
+        let node = fields.get(key)?;
+        word(findings, file, node, "a duration", time::duration)
+    };
+    let session = Session {
+        max: bound("max"),
+        idle: bound("idle"),
+    };
+    if let (Some(max), Some(idle), Some(node)) = (session.max, session.idle, fields.get("idle"))
+        && idle > max
+    {
+        let message = "`idle` is longer than `max`, so it never ends a session";
+        let help = "make it shorter, or leave it out";
+        findings.push(file, file.error("E0504", node.span, message).help(help));
+    }
+    (session.max.is_some() || session.idle.is_some()).then_some(session)
 }
 
 fn rule_name(
@@ -139,6 +206,7 @@ fn side<'a>(
 
 fn service_list<'a>(lowering: &mut Lowering<'a>, file: &File, node: &'a Node) -> Vec<Service> {
     let mut list: Vec<Service> = Vec::new();
+    let mut listed: BTreeSet<Service> = BTreeSet::new();
     let mut seen: BTreeMap<&str, Span> = BTreeMap::new();
     let items = lowering
         .findings
@@ -155,11 +223,21 @@ fn service_list<'a>(lowering: &mut Lowering<'a>, file: &File, node: &'a Node) ->
                 .push(file, file.warning("W0001", item.span, message));
             continue;
         }
-        for service in service(lowering, file, item, text).unwrap_or_default() {
-            if !list.contains(&service) {
-                list.push(service);
-            }
+        let Some(found) = service(lowering, file, item, text) else {
+            continue;
+        };
+        if !lowering.may_expand(file, item.span, found.len()) {
+            continue;
         }
+        // What one name stands for repeats nothing.
+        if list.is_empty() {
+            list.extend(found.iter());
+            continue;
+        }
+        if listed.is_empty() {
+            listed.extend(&list);
+        }
+        list.extend(found.iter().filter(|service| listed.insert(**service)));
     }
     list
 }
@@ -170,9 +248,9 @@ fn service<'a>(
     file: &File,
     item: &Node,
     text: &'a str,
-) -> Option<Vec<Service>> {
+) -> Option<Arc<[Service]>> {
     match services::literal_or_catalogue(text) {
-        Ok(Some(found)) => Some(found),
+        Ok(Some(found)) => Some(found.into()),
         Err(problem) => {
             lowering.findings.problem(file, item.span, problem);
             None
@@ -180,7 +258,7 @@ fn service<'a>(
         Ok(None) => {
             lowering.used.insert(text);
             if let Some((found, ..)) = lowering.services.get(text) {
-                return Some(found.clone());
+                return Some(Arc::clone(found));
             }
             lowering.unknown_service(file, item.span, text);
             None
@@ -197,7 +275,7 @@ pub(super) fn tests(lowering: &mut Lowering<'_>) -> Vec<PolicyTest> {
 }
 
 fn test<'a>(lowering: &mut Lowering<'a>, file: &File, node: &'a Node) -> Option<PolicyTest> {
-    let known = ["from", "to", "service", "expect"];
+    let known = ["from", "to", "service", "expect", "at"];
     let fields = lowering
         .findings
         .fields(file, node, "a test", &known, &[])?;
@@ -213,6 +291,10 @@ fn test<'a>(lowering: &mut Lowering<'a>, file: &File, node: &'a Node) -> Option<
     let words = [("allow", Expect::Allow), ("deny", Expect::Deny)];
     let expect = lowering.findings.required(file, &fields, "expect");
     let expect = expect.and_then(|node| lowering.findings.choice(file, node, "expect", &words));
+    let at = match fields.get("at") {
+        Some(node) => Some(instant(&mut lowering.findings, file, node)?),
+        None => None,
+    };
     let (src, dst, (node, text, list)) = (src?, dst?, written?);
     if src.is_ipv4() != dst.is_ipv4() {
         let message = format!("the test mixes IPv4 and IPv6: {src} and {dst}");
@@ -237,6 +319,7 @@ fn test<'a>(lowering: &mut Lowering<'a>, file: &File, node: &'a Node) -> Option<
         },
         service: text.to_owned(),
         expect: expect?,
+        at,
         origin: file.origin(fields.span),
     })
 }

@@ -1,14 +1,18 @@
 //! `segments:`: names for sets of addresses.
 
+use std::collections::BTreeSet;
+
 use super::{
     address::{self, Problem},
     context::{File, Findings},
     lower::{Declared, Lowering, MODES},
+    overlap,
     raw::Node,
 };
 use crate::policy::{
-    diag::is_unprintable,
+    diag::{is_unprintable, shown},
     model::{AddrRange, Member, Mode, Protect, Segment},
+    pattern::Pattern,
 };
 
 const PROTECTS: [(&str, Protect); 3] = [
@@ -19,10 +23,25 @@ const PROTECTS: [(&str, Protect); 3] = [
 
 pub(super) fn segments(lowering: &mut Lowering<'_>, default_mode: Mode) -> Vec<Segment> {
     let declared = std::mem::take(&mut lowering.segments);
-    declared
+    let segments: Vec<Segment> = declared
         .iter()
         .map(|d| segment(&mut lowering.findings, d, default_mode))
-        .collect()
+        .collect();
+    for (one, other) in overlap::without_common_interface(&segments) {
+        let (Some(d), Some(other)) = (declared.get(one), segments.get(other)) else {
+            continue;
+        };
+        let message = format!(
+            "{} shares addresses with {}, but no word of its `interfaces`",
+            shown(&d.key.text),
+            shown(&other.name)
+        );
+        let help = "an address in both comes in only where both let it";
+        let found = d.file.warning("W0005", d.key.span, message);
+        let note = format!("{} is declared at {}", shown(&other.name), other.origin);
+        lowering.findings.push(d.file, found.note(note).help(help));
+    }
+    segments
 }
 
 fn segment(findings: &mut Findings, declared: &Declared<'_>, default_mode: Mode) -> Segment {
@@ -33,10 +52,11 @@ fn segment(findings: &mut Findings, declared: &Declared<'_>, default_mode: Mode)
         members: Vec::new(),
         mode: default_mode,
         protect: Protect::Both,
+        interfaces: Vec::new(),
         origin: declared.origin(),
     };
-    let known = ["description", "members", "mode", "protect"];
-    let Some(fields) = findings.fields(file, node, "a segment", &known, &["interfaces"]) else {
+    let known = ["description", "members", "mode", "protect", "interfaces"];
+    let Some(fields) = findings.fields(file, node, "a segment", &known, &[]) else {
         return segment;
     };
     if let Some(node) = fields.get("description") {
@@ -58,6 +78,30 @@ fn segment(findings: &mut Findings, declared: &Declared<'_>, default_mode: Mode)
         segment.protect = findings
             .choice(file, node, "protect", &PROTECTS)
             .unwrap_or(Protect::Both);
+    }
+    if let Some(node) = fields.get("interfaces") {
+        let mut seen = BTreeSet::new();
+        for item in findings
+            .list(file, node, "`interfaces`")
+            .unwrap_or_default()
+        {
+            let Some(text) = findings.text(file, item, "the name of an interface") else {
+                continue;
+            };
+            if !seen.insert(text) {
+                let message = format!("{} is listed twice", shown(text));
+                findings.push(file, file.warning("W0001", item.span, message));
+                continue;
+            }
+            match text.parse::<Pattern>() {
+                Ok(pattern) => segment.interfaces.push(pattern),
+                Err(message) => {
+                    let help = "`*` stands for any characters, `?` for one";
+                    let found = file.error("E0209", item.span, message);
+                    findings.push(file, found.help(help));
+                }
+            }
+        }
     }
     if let Some(node) = findings.required(file, &fields, "members") {
         let items = findings.list(file, node, "`members`").unwrap_or_default();

@@ -4,7 +4,10 @@ use std::net::IpAddr;
 
 use super::{
     address::Problem,
-    catalogue::{CATALOGUE, ICMP_TYPES, ICMPV6_TYPES, OWN_WORDS, PROTOCOLS, describe, lookup},
+    catalogue::{
+        CATALOGUE, ICMP_CODES, ICMP_TYPES, ICMPV6_CODES, ICMPV6_TYPES, OWN_WORDS, PROTOCOLS,
+        describe, lookup,
+    },
     names::closest,
 };
 use crate::policy::{
@@ -28,12 +31,15 @@ fn literal(text: &str, word: &str, rest: &str) -> Result<Service, Problem> {
         "tcp" => ports(text, Transport::Tcp, rest),
         "udp" => ports(text, Transport::Udp, rest),
         "sctp" => ports(text, Transport::Sctp, rest),
-        "icmp" => Ok(Service::Icmp {
-            kind: kind(text, "ICMP", &ICMP_TYPES, rest)?,
-        }),
-        "icmpv6" => Ok(Service::Icmpv6 {
-            kind: kind(text, "ICMPv6", &ICMPV6_TYPES, rest)?,
-        }),
+        "udplite" => ports(text, Transport::UdpLite, rest),
+        "icmp" => {
+            let (kind, code) = icmp(text, "ICMP", &ICMP_TYPES, &ICMP_CODES, rest)?;
+            Ok(Service::Icmp { kind, code })
+        }
+        "icmpv6" => {
+            let (kind, code) = icmp(text, "ICMPv6", &ICMPV6_TYPES, &ICMPV6_CODES, rest)?;
+            Ok(Service::Icmpv6 { kind, code })
+        }
         "proto" => protocol(text, rest),
         _ => Err((
             "E0301",
@@ -45,7 +51,7 @@ fn literal(text: &str, word: &str, rest: &str) -> Result<Service, Problem> {
 
 /// What to write instead of `word/rest` with an unknown first word.
 fn advice(word: &str, rest: &str) -> String {
-    const WORDS: [&str; 6] = ["tcp", "udp", "sctp", "icmp", "icmpv6", "proto"];
+    const WORDS: [&str; 7] = ["tcp", "udp", "sctp", "udplite", "icmp", "icmpv6", "proto"];
     if WORDS.contains(&rest) {
         return format!(
             "the protocol comes first: write {}",
@@ -75,7 +81,9 @@ pub(super) fn unknown_name_help<'a>(
         ));
     }
     match text {
-        "tcp" | "udp" | "sctp" => return Some(format!("for every port write `{text}/any`")),
+        "tcp" | "udp" | "sctp" | "udplite" => {
+            return Some(format!("for every port write `{text}/any`"));
+        }
         "icmp" | "icmpv6" => return Some(format!("name the type, such as `{text}/echo-request`")),
         _ => {}
     }
@@ -130,6 +138,39 @@ fn ports(text: &str, transport: Transport, rest: &str) -> Result<Service, Proble
         first,
         last,
     })
+}
+
+/// A type, and a code where one is named.
+fn icmp(
+    text: &str,
+    family: &str,
+    types: &[(&str, u8)],
+    codes: &[(u8, &str, u8)],
+    rest: &str,
+) -> Result<(u8, Option<u8>), Problem> {
+    let Some((word, code)) = rest.split_once('/') else {
+        return Ok((kind(text, family, types, rest)?, None));
+    };
+    let kind = kind(text, family, types, word)?;
+    let mut of_kind = codes.iter().filter(|(k, ..)| *k == kind);
+    let named = of_kind.clone().find(|(_, name, _)| *name == code);
+    let number = named.map(|(.., n)| *n).or_else(|| number::<u8>(code));
+    let number = number.ok_or_else(|| {
+        let help = match closest(code, of_kind.clone().map(|(_, name, _)| *name)) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => match of_kind.next() {
+                Some((_, name, _)) => {
+                    format!(
+                        "write the code as a number from 0 to 255, or as a word such as `{name}`"
+                    )
+                }
+                None => "write the code as a number from 0 to 255".to_owned(),
+            },
+        };
+        let message = format!("{} names no code of this {family} type", shown(text));
+        ("E0301", message, Some(help))
+    })?;
+    Ok((kind, Some(number)))
 }
 
 fn kind(text: &str, family: &str, table: &[(&str, u8)], rest: &str) -> Result<u8, Problem> {
@@ -195,14 +236,15 @@ fn protocol(text: &str, rest: &str) -> Result<Service, Problem> {
 }
 
 /// The single point, `(protocol, selector)`, that services mean for addresses of `ip`'s family.
-/// The selector is as in [`crate::policy::model::FlowQuery`]; ICMP codes are 0.
+/// The selector is as in [`crate::policy::model::FlowQuery`]; ICMP codes that are not named are 0.
 pub(super) fn point(text: &str, services: &[Service], ip: IpAddr) -> Result<(u8, u16), Problem> {
     let fits = |service: &&Service| match service {
         Service::Icmp { .. } => ip.is_ipv4(),
         Service::Icmpv6 { .. } => ip.is_ipv6(),
         Service::Any | Service::Ports { .. } | Service::Protocol(_) => true,
     };
-    let fitting: Vec<&Service> = services.iter().filter(fits).collect();
+    // Two say as much as thousands.
+    let fitting: Vec<&Service> = services.iter().filter(fits).take(2).collect();
     if fitting.is_empty() && !services.is_empty() {
         let (this, other, word) = if ip.is_ipv4() {
             ("IPv6", "IPv4", "icmp")
@@ -226,8 +268,12 @@ pub(super) fn point(text: &str, services: &[Service], ip: IpAddr) -> Result<(u8,
                 last,
             },
         ] if first == last => Ok((transport.number(), *first)),
-        [Service::Icmp { kind }] => Ok((1, u16::from(*kind) << 8)),
-        [Service::Icmpv6 { kind }] => Ok((58, u16::from(*kind) << 8)),
+        [Service::Icmp { kind, code }] => {
+            Ok((1, u16::from(*kind) << 8 | u16::from(code.unwrap_or(0))))
+        }
+        [Service::Icmpv6 { kind, code }] => {
+            Ok((58, u16::from(*kind) << 8 | u16::from(code.unwrap_or(0))))
+        }
         [Service::Protocol(number)] => Ok((*number, 0)),
         several => {
             let help = match several {
@@ -275,9 +321,25 @@ mod tests {
         assert_eq!(one("tcp/5432"), tcp(5432, 5432));
         assert_eq!(one("tcp/0-65535"), tcp(0, 65535));
         assert_eq!(one("tcp/any"), tcp(0, 65535));
-        assert_eq!(one("icmp/echo-request"), Service::Icmp { kind: 8 });
-        assert_eq!(one("icmp/255"), Service::Icmp { kind: 255 });
-        assert_eq!(one("icmpv6/echo-request"), Service::Icmpv6 { kind: 128 });
+        let icmp = |kind, code| Service::Icmp { kind, code };
+        let icmpv6 = |kind, code| Service::Icmpv6 { kind, code };
+        assert_eq!(one("icmp/echo-request"), icmp(8, None));
+        assert_eq!(one("icmp/255"), icmp(255, None));
+        assert_eq!(one("icmp/3/4"), icmp(3, Some(4)));
+        let needed = "icmp/destination-unreachable/fragmentation-needed";
+        assert_eq!(one(needed), icmp(3, Some(4)));
+        assert_eq!(one("icmp/3/fragmentation-needed"), icmp(3, Some(4)));
+        assert_eq!(one("icmp/8/255"), icmp(8, Some(255)));
+        assert_eq!(one("icmpv6/echo-request"), icmpv6(128, None));
+        assert_eq!(one("icmpv6/destination-unreachable/4"), icmpv6(1, Some(4)));
+        assert_eq!(one("icmpv6/1/port-unreachable"), icmpv6(1, Some(4)));
+        let udplite = |first, last| Service::Ports {
+            transport: Transport::UdpLite,
+            first,
+            last,
+        };
+        assert_eq!(one("udplite/53"), udplite(53, 53));
+        assert_eq!(one("udplite/any"), udplite(0, 65535));
         assert_eq!(one("proto/gre"), Service::Protocol(47));
         assert_eq!(one("proto/47"), Service::Protocol(47));
         for (bad, code) in [
@@ -292,6 +354,17 @@ mod tests {
             ("tcp/2-1", "E0205"),
             ("icmp/256", "E0301"),
             ("icmp/any", "E0301"),
+            ("icmp/3/", "E0301"),
+            ("icmp/3/256", "E0301"),
+            ("icmp/3/4/5", "E0301"),
+            ("icmp/3/any", "E0301"),
+            ("icmp//4", "E0301"),
+            ("icmp/8/fragmentation-needed", "E0301"),
+            ("icmpv6/3/ttl-exceeded", "E0301"),
+            ("udplite/", "E0301"),
+            ("udplite/2-1", "E0205"),
+            ("proto/136", "E0302"),
+            ("proto/udplite", "E0302"),
             ("proto/256", "E0301"),
             ("proto/1", "E0302"),
             ("proto/tcp", "E0302"),
@@ -318,6 +391,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_described_reads_back() {
+        for kind in 0..=u8::MAX {
+            for code in (0..=u8::MAX).map(Some).chain([None]) {
+                let services = [Service::Icmp { kind, code }, Service::Icmpv6 { kind, code }];
+                for service in services {
+                    assert_eq!(one(&describe(&service)), service);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn points() {
         let (v4, v6): (IpAddr, IpAddr) = ("10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap());
         assert_eq!(parse_point("tcp/5432", v4), Ok((6, 5432)));
@@ -325,6 +410,9 @@ mod tests {
         assert_eq!(parse_point("ping", v4), Ok((1, 8 << 8)));
         assert_eq!(parse_point("ping", v6), Ok((58, 128 << 8)));
         assert_eq!(parse_point("proto/gre", v4), Ok((47, 0)));
+        assert_eq!(parse_point("icmp/3/4", v4), Ok((1, 3 << 8 | 4)));
+        assert_eq!(parse_point("icmpv6/1/4", v6), Ok((58, 1 << 8 | 4)));
+        assert_eq!(parse_point("udplite/7", v6), Ok((136, 7)));
         for bad in ["dns", "any", "tcp/1-2", "tcp/any", "nope"] {
             assert!(parse_point(bad, v4).is_err(), "{bad}");
         }

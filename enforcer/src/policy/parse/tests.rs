@@ -134,8 +134,14 @@ tests:
             ports(Transport::Udp, 53, 53),
             ports(Transport::Tcp, 53, 53),
             Service::Protocol(47),
-            Service::Icmp { kind: 8 },
-            Service::Icmpv6 { kind: 128 },
+            Service::Icmp {
+                kind: 8,
+                code: None
+            },
+            Service::Icmpv6 {
+                kind: 128,
+                code: None
+            },
             Service::Any,
         ]
     );
@@ -168,6 +174,42 @@ tests:
         (6, 80)
     );
     assert_eq!(policy.tests[1].origin.to_string(), "20.yaml:15");
+}
+
+#[test]
+fn time_sessions_and_interfaces_become_a_model() {
+    let text = r#"version: 1
+segments:
+  a: { members: [{cidr: 10.0.0.0/8}], interfaces: [eth0.20, "veth*"] }
+rules:
+  - { name: one, from: [a], to: [any], services: [ssh], expires: 2027-01-31T13:00:00+01:00, session: {max: 8h} }
+  - { name: two, from: [a], to: [any], services: [ssh], session: {max: 1d, idle: 15m} }
+  - { name: three, from: [a], to: [any], services: [any], action: deny, expires: 2027-01-31T12:00:00Z }
+tests:
+  - { from: 10.0.0.1, to: 10.0.0.2, service: ssh, expect: allow, at: 2027-01-31T12:00:00Z }
+"#;
+    let policy = parse(&[file("a.yaml", text)]).unwrap();
+    let names: Vec<&str> = policy.segments[0]
+        .interfaces
+        .iter()
+        .map(|p| p.as_str())
+        .collect();
+    assert_eq!(names, ["eth0.20", "veth*"]);
+    let noon = Some(1_801_396_800);
+    let bounds: Vec<_> = policy
+        .rules
+        .iter()
+        .map(|r| (r.expires, r.session.map(|s| (s.max, s.idle))))
+        .collect();
+    assert_eq!(
+        bounds,
+        [
+            (noon, Some((Some(28_800), None))),
+            (None, Some((Some(86_400), Some(900)))),
+            (noon, None)
+        ]
+    );
+    assert_eq!(policy.tests[0].at, noon);
 }
 
 #[test]
@@ -259,6 +301,40 @@ fn expansion_is_bounded() {
         ));
     }
     assert_eq!(quickly(|| codes(&text)), ["E0002"]);
+}
+
+#[test]
+fn a_long_service_in_many_rules_is_bounded() {
+    let ports: Vec<String> = (0..60_000).map(|port| format!("tcp/{port}")).collect();
+    let mut text = format!(
+        "version: 1\nservices: {{all: [{}]}}\nsegments: {{a: {{members: [{{cidr: 10.0.0.0/8}}]}}}}\nrules:\n",
+        ports.join(", ")
+    );
+    for i in 0..60 {
+        text.push_str(&format!(
+            "- {{name: r{i}, from: [a], to: [a], services: [all]}}\n"
+        ));
+    }
+    assert_eq!(
+        quickly(|| parse(&[file("a.yaml", text.clone())]))
+            .unwrap()
+            .rules
+            .len(),
+        60
+    );
+    for i in 60..3_000 {
+        text.push_str(&format!(
+            "- {{name: r{i}, from: [a], to: [a], services: [all]}}\n"
+        ));
+    }
+    assert_eq!(quickly(|| codes(&text)), ["E0002"]);
+}
+
+#[test]
+fn a_service_counts_what_it_repeats_once() {
+    let text = "version: 1\nservices: {all: [tcp/22, ssh, tcp/22]}\nsegments: {a: {members: [{cidr: 10.0.0.0/8}]}}\nrules:\n- {name: r, from: [a], to: [a], services: [all, ssh]}\n";
+    let policy = parse(&[file("a.yaml", text)]).unwrap();
+    assert_eq!(policy.rules[0].services.len(), 1);
 }
 
 /// Fragments that get a parser into trouble.
@@ -360,16 +436,17 @@ segments:
       - range: "fd00::1-fd00::9"
     mode: observe
     protect: inbound
+    interfaces: [eth0, "eth*"]
 groups: { g: [a, b], h: [g] }
 rules:
-  - { name: r, from: [h], to: [any], services: [lims, proto/gre, icmp/8] }
+  - { name: r, from: [h], to: [any], services: [lims, proto/gre, icmp/8, icmp/3/4], expires: 2027-01-31T12:00:00Z, session: {max: 8h, idle: 15m} }
   - name: s
     from: [unsegmented]
     to: [a]
     services: [any]
     action: deny
 tests:
-  - { from: 10.0.0.1, to: 10.0.0.2, service: ssh, expect: allow }
+  - { from: 10.0.0.1, to: 10.0.0.2, service: ssh, expect: allow, at: 2027-01-31T12:00:00Z }
 "#;
 
 fn positions_hold(text: &str, found: &[Diagnostic]) -> Result<(), TestCaseError> {

@@ -39,6 +39,7 @@ fn segment(name: &str, mode: Mode, protect: Protect, members: Vec<Member>) -> Se
         members,
         mode,
         protect,
+        interfaces: vec![],
         origin: origin(2),
     }
 }
@@ -101,6 +102,8 @@ fn rule(action: Action, from: Endpoints, to: Endpoints, service: Service) -> Rul
         to,
         services: vec![service],
         action,
+        expires: None,
+        session: None,
         origin: origin(9),
     }
 }
@@ -129,7 +132,7 @@ fn check(policy: &Policy, query: FlowQuery, expected: Row) {
         host_addresses: ["192.0.2.1".parse().unwrap()].into(),
         ..Environment::default()
     };
-    let j = judge(policy, &env, &query);
+    let j = judge(policy, &env, &query, 0);
     let got = (
         j.outcome,
         j.reason,
@@ -251,6 +254,84 @@ fn the_first_allow_speaks_and_a_deny_goes_before_it() {
 }
 
 #[test]
+fn what_has_expired_is_not_there_and_gives_way_to_what_has_no_limit() {
+    use Action::*;
+    use Outcome::*;
+    use Reason::*;
+    let bounded = Some(crate::policy::model::Session {
+        max: Some(60),
+        idle: None,
+    });
+    let until = |expires, mut rule: Rule| {
+        rule.expires = Some(expires);
+        rule
+    };
+    let mut p = base();
+    let allow = || rule(Allow, seg(&[A]), seg(&[B]), tcp(80, 80));
+    p.rules = vec![
+        until(100, allow()),
+        until(200, allow()),
+        Rule {
+            session: bounded,
+            ..allow()
+        },
+        until(50, rule(Deny, any(), any(), tcp(80, 80))),
+        Rule {
+            session: bounded,
+            ..until(300, allow())
+        },
+        allow(),
+    ];
+    let env = Environment::default();
+    let at = |p: &Policy, unix| {
+        let j = judge(p, &env, &ask("10.1.0.1", "10.2.0.1", 6, 80), unix);
+        (j.outcome, j.reason, j.rule.map(|r| r.0), j.session)
+    };
+    // A deny that matches through no segment has the mode of the defaults.
+    assert_eq!(at(&p, 49), (WouldDeny, RuleDeny, Some(3), false));
+    // Neither limit, then `session` alone, then `expires` in file order.
+    assert_eq!(at(&p, 50), (Allowed, RuleAllow, Some(5), false));
+    p.rules.pop();
+    assert_eq!(at(&p, 50), (Allowed, RuleAllow, Some(2), true));
+    p.rules[2].services = vec![tcp(1, 1)];
+    assert_eq!(at(&p, 50), (Allowed, RuleAllow, Some(0), false));
+    assert_eq!(at(&p, 99), (Allowed, RuleAllow, Some(0), false));
+    assert_eq!(at(&p, 100), (Allowed, RuleAllow, Some(1), false));
+    assert_eq!(at(&p, 200), (Allowed, RuleAllow, Some(4), true));
+    assert_eq!(at(&p, 300), (Denied, DefaultDeny, None, false));
+    assert_eq!(at(&p, u64::MAX), (Denied, DefaultDeny, None, false));
+}
+
+#[test]
+fn a_source_comes_in_where_every_segment_of_it_says() {
+    let mut p = base();
+    let patterns = |list: &[&str]| list.iter().map(|t| t.parse().unwrap()).collect::<Vec<_>>();
+    p.segments[1].interfaces = patterns(&["eth0", "veth*"]);
+    p.segments[2].interfaces = patterns(&["veth1", "eth1"]);
+    let names = ["eth0", "eth1", "veth1", "veth2"];
+    let env = Environment {
+        interfaces: (1..).zip(names.map(str::to_owned)).collect(),
+        ..Environment::default()
+    };
+    let free = |ip: &str| {
+        let ip = ip.parse().unwrap();
+        let names = names.iter().chain(&["veth3"]);
+        let free: Vec<&str> = names
+            .copied()
+            .filter(|n| !spoofed(&p, &env, ip, n))
+            .collect();
+        free
+    };
+    assert_eq!(free("10.2.0.1"), ["eth0", "veth1", "veth2"]);
+    assert_eq!(free("10.2.0.130"), ["veth1"]);
+    // Cut out of c, still in b.
+    assert_eq!(free("10.2.0.200"), ["eth0", "veth1", "veth2"]);
+    // No segment with `interfaces`: anywhere, also where the enforcer is not.
+    assert_eq!(free("10.1.0.1").len(), 5);
+    assert_eq!(free("8.8.8.8").len(), 5);
+}
+
+#[test]
 fn a_deny_is_as_strong_as_the_segments_it_matched_through() {
     use Action::Deny;
     use Outcome::*;
@@ -344,16 +425,113 @@ fn services() {
         (tcp(80, 90), v4, 6, 91, false, false),
         (tcp(80, 90), v4, 17, 85, false, false),
         (tcp(80, 90), v4, 132, 85, false, false),
-        (Service::Icmp { kind: 8 }, v4, 1, 8 << 8 | 3, true, true),
-        (Service::Icmp { kind: 8 }, v4, 1, 8, false, false),
-        (Service::Icmp { kind: 8 }, v6, 1, 8 << 8, false, false),
-        (Service::Icmp { kind: 128 }, v6, 58, 128 << 8, false, false),
-        (Service::Icmpv6 { kind: 128 }, v6, 58, 128 << 8, true, true),
         (
-            Service::Icmpv6 { kind: 128 },
+            Service::Icmp {
+                kind: 8,
+                code: None,
+            },
+            v4,
+            1,
+            8 << 8 | 3,
+            true,
+            true,
+        ),
+        (
+            Service::Icmp {
+                kind: 8,
+                code: None,
+            },
+            v4,
+            1,
+            8,
+            false,
+            false,
+        ),
+        (
+            Service::Icmp {
+                kind: 8,
+                code: None,
+            },
+            v6,
+            1,
+            8 << 8,
+            false,
+            false,
+        ),
+        (
+            Service::Icmp {
+                kind: 128,
+                code: None,
+            },
+            v6,
+            58,
+            128 << 8,
+            false,
+            false,
+        ),
+        (
+            Service::Icmpv6 {
+                kind: 128,
+                code: None,
+            },
+            v6,
+            58,
+            128 << 8,
+            true,
+            true,
+        ),
+        (
+            Service::Icmpv6 {
+                kind: 128,
+                code: None,
+            },
             v4,
             58,
             128 << 8,
+            false,
+            false,
+        ),
+        (
+            Service::Icmp {
+                kind: 3,
+                code: Some(4),
+            },
+            v4,
+            1,
+            3 << 8 | 4,
+            true,
+            true,
+        ),
+        (
+            Service::Icmp {
+                kind: 3,
+                code: Some(4),
+            },
+            v4,
+            1,
+            3 << 8 | 3,
+            false,
+            false,
+        ),
+        (
+            Service::Icmpv6 {
+                kind: 1,
+                code: Some(0),
+            },
+            v6,
+            58,
+            1 << 8,
+            true,
+            true,
+        ),
+        (
+            Service::Icmpv6 {
+                kind: 1,
+                code: Some(0),
+            },
+            v6,
+            58,
+            1 << 8 | 1,
             false,
             false,
         ),
@@ -428,6 +606,7 @@ fn a_failing_test_says_what_happened_and_where() {
         query: ask("10.1.0.1", "10.2.0.130", 6, 80),
         service: "tcp/80".to_owned(),
         expect,
+        at: None,
         origin: origin(20),
     };
     p.tests = vec![test(Expect::Deny), test(Expect::Allow)];
