@@ -10,6 +10,7 @@
 
 pub mod daemon;
 pub mod frame;
+pub mod fuzz;
 pub mod host;
 pub mod kernel;
 pub mod netns;

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{build, env, setup, ui};
+use crate::{build, env, fuzz, setup, ui};
 
 /// What `cargo xtask test` was asked for.
 pub struct Options {
@@ -63,7 +63,13 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let (kernel, more) = counted(&mut cargo)?;
     totals.add(&more);
-    verdict(units, kernel, &totals)
+    // Nobody who asks for one test waits for fuzzers.
+    let fuzzed = match &options.filter {
+        Some(_) => Ok(()),
+        None => fuzz::run(&fuzz::Options::of_tests()),
+    };
+    verdict(units, kernel, &totals)?;
+    fuzzed
 }
 
 /// What the test runners counted.
