@@ -21,14 +21,17 @@ use nix::{
 };
 use serde_json::Value;
 
-use crate::netns::{self, Netns};
+use crate::{
+    netns::{self, Netns},
+    scale,
+};
 
 /// Beyond what a loaded machine takes for anything.
 pub const LONG: Duration = Duration::from_secs(60);
 
 /// Polls until `look` finds something.
 pub fn wait_for<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
+    let (start, limit) = (Instant::now(), scale::within(limit));
     loop {
         if let Some(found) = look() {
             return found;

@@ -213,18 +213,6 @@ impl Programs {
             .unwrap();
     }
 
-    /// Instructions that the verifier went through for each program that gets attached.
-    pub fn verified_instructions(&mut self) -> Vec<(String, u32)> {
-        self.dataplane
-            .ebpf_mut()
-            .programs()
-            .map(|(name, program)| {
-                let info = program.info().unwrap();
-                (name.to_owned(), info.verified_instruction_count().unwrap())
-            })
-            .collect()
-    }
-
     /// Empties both flow tables.
     pub fn forget_flows(&mut self) {
         fn empty<K: aya::Pod>(map: &mut aya::maps::Map) {

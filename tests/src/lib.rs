@@ -14,4 +14,6 @@ pub mod fuzz;
 pub mod host;
 pub mod kernel;
 pub mod netns;
+pub mod scale;
 pub mod traffic;
+pub mod verifier;

@@ -28,6 +28,7 @@ use enforcer_common::{
 use enforcer_tests::{
     kernel::{self, Programs},
     netns::Netns,
+    scale,
     traffic::Tap,
 };
 use nix::{
@@ -43,7 +44,9 @@ use proptest::{
     test_runner::{Config, FileFailurePersistence, TestError, TestRunner},
 };
 
-const POLICIES: u32 = 80;
+const POLICIES: usize = 80;
+/// Where every instruction is emulated.
+const FEWER: usize = 40;
 const ATTEMPTS: usize = 10;
 
 /// Addresses of the host, then of the peer; both families alike.
@@ -325,7 +328,7 @@ fn connect_hooks_refuse_only_what_tc_denies() {
     let (refused, dropped, passed) = (Cell::new(0u32), Cell::new(0u32), Cell::new(0u32));
     let case = (policy(), proptest::collection::vec(attempt(), ATTEMPTS));
     let mut runner = TestRunner::new(Config {
-        cases: POLICIES,
+        cases: scale::rounds(POLICIES, FEWER) as u32,
         max_shrink_iters: 200,
         failure_persistence: Some(Box::new(FileFailurePersistence::Direct(concat!(
             env!("CARGO_MANIFEST_DIR"),
@@ -373,14 +376,15 @@ fn connect_hooks_refuse_only_what_tc_denies() {
                         !is_to(&frame, attempt.to(), attempt.call),
                         "{attempt:?} arrived"
                     );
-                    prop_assert!(start.elapsed() < Duration::from_secs(5));
+                    prop_assert!(start.elapsed() < scale::within(Duration::from_secs(5)));
                 }
             } else if denied > 0 {
                 dropped.set(dropped.get() + 1);
             } else {
                 passed.set(passed.get() + 1);
-                let arrived = std::iter::from_fn(|| tap.next(Duration::from_secs(5)))
-                    .any(|frame| is_to(&frame, attempt.to(), attempt.call));
+                let arrived =
+                    std::iter::from_fn(|| tap.next(scale::within(Duration::from_secs(5))))
+                        .any(|frame| is_to(&frame, attempt.to(), attempt.call));
                 prop_assert!(arrived, "{attempt:?} passed and did not arrive");
             }
         }

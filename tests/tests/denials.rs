@@ -16,7 +16,7 @@ use std::{
 use enforcer_tests::{
     daemon::{Daemon, Follow, LONG, Setup, line_of},
     netns::{Family, Netns, Pair, Routed},
-    traffic,
+    scale, traffic,
 };
 use nix::sys::prctl;
 use serde_json::{Value, json};
@@ -206,7 +206,10 @@ fn denial_is_seen_within_100_ms() {
                 );
                 assert_eq!(stranger(timeless(denial)), want);
             }
-            assert!(best <= SOON, "{family:?} {protocol:?}: {best:?} at best");
+            assert!(
+                best <= scale::within(SOON),
+                "{family:?} {protocol:?}: {best:?} at best"
+            );
         }
     }
 }

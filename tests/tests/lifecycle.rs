@@ -18,6 +18,7 @@ use std::{
 use enforcer_tests::{
     daemon::{Daemon, LONG, Setup, binary, enforcer, wait_for},
     netns::{Family, Netns, Pair, Routed},
+    scale,
     traffic::{self, QUIET, Tap},
 };
 use nix::sys::signal::Signal;
@@ -87,7 +88,10 @@ fn interfaces_that_appear_are_enforced_within_a_second() {
         });
         assert_eq!(daemon.status()["state"], "enforcing");
     }
-    assert!(best <= Duration::from_secs(1), "{best:?} at best");
+    assert!(
+        best <= scale::within(Duration::from_secs(1)),
+        "{best:?} at best"
+    );
     indices.dedup();
     assert_eq!(indices.len(), 3, "each was another interface");
     // One that the pattern does not mean is left alone.

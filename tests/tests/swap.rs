@@ -28,11 +28,13 @@ use enforcer_tests::{
     daemon::{LONG, wait_for},
     kernel::{self, Programs},
     netns::{Family, Netns, Routed},
-    traffic,
+    scale, traffic,
 };
 use nix::sys::socket::{setsockopt, sockopt};
 
-const FLIPS: u32 = 1000;
+const FLIPS: usize = 1000;
+/// Where every instruction is emulated.
+const FEWER: usize = 200;
 
 /// Allowed by both policies; by the first; by none.
 const BOTH: u16 = 7001;
@@ -125,6 +127,7 @@ fn revoked(programs: &Programs) -> u64 {
 
 #[test]
 fn swap_under_load() {
+    let flips = scale::rounds(FLIPS, FEWER) as u32;
     let net = Routed::new();
     let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
     let images = [
@@ -175,7 +178,7 @@ fn swap_under_load() {
         let prober = traffic::udp(&net.a, ([0, 0, 0, 0], 0), LONG);
         prober.connect(at(Family::V4, FIRST)).unwrap();
         let flip = |programs: &mut Programs| {
-            for number in 0..FLIPS {
+            for number in 0..flips {
                 let allowed = number % 2 == 0;
                 let image = images[usize::from(!allowed)].clone();
                 programs.apply(&image.with_generation(kernel::generation()));
@@ -212,14 +215,14 @@ fn swap_under_load() {
         assert!(rounds.unwrap() > 100, "the TCP session went on");
         for (sent, got) in sent.into_iter().zip(got_both) {
             let (sent, got) = (sent.unwrap(), got.join().unwrap());
-            assert!(sent > FLIPS, "{sent} packets are no load");
+            assert!(sent > flips, "{sent} packets are no load");
             let got: BTreeSet<u32> = got.into_iter().collect();
             let lost: Vec<u32> = (0..sent).filter(|n| !got.contains(n)).collect();
             assert!(lost.is_empty(), "of {sent} these were lost: {lost:?}");
         }
         for (sent, got) in sent_in_vain.into_iter().zip(got_none) {
             let (sent, got) = (sent.unwrap(), got.join().unwrap());
-            assert!(sent > FLIPS, "{sent} packets are no load");
+            assert!(sent > flips, "{sent} packets are no load");
             assert_eq!(got, [0; 0], "passed, of {sent}");
         }
     });

@@ -17,6 +17,7 @@ mod test;
 mod tidy;
 mod toolchain;
 mod ui;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -35,7 +36,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Install what the kernel side needs and this machine lacks
+    /// Install what the kernel side and the guests need and this machine lacks
     Setup,
     /// Build the eBPF objects and the enforcer
     Build {
@@ -48,7 +49,7 @@ enum Verb {
     },
     /// Check formatting, purity and clippy, host and kernel side
     Lint,
-    /// Run all tests; kernel and namespace tests as root
+    /// Run all tests; kernel and namespace tests as root, and again on stock kernels
     Test {
         /// Only what needs neither root nor the kernel
         #[arg(long)]
@@ -62,6 +63,8 @@ enum Verb {
     Demo(demo::Options),
     /// Build the static binary into dist/
     Dist,
+    /// Run the kernel tests on Debian's stock kernels, in virtual machines
+    Vm(vm::Options),
 }
 
 fn main() -> ExitCode {
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
         Verb::Fuzz(options) => fuzz::run(&options),
         Verb::Demo(options) => demo::run(&options),
         Verb::Dist => dist::run(),
+        Verb::Vm(options) => vm::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use crate::toolchain::{self, LINKER_VERSION, Rust};
-use crate::{env, ui};
+use crate::{env, ui, vm};
 
 /// A complete kernel-side toolchain.
 pub struct Toolchain {
@@ -64,6 +64,9 @@ pub fn run() -> Result<()> {
     let start = Instant::now();
     let tools = ensure()?;
     ensure_cpp()?;
+    if vm::is_possible() {
+        vm::ensure_installed()?;
+    }
     ui::step(&format!("Toolchain complete ({})", ui::took(start)));
     ui::note(&format!(
         "compiler: {} (LLVM {})",
@@ -71,6 +74,9 @@ pub fn run() -> Result<()> {
         tools.rust.llvm()?
     ));
     ui::note(&format!("linker:   {}", tools.linker.display()));
+    if vm::is_possible() {
+        ui::note(&format!("guests:   Linux {}", vm::installed()?.join(", ")));
+    }
     Ok(())
 }
 
@@ -130,7 +136,7 @@ fn install_linker(rust: Rust, llvm: u32) -> Result<PathBuf> {
 }
 
 /// Installs Debian packages as root, after a refresh of the package lists where it takes one.
-fn debian_install(packages: &[&str]) -> Result<()> {
+pub fn debian_install(packages: &[&str]) -> Result<()> {
     let by_hand = by_hand(packages);
     if let Err(reason) = is_known_debian() {
         bail!(

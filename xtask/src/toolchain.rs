@@ -87,16 +87,20 @@ impl Rust {
     }
 }
 
-/// Where `setup` puts bpf-linker: outside the target directory, so that `cargo clean` spares it.
-pub fn linker_root(llvm: u32) -> Result<PathBuf> {
+/// Where `setup` keeps what it fetches or builds: outside the target directory, so that
+/// `cargo clean` spares it.
+pub fn cache_dir() -> Result<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME")
         .filter(|dir| Path::new(dir).is_absolute())
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))
         .context("neither XDG_CACHE_HOME nor HOME is set")?;
-    Ok(cache
-        .join("enforcer-toolchain")
-        .join(format!("bpf-linker-{LINKER_VERSION}-llvm{llvm}")))
+    Ok(cache.join("enforcer-toolchain"))
+}
+
+/// Where `setup` puts bpf-linker.
+pub fn linker_root(llvm: u32) -> Result<PathBuf> {
+    Ok(cache_dir()?.join(format!("bpf-linker-{LINKER_VERSION}-llvm{llvm}")))
 }
 
 /// The linker to use: the one `setup` installed, else one in `PATH`.

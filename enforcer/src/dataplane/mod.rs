@@ -19,6 +19,12 @@ use enforcer_common::{
 
 use crate::compile::Image;
 
+/// The object of the smallest size class, for tests that load it themselves.
+#[cfg(feature = "testing")]
+pub fn smallest_object() -> &'static [u8] {
+    objects::for_words(1).map_or(&[], |(_, object)| object)
+}
+
 /// What the socket hooks do with a call that TC would deny for every local source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SocketHooks {

@@ -19,6 +19,8 @@ pub struct Reading<'a> {
     pub hop_limit: u8,
     /// Where the packet ends in the bytes that were given.
     pub end: usize,
+    /// Its length field says nothing: merged segments, up to the end of the bytes.
+    pub merged: bool,
 }
 
 fn two(bytes: &[u8], at: usize) -> Option<usize> {
@@ -41,7 +43,9 @@ pub fn read<'a>(bytes: &'a [u8], link: &Link) -> Option<Reading<'a>> {
     let ip = &bytes[at..];
     match kind {
         0x0800 => {
-            let (words, total) = (usize::from(*ip.first()? & 15), two(ip, 2)?);
+            let (words, said) = (usize::from(*ip.first()? & 15), two(ip, 2)?);
+            let merged = said == 0 && link.gso;
+            let total = if merged { ip.len() } else { said };
             let packet = ip.get(..total)?;
             let address = |at: usize| {
                 Some(IpAddr::from(
@@ -56,17 +60,21 @@ pub fn read<'a>(bytes: &'a [u8], link: &Link) -> Option<Reading<'a>> {
                 plain: packet[0] == 0x45 && two(packet, 6)? & 0x3fff == 0 && tags < 2,
                 hop_limit: packet[8],
                 end: at + total,
+                merged,
             })
         }
         0x86dd => {
-            let total = 40 + two(ip, 4)?;
+            let said = two(ip, 4)?;
+            let merged = said == 0 && link.gso;
+            let total = if merged { ip.len() } else { 40 + said };
             let packet = ip.get(..total)?;
             let address = |at: usize| {
                 Some(IpAddr::from(
                     <[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?,
                 ))
             };
-            let (mut next, mut rest, mut plain) = (packet[6], &packet[40..], packet[0] >> 4 == 6);
+            let (mut next, mut rest, mut plain) =
+                (*packet.get(6)?, packet.get(40..)?, packet[0] >> 4 == 6);
             while matches!(next, 0 | 43 | 44 | 60) {
                 let length = if next == 44 {
                     8
@@ -83,6 +91,7 @@ pub fn read<'a>(bytes: &'a [u8], link: &Link) -> Option<Reading<'a>> {
                 plain: plain && tags < 2,
                 hop_limit: packet[7],
                 end: at + total,
+                merged,
             })
         }
         _ => None,
@@ -107,6 +116,19 @@ pub fn addresses(tuple: &Tuple) -> (IpAddr, IpAddr) {
         ip(&tuple.source, tuple.v6),
         ip(&tuple.destination, tuple.v6),
     )
+}
+
+/// Whether no packet on a link has these addresses (RFC 1122 §3.2.1.3, RFC 4291 §2.5).
+pub fn martian(source: IpAddr, destination: IpAddr) -> bool {
+    let everyone = IpAddr::from([255, 255, 255, 255]);
+    let nobody =
+        source.is_unspecified() && !(destination.is_multicast() || destination == everyone);
+    source.is_loopback()
+        || source.is_multicast()
+        || source == everyone
+        || nobody
+        || destination.is_loopback()
+        || destination.is_unspecified()
 }
 
 impl Reading<'_> {
@@ -143,8 +165,8 @@ impl Reading<'_> {
             && !mapped(self.source)
             && !mapped(self.destination)
             && match (self.protocol, self.source.is_ipv6()) {
-                (6, _) => t.len() >= 20 && t[12] >> 4 >= 5,
-                (17, _) | (1, false) | (58, true) => t.len() >= 8,
+                (6, _) => t.len() >= 20 && (20..=t.len()).contains(&(usize::from(t[12] >> 4) * 4)),
+                (17 | 136, _) | (1, false) | (58, true) => t.len() >= 8,
                 (132, _) => t.len() >= 12,
                 _ => true,
             }

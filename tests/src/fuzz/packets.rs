@@ -1,93 +1,144 @@
 //! Packets in sequence, through parser, flow table and image.
 
-use std::{cell::Cell, collections::HashMap, net::IpAddr, rc::Rc};
+use std::{
+    cell::Cell,
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+    rc::Rc,
+};
 
 use enforcer::{
     compile::Image,
     policy::{model::FlowQuery, reference},
 };
 use enforcer_common::{
-    flow::{FlowSlot as _, key_of},
-    packet::{Kind, Link, Packet, Tuple, tcp},
+    flow::{Clock, FlowSlot as _, key_of},
+    judge::Scene,
+    packet::{Fragment, Kind, Link, Packet, Tuple, tcp},
     verdict::{Outcome, Reason},
-    wire::{FlowEntry, FlowKey},
+    wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
 
 use super::{
     oracle::{self, Reading},
-    script::{self, Compiled, ENVIRONMENT, POLICIES, Step},
+    script::{self, Compiled, ENVIRONMENT, POLICIES},
 };
 use crate::{
     frame,
-    host::{Entry, HZ, HashFlows, Seen, judge_on},
+    host::{self, Entry, HZ, HashFlows, Moment, Seen},
 };
 
 /// Runs a script; panics where something does not hold.
 pub fn run(data: &[u8]) {
     let flows = HashFlows::default();
-    // Not 0: a clock that starts there hides subtractions.
-    let mut now = 1_000_000;
+    let mut seconds = 0;
+    let mut firsts = HashSet::new();
     for step in script::decode(data) {
-        now += step.waited * u64::from(HZ);
-        Moment::new(&step, &flows, now).check();
+        seconds += step.waited;
+        Step::new(&step, &flows, seconds).check(&mut firsts);
     }
 }
 
-/// A step and the state it meets.
-struct Moment<'a> {
-    step: &'a Step<'a>,
+/// The datagrams whose first fragments have passed: source, destination, identification, protocol
+/// (0 for IPv6), and the hook.
+type Firsts = HashSet<(IpAddr, IpAddr, u32, u8, bool)>;
+
+/// A packet and the state it meets.
+struct Step<'a> {
+    step: &'a script::Step<'a>,
     compiled: &'static Compiled,
     image: &'static Image,
     flows: &'a HashFlows,
-    now: u64,
+    clock: Clock,
+    time: Moment,
 }
 
-type Table = HashMap<FlowKey, FlowEntry>;
+/// What the tables hold.
+#[derive(Debug, PartialEq)]
+struct Table {
+    flows: HashMap<FlowKey, FlowEntry>,
+    fragments: HashMap<FragmentKey, FragmentEntry>,
+}
 
 fn snapshot(flows: &HashFlows) -> Table {
     let entries = flows.entries.borrow();
-    entries.iter().map(|(k, e)| (*k, e.load())).collect()
+    Table {
+        flows: entries.iter().map(|(k, e)| (*k, e.load())).collect(),
+        fragments: flows.fragments.borrow().clone(),
+    }
 }
 
 fn restored(table: &Table) -> HashFlows {
     let flows = HashFlows::default();
     let entry = |(k, e): (&FlowKey, &FlowEntry)| (*k, Entry(Rc::new(Cell::new(*e))));
-    flows.entries.replace(table.iter().map(entry).collect());
+    flows
+        .entries
+        .replace(table.flows.iter().map(entry).collect());
+    flows.fragments.replace(table.fragments.clone());
     flows
 }
 
-impl<'a> Moment<'a> {
-    fn new(step: &'a Step<'a>, flows: &'a HashFlows, now: u64) -> Self {
+impl<'a> Step<'a> {
+    fn new(step: &'a script::Step<'a>, flows: &'a HashFlows, seconds: u64) -> Self {
         let compiled = &POLICIES[step.policy];
         Self {
             step,
             compiled,
             image: &compiled.images[step.swaps],
             flows,
-            now,
+            // Not 0: clocks that start there hide subtractions.
+            clock: Clock {
+                now: 1_000_000 + seconds * u64::from(HZ),
+                hz: HZ,
+            },
+            time: Moment {
+                boot: 10_000 + u32::try_from(seconds).unwrap(),
+                unix: 1_800_000_000 + seconds,
+            },
         }
+    }
+
+    fn see(&self, flows: &HashFlows, link: &Link, bytes: &[u8]) -> Seen {
+        let scene = Scene {
+            link: *link,
+            clock: self.clock,
+            time: self.time,
+        };
+        host::see(self.image, flows, &scene, bytes)
     }
 
     /// Judges other bytes in the same place, on a copy of the flows.
     fn judge(&self, table: &Table, link: &Link, bytes: &[u8]) -> Seen {
-        judge_on(self.image, &restored(table), self.now, link, bytes)
+        self.see(&restored(table), link, bytes)
     }
 
-    fn check(&self) {
+    /// Whether every address is guarded and every segment enforces.
+    fn strict(&self) -> bool {
+        matches!(self.step.policy, 0 | 5)
+    }
+
+    fn check(&self, firsts: &mut Firsts) {
         let (link, bytes) = (&self.step.link, self.step.bytes);
         let before = snapshot(self.flows);
-        let seen = judge_on(self.image, self.flows, self.now, link, bytes);
+        let seen = self.see(self.flows, link, bytes);
         let after = snapshot(self.flows);
         let reading = oracle::read(bytes, link);
 
         self.reading(&seen, reading.as_ref());
         self.verdict(&seen, reading.as_ref(), &before);
-        if !seen.decision.outcome.passes() || seen.decision.reason == Reason::Essential {
+        self.fragments(&seen, firsts);
+        let decision = seen.decision;
+        if !decision.outcome.passes() {
             assert_eq!(before, after, "what is denied leaves no trace");
         }
-        if after.len() != before.len() {
+        if after.flows.len() != before.flows.len() {
             assert!(seen.form.is_ok(), "only sound packets open flows");
-            assert_eq!(after.len(), before.len() + 1, "one flow a packet");
+            assert_eq!(
+                after.flows.len(),
+                before.flows.len() + 1,
+                "one flow a packet"
+            );
+            assert_ne!(decision.reason, Reason::Essential);
         }
         if let Some(reading) = &reading {
             self.padding(&seen, reading, &before);
@@ -95,7 +146,6 @@ impl<'a> Moment<'a> {
         }
         // A retransmission, in the state that the packet leaves.
         let again = self.judge(&after, link, bytes).decision;
-        let decision = seen.decision;
         assert_eq!(
             again.outcome.passes(),
             decision.outcome.passes(),
@@ -104,8 +154,29 @@ impl<'a> Moment<'a> {
         if !decision.outcome.passes() {
             assert_eq!(again, decision);
         }
-        if seen.form.is_ok() && seen.decision.outcome.passes() {
+        if seen.form.is_ok() && decision.outcome.passes() {
             self.reply(&seen, &after);
+        }
+    }
+
+    /// A later fragment passes as part of a datagram whose first one did, at the same hook.
+    fn fragments(&self, seen: &Seen, firsts: &mut Firsts) {
+        let packet = &seen.packet;
+        if seen.form.is_err() || packet.fragment == Fragment::Whole {
+            return;
+        }
+        let tuple = &packet.tuple;
+        let (source, destination) = oracle::addresses(tuple);
+        let protocol = if tuple.v6 { 0 } else { tuple.protocol };
+        let hook = self.step.link.ingress;
+        let datagram = (source, destination, packet.fragment_id, protocol, hook);
+        let passes = seen.decision.outcome.passes();
+        if packet.fragment == Fragment::First {
+            if passes && tuple.kind != Kind::IcmpError {
+                firsts.insert(datagram);
+            }
+        } else if seen.decision.reason != Reason::Fragment {
+            assert!(firsts.contains(&datagram), "follows nothing: {packet:?}");
         }
     }
 
@@ -114,7 +185,10 @@ impl<'a> Moment<'a> {
         let tuple = &seen.packet.tuple;
         if seen.form.is_ok() {
             let reading = reading.expect("what is sound can be read");
-            assert!(reading.agrees(tuple), "{tuple:?} is not {reading:?}");
+            // A later fragment has taken over what its first one said.
+            if seen.packet.fragment != Fragment::Later {
+                assert!(reading.agrees(tuple), "{tuple:?} is not {reading:?}");
+            }
         } else if let Some(reading) = reading {
             assert!(!reading.must_parse(), "{:?} of {reading:?}", seen.form);
         }
@@ -153,13 +227,36 @@ impl<'a> Moment<'a> {
         if let Err(form) = seen.form {
             assert_eq!(reason, form);
         }
+        let pair = seen
+            .packet
+            .addresses
+            .then(|| oracle::addresses(&seen.packet.tuple));
+        let link = &self.step.link;
+        let own = |(source, _): (IpAddr, IpAddr)| {
+            link.ingress && !link.looped && ENVIRONMENT.host_addresses.contains(&source)
+        };
         match reason {
             Reason::Malformed
-            | Reason::Fragment
             | Reason::ExtensionHeader
             | Reason::VlanNested
-            | Reason::Ethertype => {
+            | Reason::Ethertype
+            | Reason::SourceRoute => {
                 assert_eq!(seen.form, Err(reason));
+                self.form(seen);
+            }
+            Reason::Fragment => {
+                assert!(seen.form.is_err() || seen.packet.fragment == Fragment::Later);
+                self.form(seen);
+            }
+            Reason::Martian => {
+                assert!(
+                    pair.is_some_and(|(s, d)| oracle::martian(s, d)),
+                    "{pair:?} is not martian"
+                );
+                self.form(seen);
+            }
+            Reason::Spoofed => {
+                assert!(pair.is_some_and(own), "{pair:?} is not this host's");
                 self.form(seen);
             }
             Reason::NoFlow => {
@@ -172,7 +269,7 @@ impl<'a> Moment<'a> {
             }
             Reason::Established | Reason::Related | Reason::Revoked => {
                 let subject = self.subject(&seen.packet);
-                let entry = before.get(&key_of(subject, seen.packet.ifindex).0);
+                let entry = before.flows.get(&key_of(subject, seen.packet.ifindex).0);
                 let entry = entry.expect("there was a flow");
                 let current = entry.generation == self.image.generation();
                 match reason {
@@ -185,6 +282,11 @@ impl<'a> Moment<'a> {
                 self.rules(seen);
             }
             other => panic!("{other:?}"),
+        }
+        if self.strict() && decision.outcome.passes() {
+            let (source, destination) = pair.expect("what was not read cannot pass");
+            assert!(!oracle::martian(source, destination), "martian: {pair:?}");
+            assert!(!own((source, destination)), "from this host: {pair:?}");
         }
         // Spelled out for the two policies whose meaning needs no interpreter.
         match self.step.policy {
@@ -229,7 +331,8 @@ impl<'a> Moment<'a> {
                 protocol: tuple.protocol,
                 selector,
             };
-            let judgement = reference::judge(&self.compiled.policy, &ENVIRONMENT, &query);
+            let policy = &self.compiled.policy;
+            let judgement = reference::judge(policy, &ENVIRONMENT, &query, self.time.unix);
             (
                 outcome_of(judgement.outcome),
                 judgement.rule.map_or(u32::MAX, |r| r.0),
@@ -258,6 +361,9 @@ impl<'a> Moment<'a> {
     /// What lies behind the packet's own end changes nothing.
     fn padding(&self, seen: &Seen, reading: &Reading<'_>, before: &Table) {
         let (link, bytes) = (&self.step.link, self.step.bytes);
+        if reading.merged {
+            return; // it has no end of its own
+        }
         let Some(packet) = bytes.get(..reading.end) else {
             return;
         };
@@ -309,16 +415,20 @@ impl<'a> Moment<'a> {
         );
         let (source, destination) = oracle::addresses(tuple);
         // What a denial of form lets pass is no flow, nor is what no default deny may break.
-        let no_flow = matches!(
+        let flow = matches!(
             seen.decision.reason,
-            Reason::Essential | Reason::Related | Reason::NoFlow
+            Reason::RuleAllow
+                | Reason::RuleDeny
+                | Reason::DefaultDeny
+                | Reason::Unsegmented
+                | Reason::Established
         );
-        if !opens || no_flow || multicast(source) || multicast(destination) {
+        if !opens || !flow || multicast(source) || multicast(destination) {
             return;
         }
         let (key, _) = key_of(tuple, seen.packet.ifindex);
         assert!(
-            after.contains_key(&key),
+            after.flows.contains_key(&key),
             "{tuple:?} passed and left no flow"
         );
         let (from, to) = (tuple.destination_port, tuple.source_port);
@@ -339,8 +449,13 @@ impl<'a> Moment<'a> {
             ethernet: true,
             vlan: None,
             ingress: !self.step.link.ingress,
+            looped: false,
             ..self.step.link
         };
+        let mine = link.ingress && ENVIRONMENT.host_addresses.contains(&destination);
+        if mine || oracle::martian(destination, source) {
+            return; // from addresses that no reply has
+        }
         let bytes = frame::frame(destination, source, tuple.protocol, &payload);
         let answer = self.judge(after, &link, &bytes);
         assert!(

@@ -11,8 +11,9 @@ use enforcer::{
     },
 };
 use enforcer_common::{
-    decide::{Ask, Decision, Query, answer, decide},
+    decide::{Ask, At, Decision, Query, answer, decide},
     image::essential,
+    verdict::Reason,
 };
 use proptest::{
     strategy::{Strategy as _, ValueTree as _},
@@ -66,6 +67,7 @@ pub fn run(data: &[u8]) {
         let options = Options {
             generation: 1,
             essentials: essential::ALL,
+            ..Options::default()
         };
         let Ok(image) = compile(&policy, env, &options) else {
             continue;
@@ -99,8 +101,8 @@ fn compare(policy: &Policy, env: &Environment, image: &Image, query: &FlowQuery)
         protocol: query.protocol,
         selector: query.selector,
     };
-    let got = decide(image.words(), &asked);
-    let want = reference::judge(policy, env, query);
+    let got = decide(image.words(), &asked, 0);
+    let want = reference::judge(policy, env, query, 0);
     assert_eq!(got.outcome, outcome_of(want.outcome), "{query:?}");
     assert_eq!(got.rule, want.rule.map_or(u32::MAX, |r| r.0), "{query:?}");
     assert_eq!(
@@ -109,8 +111,8 @@ fn compare(policy: &Policy, env: &Environment, image: &Image, query: &FlowQuery)
         "{query:?}"
     );
 
-    let form = Ask::form(asked.source, asked.destination);
-    let got = Decision::unpack(answer(image.words(), &form));
+    let form = Ask::rules(&asked).form(Reason::Malformed);
+    let got = Decision::unpack(answer(image.words(), &form, &At(0)));
     let (outcome, guard) = reference::judge_form(policy, env, Some((query.src, query.dst)));
     assert_eq!(got.outcome, outcome_of(outcome), "form, {query:?}");
     assert_eq!(

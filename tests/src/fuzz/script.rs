@@ -28,6 +28,10 @@ pub const SWAP: u8 = 1 << 3;
 pub const WAIT: u8 = 1 << 4;
 /// On the other interface.
 pub const OTHER: u8 = 1 << 5;
+/// Merged segments, which may be longer than their length field can say.
+pub const GSO: u8 = 1 << 6;
+/// The host's own multicast, looped back.
+pub const LOOPED: u8 = 1 << 7;
 
 /// Around every bound of a flow's age.
 const SECONDS: [u64; 8] = [1, 59, 61, 119, 121, 181, 601, 28_801];
@@ -91,9 +95,10 @@ pub struct Compiled {
     pub images: Vec<Image>,
 }
 
-/// The host's own addresses.
+/// The host's own addresses and interfaces.
 pub static ENVIRONMENT: LazyLock<Environment> = LazyLock::new(|| Environment {
     host_addresses: ["10.77.0.2".parse().unwrap(), "fd77::2".parse().unwrap()].into(),
+    interfaces: [(1, "eth0".to_owned()), (2, "eth1".to_owned())].into(),
 });
 
 /// What [`TEXTS`] say.
@@ -157,6 +162,9 @@ pub fn decode(data: &[u8]) -> Vec<Step<'_>> {
             vlan: (has(VLAN) && !has(L3)).then_some(u16::from(*argument)),
             ingress: has(INGRESS),
             ifindex: if has(OTHER) { 2 } else { 1 },
+            slot: if has(OTHER) { 2 } else { 1 },
+            gso: has(GSO),
+            looped: has(LOOPED),
         };
         steps.push(Step {
             policy,
