@@ -19,23 +19,23 @@ pub const RECEIVER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 pub enum Odd {
     Source(IpAddr),
     Destination(IpAddr),
-    /// IPv4 option of this type.
-    Option(u8),
+    /// IPv4 options.
+    Options(Vec<u8>),
     Ihl(i8),
     TotalLength(i16),
     HeaderChecksum,
     HopLimit(u8),
     /// Reserved or "do not fragment" bit.
     Flags(u16),
-    /// In so many pieces; what else.
-    Fragments(usize, Pieces),
+    Fragments(Sent),
     /// IPv6 extension headers, all told, and those behind the fragment header.
     Headers(usize, usize),
     RoutingLeft,
     LateHopByHop,
     /// Option type of a destination option.
     UnknownOption(u8),
-    HeaderLength,
+    /// An extension header that takes so many of those behind it for its own.
+    HeaderLength(usize),
     Atomic,
     Tags(Vec<(u16, u16)>),
     Mac(u8),
@@ -45,9 +45,24 @@ pub enum Odd {
     UdpLength(usize),
     UdpChecksum,
     TcpFlags(u8),
-    TcpOffset(u8),
+    /// What the header says of its length, and whether the segment has as much.
+    TcpOffset(u8, bool),
     /// Nothing but a mark behind the network header.
     NoTransport,
+}
+
+/// A datagram in pieces.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sent {
+    pub how: Pieces,
+    /// Byte ranges in the order in which they are sent, and whether the bytes of one are others
+    /// than the datagram's.
+    pub pieces: Vec<(usize, usize, bool)>,
+    pub length: usize,
+    /// Bytes that the headers of extension and transport take of it.
+    pub header: usize,
+    /// Where the datagram goes, if it has ports.
+    pub port: Option<u16>,
 }
 
 /// How the pieces of a datagram lie.
@@ -304,7 +319,9 @@ impl Draw {
         let mut offset = u8::try_from(5 + words).unwrap();
         if self.random.one_in(16) {
             offset = u8::try_from(self.random.below(16)).unwrap();
-            self.odds.push(Odd::TcpOffset(offset));
+            let length = 20 + words * 4 + marks.len();
+            let fits = (20..=length).contains(&(usize::from(offset) * 4));
+            self.odds.push(Odd::TcpOffset(offset, fits));
         }
         if flags != 0x02 {
             self.odds.push(Odd::TcpFlags(flags));
@@ -361,8 +378,8 @@ impl Draw {
         if self.random.one_in(4) {
             let words = 1 + self.random.below(10);
             let kind = self.random.pick(&[0, 1, 1, 7, 68, 130, 131, 137, 148, 222]);
-            self.odds.push(Odd::Option(kind));
             header.options = option(kind, words * 4, &mut self.random);
+            self.odds.push(Odd::Options(header.options.clone()));
         }
         if self.random.one_in(20) {
             header.ihl_lie = self.random.pick(&[-5, -2, -1, 1, 2, 5]);
@@ -387,9 +404,14 @@ impl Draw {
         header
     }
 
-    /// Byte ranges of a datagram in the order in which they are sent, and whether the bytes of one
-    /// are others than the datagram's.
-    fn pieces(&mut self, length: usize) -> Vec<(usize, usize, bool)> {
+    /// Cuts a datagram whose transport header begins at `behind`.
+    fn pieces(
+        &mut self,
+        protocol: u8,
+        datagram: &[u8],
+        behind: usize,
+    ) -> Vec<(usize, usize, bool)> {
+        let length = datagram.len();
         let how = self.random.pick(&[
             Pieces::InOrder,
             Pieces::InOrder,
@@ -434,7 +456,22 @@ impl Draw {
             }
             Pieces::Missing => drop(pieces.remove(at)),
         }
-        self.odds.push(Odd::Fragments(pieces.len(), how));
+        let transport = &datagram[behind..];
+        let header = match protocol {
+            6 => transport.get(12).map_or(20, |b| usize::from(b >> 4) * 4),
+            132 => 12,
+            1 | 17 | 58 | 136 => 8,
+            _ => 0,
+        };
+        let port = matches!(protocol, 6 | 17 | 132 | 136)
+            .then(|| u16::from_be_bytes([transport[2], transport[3]]));
+        self.odds.push(Odd::Fragments(Sent {
+            how,
+            pieces: pieces.clone(),
+            length,
+            header: behind + header,
+            port,
+        }));
         pieces
     }
 
@@ -458,7 +495,7 @@ impl Draw {
 
     fn four_in_pieces(&mut self, protocol: u8, transport: &[u8]) -> Vec<Vec<u8>> {
         let header = self.plain_four(protocol);
-        let pieces = self.pieces(transport.len());
+        let pieces = self.pieces(protocol, transport, 0);
         let packet = |piece: &(usize, usize, bool)| {
             let more = if piece.1 < transport.len() { 0x2000 } else { 0 };
             let header = V4 {
@@ -498,8 +535,10 @@ impl Draw {
                 self.odds.push(Odd::UnknownOption(kind));
             }
             7 if self.random.one_in(2) => {
-                headers[at].1[0] = self.random.pick(&[1, 200, 255]);
-                self.odds.push(Odd::HeaderLength);
+                let more = self.random.pick(&[1, 200, 255]);
+                headers[at].1[0] = more;
+                let swallowed = usize::from(more).min(count - at - 1);
+                self.odds.push(Odd::HeaderLength(swallowed));
             }
             _ => {}
         }
@@ -550,7 +589,7 @@ impl Draw {
         self.odds
             .push(Odd::Headers(headers.len() + 1 + behind, behind));
         let (inner, whole) = chain(&vec![Header::OPTIONS; behind], protocol, transport);
-        let pieces = self.pieces(whole.len());
+        let pieces = self.pieces(protocol, &whole, behind * 8);
         let packet = |piece: &(usize, usize, bool)| {
             let offset = u16::try_from(piece.0 / 8).unwrap();
             let mut headers = headers.clone();

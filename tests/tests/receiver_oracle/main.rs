@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use enforcer_tests::{daemon::Setup, kernel, netns::Pair};
 
 use crate::{
-    exceptions::{EXCEPTIONS, Exception},
+    exceptions::{EXCEPTIONS, Exception, mended},
     generate::{Case, RECEIVER_MAC, SENDER_MAC, case, ends},
     receiver::{Delivery, Receiver, Sender},
 };
@@ -44,7 +44,7 @@ struct Allowed {
 /// Each flow that is allowed by one is denied by the other.
 const POLICIES: [Allowed; 2] = [
     Allowed {
-        services: "udp/4444, tcp/8080, sctp/4444, ping, proto/gre, proto/136, proto/50, proto/253",
+        services: "udp/4444, tcp/8080, sctp/4444, ping, proto/gre, udplite/4444, proto/50, proto/253",
         flows: &[
             (17, &[4444]),
             (6, &[8080]),
@@ -52,16 +52,17 @@ const POLICIES: [Allowed; 2] = [
             (1, &[8 << 8]),
             (58, &[128 << 8]),
             (47, &[0]),
-            (136, &[4444, 5555]),
+            (136, &[4444]),
             (50, &[0]),
             (253, &[0]),
         ],
     },
     Allowed {
-        services: "udp/5555, tcp/9090, sctp/5555, icmp/timestamp-request, proto/ipip, proto/41, \
+        services: "udp/5555, tcp/9090, sctp/5555, udplite/5555, icmp/timestamp-request, proto/ipip, proto/41, \
                    proto/33, proto/51, proto/59",
         flows: &[
             (17, &[5555]),
+            (136, &[5555]),
             (6, &[9090]),
             (132, &[5555]),
             (1, &[13 << 8]),
@@ -113,10 +114,12 @@ impl<'a> Wire<'a> {
                 "neigh replace {address} lladdr {there} dev eth0 nud permanent\n"
             ));
         }
-        // What is spoofed must reach the sockets, or nothing is learnt from it.
+        // What is spoofed or source routed must reach the sockets, or nothing is learnt from it.
         for name in ["all", "eth0"] {
-            let filter = format!("ipv4/conf/{name}/rp_filter");
-            pair.host.sysctl(&filter, "0");
+            for (sysctl, value) in [("rp_filter", "0"), ("accept_source_route", "1")] {
+                pair.host
+                    .sysctl(&format!("ipv4/conf/{name}/{sysctl}"), value);
+            }
         }
         // Datagrams that never get whole wait for half a minute: the others need room beside them.
         for name in ["ipv4/ipfrag_high_thresh", "ipv6/ip6frag_high_thresh"] {
@@ -213,7 +216,11 @@ fn the_enforcer_delivers_what_is_allowed_of_what_the_host_delivers() {
             let exception = excepted(delivery).unwrap();
             *hits.get_mut(exception.name).unwrap() += 1;
         }
-        let leaked: BTreeSet<&Delivery> = got.difference(&want).collect();
+        let leaked: BTreeSet<&Delivery> = got
+            .difference(&want)
+            .filter(|d| !(allowed.covers(d) && mended(&cases[d.case as usize])))
+            .collect();
+        println!("{} mended", got.difference(&want).count() - leaked.len());
         assert!(
             leaked.is_empty(),
             "delivered and should not be: {}",
