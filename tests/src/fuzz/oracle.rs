@@ -76,12 +76,14 @@ pub fn read<'a>(bytes: &'a [u8], link: &Link) -> Option<Reading<'a>> {
             let (mut next, mut rest, mut plain) =
                 (*packet.get(6)?, packet.get(40..)?, packet[0] >> 4 == 6);
             while matches!(next, 0 | 43 | 44 | 60) {
-                let length = if next == 44 {
-                    8
-                } else {
-                    8 + 8 * usize::from(*rest.get(1)?)
+                let (length, later) = match next {
+                    44 => (8, two(rest, 2)? >> 3 != 0),
+                    _ => (8 + 8 * usize::from(*rest.get(1)?), false),
                 };
                 (next, rest, plain) = (*rest.first()?, rest.get(length..)?, false);
+                if later {
+                    break; // what follows is no header
+                }
             }
             Some(Reading {
                 source: address(8)?,

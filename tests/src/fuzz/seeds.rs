@@ -29,6 +29,8 @@ pub fn packets() -> Vec<Vec<u8>> {
         let there =
             |protocol, payload: Vec<u8>| (INGRESS, 0, frame::frame(a, b, protocol, &payload));
         let back = |protocol, payload: Vec<u8>| (0, 0, frame::frame(b, a, protocol, &payload));
+        // Fragments hold whole units of 8 bytes.
+        let datagram = [frame::udp(4000, 4444), vec![0; 4]].concat();
         let quoted = frame::ip(a, b, 17, &frame::udp(4000, 4444));
         let mut talks = vec![
             vec![
@@ -57,7 +59,7 @@ pub fn packets() -> Vec<Vec<u8>> {
         ];
         if v6 {
             let behind = |headers: &[Extension]| {
-                let (first, bytes) = frame::extended(headers, 17, &frame::udp(4000, 4444));
+                let (first, bytes) = frame::extended(headers, 17, &datagram);
                 (INGRESS, 0, frame::frame(a, b, first, &bytes))
             };
             talks.push(vec![
@@ -68,6 +70,7 @@ pub fn packets() -> Vec<Vec<u8>> {
                 ]),
                 behind(&[Extension::Fragment(0, false)]),
                 behind(&[Extension::Fragment(0, true)]),
+                behind(&[Extension::Fragment(2, false)]),
                 behind(&[Extension::Fragment(1, false)]),
                 behind(&[Extension::Options; 7]),
             ]);
@@ -83,12 +86,16 @@ pub fn packets() -> Vec<Vec<u8>> {
                 (0, 0, dhcp),
             ]);
         } else {
-            let udp = frame::frame(a, b, 17, &frame::udp(4000, 4444));
+            let udp = frame::frame(a, b, 17, &datagram);
+            let mut routed = frame::with_options(&udp, 3);
+            routed[34] = 131;
             talks.push(vec![
                 (INGRESS, 0, frame::with_options(&udp, 1)),
                 (INGRESS, 0, frame::with_options(&udp, 10)),
                 (INGRESS, 0, frame::as_fragment(&udp, 0, true)),
+                (INGRESS, 0, frame::as_fragment(&udp, 2, false)),
                 (INGRESS, 0, frame::as_fragment(&udp, 1, false)),
+                (INGRESS, 0, routed),
             ]);
             let lease = frame::frame(
                 ip("0.0.0.0"),
