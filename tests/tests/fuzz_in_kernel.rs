@@ -89,6 +89,7 @@ fn the_kernel_judges_the_corpus_as_the_host_does() {
     });
     let mut programs = Programs::shared();
     let programs = &mut *programs;
+    programs.set_interface(1, 0, 1);
     let mut live = Live::apply(0, programs);
     let (mut judged, mut reasons) = (0, HashSet::new());
     for script in &scripts {
@@ -107,7 +108,7 @@ fn the_kernel_judges_the_corpus_as_the_host_does() {
             swaps = Some(step.swaps);
             let link = Link {
                 ifindex: 1,
-                slot: 0,
+                slot: 1,
                 ..step.link
             };
             let scene = Scene {

@@ -12,7 +12,7 @@ use enforcer::{
     policy::{model::FlowQuery, reference},
 };
 use enforcer_common::{
-    flow::{Clock, FlowSlot as _, key_of},
+    flow::{self, Clock, FlowSlot as _, key_of},
     judge::Scene,
     packet::{Fragment, Kind, Link, Packet, Tuple, tcp},
     verdict::{Outcome, Reason},
@@ -256,7 +256,15 @@ impl<'a> Step<'a> {
                 self.form(seen);
             }
             Reason::Spoofed => {
-                assert!(pair.is_some_and(own), "{pair:?} is not this host's");
+                let (source, destination) = pair.expect("its addresses were read");
+                let name = &ENVIRONMENT.interfaces[&link.slot];
+                let elsewhere = link.ingress
+                    && !link.looped
+                    && reference::spoofed(&self.compiled.policy, &ENVIRONMENT, source, name);
+                assert!(
+                    elsewhere || own((source, destination)),
+                    "{pair:?} at {name}"
+                );
                 self.form(seen);
             }
             Reason::NoFlow => {
@@ -266,6 +274,14 @@ impl<'a> Step<'a> {
             Reason::IcmpUnrelated => {
                 assert_eq!(seen.packet.tuple.kind, Kind::IcmpError);
                 self.form(seen);
+            }
+            // A session that has lasted as long as it may; until then it was a flow.
+            Reason::Expired => {
+                let subject = self.subject(&seen.packet);
+                let key = key_of(subject, seen.packet.ifindex).0;
+                let entry = before.flows.get(&key).expect("there was a flow");
+                assert_ne!(entry.flags & flow::SESSION, 0);
+                assert!(!decision.outcome.passes());
             }
             Reason::Established | Reason::Related | Reason::Revoked => {
                 let subject = self.subject(&seen.packet);

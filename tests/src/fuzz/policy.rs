@@ -1,5 +1,7 @@
 //! YAML → policy → image → verdict, against the reference interpreter.
 
+use std::collections::BTreeSet;
+
 use enforcer::{
     compile::{Image, Options, compile},
     policy::{
@@ -60,6 +62,10 @@ pub fn run(data: &[u8]) {
     let Some(policy) = policy else {
         return;
     };
+    // Around the ends of a few rules; a rule without end knows no time.
+    let ends = policy.rules.iter().filter_map(|rule| rule.expires).take(3);
+    let mut moments: BTreeSet<u64> = ends.flat_map(|end| [end - 1, end]).collect();
+    moments.extend([0, u64::MAX >> 1]);
     let mut runner = TestRunner::new_with_rng(Config::default(), random(data));
     for env in [&Environment::default(), &*ENVIRONMENT] {
         let wrong = reference::run_tests(&policy, env);
@@ -79,7 +85,9 @@ pub fn run(data: &[u8]) {
         let queries = arbitrary::query(&policy);
         for _ in 0..QUERIES {
             let query = queries.new_tree(&mut runner).unwrap().current();
-            compare(&policy, env, &image, &query);
+            for unix in &moments {
+                compare(&policy, env, &image, &query, *unix);
+            }
         }
     }
 }
@@ -94,16 +102,16 @@ fn random(data: &[u8]) -> TestRng {
     TestRng::from_seed(RngAlgorithm::ChaCha, &seed)
 }
 
-fn compare(policy: &Policy, env: &Environment, image: &Image, query: &FlowQuery) {
+fn compare(policy: &Policy, env: &Environment, image: &Image, query: &FlowQuery, unix: u64) {
     let asked = Query {
         source: query.src.into(),
         destination: query.dst.into(),
         protocol: query.protocol,
         selector: query.selector,
     };
-    let got = decide(image.words(), &asked, 0);
-    let want = reference::judge(policy, env, query, 0);
-    assert_eq!(got.outcome, outcome_of(want.outcome), "{query:?}");
+    let got = decide(image.words(), &asked, unix);
+    let want = reference::judge(policy, env, query, unix);
+    assert_eq!(got.outcome, outcome_of(want.outcome), "{query:?} at {unix}");
     assert_eq!(got.rule, want.rule.map_or(u32::MAX, |r| r.0), "{query:?}");
     assert_eq!(
         got.segment,
@@ -112,7 +120,7 @@ fn compare(policy: &Policy, env: &Environment, image: &Image, query: &FlowQuery)
     );
 
     let form = Ask::rules(&asked).form(Reason::Malformed);
-    let got = Decision::unpack(answer(image.words(), &form, &At(0)));
+    let got = Decision::unpack(answer(image.words(), &form, &At(unix)));
     let (outcome, guard) = reference::judge_form(policy, env, Some((query.src, query.dst)));
     assert_eq!(got.outcome, outcome_of(outcome), "form, {query:?}");
     assert_eq!(

@@ -64,10 +64,10 @@ rules:
 version: 1
 defaults: { mode: observe }
 segments:
-  a: { members: [{cidr: 10.77.0.1/32}, {cidr: "fd77::1/128"}], mode: enforce }
+  a: { members: [{cidr: 10.77.0.1/32}, {cidr: "fd77::1/128"}], mode: enforce, interfaces: [eth0] }
   b: { members: [{cidr: 10.77.0.0/29}, {cidr: "fd77::/125"}], protect: inbound }
 rules:
-  - { name: some, from: [a], to: [b], services: [tcp/8080] }
+  - { name: some, from: [a], to: [b], services: [tcp/8080], session: { max: 10m, idle: 60s } }
   - { name: none, from: [b], to: [a], services: [udp/any], action: deny }
 "#,
     r#"
