@@ -8,6 +8,7 @@
     reason = "a test helper that fails is a failed test"
 )]
 
+pub mod calls;
 pub mod daemon;
 pub mod frame;
 pub mod host;
