@@ -13,7 +13,7 @@ use nix::{
     errno::Errno,
     sys::socket::{
         ControlMessage, MsgFlags, SockaddrLike as _, SockaddrStorage, connect, send, sendmsg,
-        sendto, setsockopt, sockopt,
+        sendto,
     },
 };
 
@@ -198,7 +198,7 @@ impl Way {
                 let length = u32::try_from(DATA.len()).unwrap();
                 let send = opcode::SendZc::new(Fd(fd), DATA.as_ptr(), length)
                     .dest_addr(address.as_ptr().cast())
-                    .dest_addr_len(u16::try_from(address.len()).unwrap());
+                    .dest_addr_len(address.len());
                 ring(&send.build())
             }
             Self::Ping | Self::RawIcmp => {
@@ -219,9 +219,6 @@ impl Way {
                 sendto(fd, datagram, &without_port(to), none).map(drop)
             }
             Self::RawHeader => {
-                if form == Form::V6 {
-                    setsockopt(&socket, sockopt::Ipv6HdrIncl, &true).unwrap();
-                }
                 let whole = wire::udp((own, 5000), (to.ip(), port), DATA);
                 sendto(fd, &whole, &without_port(to), none).map(drop)
             }

@@ -195,3 +195,15 @@ impl Raw {
         send(self.0.as_raw_fd(), packet, MsgFlags::empty()).unwrap();
     }
 }
+
+/// Whether a frame is an IP packet (without options or extension headers) of this protocol to
+/// this destination: a port of 0 is any.
+pub fn is_to(frame: &[u8], to: std::net::SocketAddr, protocol: u8) -> bool {
+    let (found, at, address) = match (frame.get(12..14), to.ip()) {
+        (Some([0x08, 0x00]), IpAddr::V4(ip)) => (frame[23], 34, frame[30..34] == ip.octets()),
+        (Some([0x86, 0xdd]), IpAddr::V6(ip)) => (frame[20], 54, frame[38..54] == ip.octets()),
+        _ => return false,
+    };
+    let port = to.port() == 0 || frame.get(at + 2..at + 4) == Some(&to.port().to_be_bytes());
+    address && found == protocol && port
+}
