@@ -9,12 +9,14 @@
 )]
 
 pub mod calls;
+pub mod child;
 pub mod daemon;
 pub mod frame;
 pub mod host;
 pub mod kernel;
 pub mod netns;
 pub mod nft;
+pub mod rival;
 pub mod seen;
 pub mod traffic;
 pub mod wire;
