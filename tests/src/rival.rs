@@ -15,6 +15,7 @@ use nix::errno::Errno;
 pub enum Hook {
     Connect4 = 10,
     Sendmsg4 = 14,
+    Xdp = 37,
     TcxIngress = 46,
     TcxEgress = 47,
 }
@@ -32,6 +33,8 @@ pub enum Attach {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Place {
+    /// XDP has one place: the generic one, which every driver has.
+    Generic = 1 << 1,
     First = 1 << 3,
     Last = 1 << 4,
 }
@@ -62,22 +65,38 @@ fn words<T>(pointer: *const T) -> [u32; 2] {
     [number as u32, (number >> 32) as u32]
 }
 
+const EXIT: u64 = 0x95;
+
+/// The instruction that writes a number into a register.
+fn set(register: u64, number: u32) -> u64 {
+    0xb7 | (register << 8) | (u64::from(number) << 32)
+}
+
 /// Loads a program that returns `verdict`.
 pub fn program(hook: Hook, verdict: i32) -> nix::Result<OwnedFd> {
-    const MOV: u64 = 0xb7;
-    const EXIT: u64 = 0x95;
-    let code = [MOV | u64::from(verdict.cast_unsigned()) << 32, EXIT];
+    load(hook, &[set(0, verdict.cast_unsigned()), EXIT])
+}
+
+/// Loads a program that sends each packet out of an interface of the calling thread's namespace.
+pub fn redirect(hook: Hook, interface: &str) -> nix::Result<OwnedFd> {
+    const CALL_REDIRECT: u64 = 0x85 | (23 << 32);
+    let ifindex = nix::net::if_::if_nametoindex(interface)?;
+    load(hook, &[set(1, ifindex), set(2, 0), CALL_REDIRECT, EXIT])
+}
+
+fn load(hook: Hook, code: &[u64]) -> nix::Result<OwnedFd> {
     let kind = match hook {
         Hook::Connect4 | Hook::Sendmsg4 => 18,
         Hook::TcxIngress | Hook::TcxEgress => 3,
+        Hook::Xdp => 6,
     };
     let expected = match hook {
         Hook::Connect4 | Hook::Sendmsg4 => hook as u32,
-        Hook::TcxIngress | Hook::TcxEgress => 0,
+        Hook::TcxIngress | Hook::TcxEgress | Hook::Xdp => 0,
     };
     let mut attributes = [0u32; 18];
     attributes[0] = kind;
-    attributes[1] = 2;
+    attributes[1] = u32::try_from(code.len()).unwrap();
     attributes[2..4].copy_from_slice(&words(code.as_ptr()));
     attributes[4..6].copy_from_slice(&words(c"GPL".as_ptr()));
     attributes[17] = expected;

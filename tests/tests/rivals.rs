@@ -12,12 +12,12 @@ use std::{net::SocketAddr, os::fd::AsRawFd as _};
 use enforcer_tests::{
     calls::{DATA, Form},
     child::Child,
-    daemon::{Daemon, Setup},
-    netns::{Family, Pair},
+    daemon::{Daemon, LONG, Setup},
+    netns::{Family, Pair, Routed},
     rival::{self, Attach, Cgroup, Hook, Place},
     seen::{denied, moved, skipped},
-    traffic::{self, QUIET},
-    wire,
+    traffic::{self, QUIET, Tap},
+    wire::{self, Packets},
 };
 use nix::{
     errno::Errno,
@@ -72,19 +72,22 @@ fn a_program_of_the_processs_own_cgroup_takes_nothing_away() {
     let peer = Family::V4.address(1, 2);
     traffic::udp_echo(&net.peer, (peer, 7000));
     assert!(traffic::udp_answers_soon(&net.host, (peer, 7000)));
-    for (port, how) in [
+    // All of them before the first record: the enforcer looks for new ones once a second.
+    let rivals = [
         (7101, Attach::Alone),
         (7102, Attach::Override),
         (7103, Attach::Multi),
-    ] {
-        let cgroup = Cgroup::new(&format!("rival-{port}"));
+    ]
+    .map(|(port, how)| (port, how, Cgroup::new(&format!("rival-{port}"))));
+    for (port, how, cgroup) in &rivals {
+        let (port, how) = (*port, *how);
         for hook in [Hook::Connect4, Hook::Sendmsg4] {
             let program = rival::program(hook, PROCEED).unwrap();
             cgroup.attach(&program, hook, how).unwrap();
         }
-        let good = calls(&net, &cgroup, (peer, 7000).into());
+        let good = calls(&net, cgroup, (peer, 7000).into());
         assert_eq!(good, [Ok(()); 2], "{how:?}");
-        let bad = calls(&net, &cgroup, (peer, port).into());
+        let bad = calls(&net, cgroup, (peer, port).into());
         assert_eq!(bad, [Err(Errno::EPERM); 2], "{how:?}");
         for direction in ["connect", "sendmsg"] {
             let record = denied(
@@ -148,4 +151,42 @@ fn a_program_on_the_interface_cannot_allow_what_is_denied() {
     assert_eq!(dropped, [0]);
     drop(rival);
     assert_eq!(packets(), [false; 2]);
+}
+
+/// A limit, pinned: XDP comes before TC, and what it sends on leaves without TC.
+#[test]
+fn a_program_at_xdp_forwards_past_the_enforcer() {
+    let net = Routed::new();
+    let policy = "version: 1\ndefaults: { unsegmented: deny }\n";
+    let daemon = Setup::new(&net.gateway, "gw-*", policy).start();
+    let links = [&net.a, &net.b].map(|end| wire::link_address(end, "eth0"));
+    let a = Packets::new(&net.a, "eth0", false);
+    let judged = [("tc_ingress", "denied", ""), ("tc_egress", "denied", "")];
+    let tap = Tap::new(&net.b);
+    for family in Family::BOTH {
+        let (from, to) = (family.address(1, 2), family.address(2, 2));
+        let packet = wire::udp((from, 5000), (to, 7000), b"a way around");
+        let frame = wire::ethernet(links[0], links[1], &packet);
+        // The control: the same frame, to the gateway.
+        let gateway = wire::link_address(&net.gateway, "gw-a");
+        a.send(&wire::ethernet(links[0], gateway, &packet));
+        denied(
+            &daemon,
+            &json!({
+                "direction": "ingress", "interface": "gw-a", "src": from.to_string(),
+                "dst_port": 7000,
+            }),
+        );
+        assert!(!tap.sees(&packet, QUIET), "{family:?}");
+
+        let _rival = net.gateway.enter(|| {
+            let program = rival::redirect(Hook::Xdp, "gw-b").unwrap();
+            rival::on_interface(&program, Hook::Xdp, "gw-a", Place::Generic).unwrap()
+        });
+        let counts = moved(&daemon, judged, || {
+            a.send(&frame);
+            assert!(tap.sees(&packet, LONG), "{family:?}");
+        });
+        assert_eq!(counts, [0, 0], "{family:?}");
+    }
 }
