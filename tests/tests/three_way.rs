@@ -101,10 +101,14 @@ fn has_ports(query: &FlowQuery) -> bool {
 }
 
 fn case() -> impl Strategy<Value = (Policy, Environment, Vec<FlowQuery>)> {
-    (arbitrary::policy(), arbitrary::environment()).prop_flat_map(|(policy, env)| {
-        let queries = proptest::collection::vec(arbitrary::query(&policy), QUERIES);
-        (Just(policy), Just(env), queries)
-    })
+    (
+        arbitrary::policy().prop_map(arbitrary::plain),
+        arbitrary::environment(),
+    )
+        .prop_flat_map(|(policy, env)| {
+            let queries = proptest::collection::vec(arbitrary::query(&policy), QUERIES);
+            (Just(policy), Just(env), queries)
+        })
 }
 
 /// What speaks against a packet whatever the rules say.
