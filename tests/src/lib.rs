@@ -14,6 +14,7 @@ pub mod daemon;
 pub mod frame;
 pub mod host;
 pub mod kernel;
+pub mod link;
 pub mod netns;
 pub mod nft;
 pub mod rival;
