@@ -44,16 +44,24 @@ impl Delivered {
         })
     }
 
-    /// The next frame.
+    /// The next frame, of those that are too long the beginning.
     pub fn next(&self, limit: Duration) -> Option<Vec<u8>> {
+        let mut frame = vec![0; 65536];
+        let length = self.receive(&mut frame, limit)?;
+        frame.truncate(length);
+        Some(frame)
+    }
+
+    /// Length of the next frame, however long it is.
+    pub fn length(&self, limit: Duration) -> Option<usize> {
+        self.receive(&mut [0; 64], limit)
+    }
+
+    fn receive(&self, frame: &mut [u8], limit: Duration) -> Option<usize> {
         let start = Instant::now();
         loop {
-            let mut frame = vec![0; 65536];
-            match recv(self.0.as_raw_fd(), &mut frame, MsgFlags::empty()) {
-                Ok(length) => {
-                    frame.truncate(length);
-                    return Some(frame);
-                }
+            match recv(self.0.as_raw_fd(), frame, MsgFlags::MSG_TRUNC) {
+                Ok(length) => return Some(length),
                 Err(Errno::EAGAIN) => {
                     let left = limit.checked_sub(start.elapsed())?;
                     let timeout = PollTimeout::try_from(left).unwrap();

@@ -165,6 +165,7 @@ fn a_host_takes_and_renews_a_lease_under_a_policy_that_allows_nothing() {
         lease.renew(4);
     });
     // Everything again from the beginning, as after a restart of the client.
+    client.ip("addr flush dev eth0 scope global\n");
     essentials_alone(&daemon, || lease.take(5, false));
 
     // Switched off, it is judged like anything else.

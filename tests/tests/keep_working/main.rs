@@ -9,5 +9,13 @@
     reason = "a test fails by panicking"
 )]
 
+mod dhcp;
+mod failsafe;
+mod interfaces;
 mod lab;
+mod multicast;
+mod neighbours;
+mod policies;
 mod protocols;
+mod sizes;
+mod standards;

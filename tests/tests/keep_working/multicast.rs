@@ -188,11 +188,11 @@ fn listeners_on_the_same_host_hear_its_own_multicast() {
         four.set_broadcast(true).unwrap();
         [four, UdpSocket::bind("[fd01::1]:0").unwrap()]
     });
-    host.ip("route add 239.0.0.0/8 dev eth0\n");
+    host.ip("route add default via 10.1.0.2\n");
     let says: [(&UdpSocket, SocketAddr, &UdpSocket); 3] = [
         (&speakers[0], (GROUP4, 9300).into(), &listeners[0]),
         (&speakers[1], (GROUP6, 9301).into(), &listeners[1]),
-        (&speakers[0], (Ipv4Addr::new(10, 1, 0, 255), 9302).into(), &everybody),
+        (&speakers[0], (Ipv4Addr::BROADCAST, 9302).into(), &everybody),
     ];
     for (speaker, group, listener) in says {
         listener.set_read_timeout(Some(LONG)).unwrap();
