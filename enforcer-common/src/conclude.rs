@@ -5,10 +5,8 @@
 use crate::{
     decide::{Decision, RENEWED, Time},
     flow::{Admission, FlowSlot as _, FlowTable, SESSION, TIMED},
-    image::{EMPTY, VERDICT_SESSION, VERDICT_TIMELINE},
-    judge::{
-        ARRIVES, Judgement, MIDSTREAM, OPEN, PASS, Plan, REJUDGE, REJUDGE_RELATED, RULES, Scene,
-    },
+    image::{VERDICT_SESSION, VERDICT_TIMELINE},
+    judge::{Judgement, MIDSTREAM, OPEN, PASS, Plan, REJUDGE, REJUDGE_RELATED, Scene},
     verdict::{Outcome, Reason},
     wire::FlowEntry,
 };
@@ -73,14 +71,16 @@ fn enter<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan, revers
 #[inline(always)]
 fn go_on<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Decision {
     let mut decision = Decision::unpack(plan.words);
+    // Who sent this packet is another matter than whether the flow may go on; also where it passes
+    // because it is only observed, it says nothing of the flow.
+    if matches!(decision.reason, Reason::Spoofed | Reason::Martian) {
+        return decision;
+    }
     if !decision.outcome.passes() {
-        // Who sent this packet is another matter than whether the flow may go on.
-        if !matches!(decision.reason, Reason::Spoofed | Reason::Martian) {
-            decision.reason = if plan.stale != 0 {
-                Reason::Revoked
-            } else {
-                Reason::Expired
-            };
+        if plan.stale != 0 {
+            decision.reason = Reason::Revoked;
+        } else if plan.due != 0 {
+            decision.reason = Reason::Expired;
         }
         return decision;
     }
@@ -107,6 +107,17 @@ fn go_on<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Dec
             }
         }
     }
+    let settled = plan.stale == 0 && plan.due == 0;
+    if decision.reason == Reason::Failsafe {
+        return decision;
+    }
+    if settled {
+        // The judgement stands, whatever it was; only the packet had to be looked at.
+        decision = Decision {
+            rule: plan.rule,
+            ..Decision::pass(Reason::Established)
+        };
+    }
     if plan.step == REJUDGE_RELATED && decision.outcome == Outcome::Allowed {
         decision.reason = Reason::Related;
     }
@@ -119,11 +130,6 @@ pub fn conclude<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan)
     let mut insert_failed = false;
     let mut decision = decided(plan);
     match plan.step {
-        RULES => {
-            if decision.reason == Reason::Related {
-                decision.rule = plan.rule;
-            }
-        }
         OPEN | MIDSTREAM => {
             let mut reversed = false;
             if plan.step == MIDSTREAM && decision.outcome != Outcome::Allowed {
@@ -152,22 +158,6 @@ pub fn conclude<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan)
             if !decision.outcome.passes() && asked && own.outcome.passes() {
                 insert_failed = !enter(table, scene, plan, true);
                 decision = own;
-            }
-        }
-        ARRIVES => {
-            if decision.outcome.passes() {
-                decision.rule = if decision.reason == Reason::Established {
-                    plan.rule
-                } else {
-                    EMPTY
-                };
-                if let Some(slot) = table.find(&plan.key) {
-                    slot.touch(scene.clock.now, plan.flags);
-                    // What passes only because it is observed is recorded each time.
-                    if decision.outcome == Outcome::Allowed {
-                        slot.arrive(plan.side, plan.ifindex);
-                    }
-                }
             }
         }
         _ => {}

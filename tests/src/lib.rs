@@ -12,6 +12,7 @@ pub mod calls;
 pub mod child;
 pub mod daemon;
 pub mod frame;
+pub mod fuzz;
 pub mod host;
 pub mod kernel;
 pub mod link;

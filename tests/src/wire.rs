@@ -207,3 +207,12 @@ pub fn is_to(frame: &[u8], to: std::net::SocketAddr, protocol: u8) -> bool {
     let port = to.port() == 0 || frame.get(at + 2..at + 4) == Some(&to.port().to_be_bytes());
     address && found == protocol && port
 }
+
+/// Whether the one datagram that a fresh socket sends is echoed, however long it takes. "No" takes
+/// a minute: see [`crate::traffic::udp_answers`] for what must not be answered.
+pub fn echoes_once(namespace: &Netns, to: std::net::SocketAddr) -> bool {
+    let unspecified = crate::traffic::unspecified(to.ip());
+    let socket = crate::traffic::udp(namespace, (unspecified, 0), crate::daemon::LONG);
+    socket.send_to(b"once", to).is_ok()
+        && matches!(socket.recv_from(&mut [0; 8]), Ok((4, from)) if from == to)
+}

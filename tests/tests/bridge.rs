@@ -82,7 +82,7 @@ fn what_a_rule_allows_crosses_and_nothing_else(net: &Bridged, daemon: &Daemon<'_
                 ("tc_ingress", "allowed", "established"),
                 ("", "denied", ""),
             ],
-            || assert!(traffic::udp_answers(&net.a, None, (b, 7000))),
+            || assert!(wire::echoes_once(&net.a, (b, 7000).into())),
         );
         // Both hooks see one tuple: the flow that ingress admits is there at egress.
         assert_eq!(hooks, [1, 2, 1, 0], "{family:?}");

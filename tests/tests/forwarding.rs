@@ -15,6 +15,7 @@ use enforcer_tests::{
     nft::{nft, translates},
     seen::{denied, moved},
     traffic::{self, QUIET},
+    wire,
 };
 use serde_json::json;
 
@@ -78,7 +79,7 @@ fn a_masquerading_gateway_judges_guests_before_and_itself_after_translation() {
         );
         assert!(traffic::udp_answers_soon(&net.a, (server, 7000)));
         let hooks = moved(&daemon, OPENED_AND_ANSWERED, || {
-            assert!(traffic::udp_answers(&net.a, None, (server, 7000)));
+            assert!(wire::echoes_once(&net.a, (server, 7000).into()));
         });
         assert_eq!(hooks, [1; 4], "{family:?}");
         let mut stream = traffic::tcp(&net.a, (server, 7000));
@@ -208,7 +209,7 @@ fn a_published_server_is_judged_by_its_address_before_and_after_translation() {
         let public = family.address(1, 1);
         assert!(traffic::udp_answers_soon(&net.a, (public, 80)));
         let hooks = moved(&daemon, OPENED_AND_ANSWERED, || {
-            assert!(traffic::udp_answers(&net.a, None, (public, 80)));
+            assert!(wire::echoes_once(&net.a, (public, 80).into()));
         });
         assert_eq!(hooks, [1; 4], "{family:?}");
         let mut stream = traffic::tcp(&net.a, (public, 80));
@@ -313,7 +314,7 @@ fn a_server_reached_by_its_public_address_from_its_own_segment() {
     for public in publics {
         assert!(traffic::udp_answers_soon(&client, (public, 80)));
         let hooks = moved(&daemon, OPENED_AND_ANSWERED, || {
-            assert!(traffic::udp_answers(&client, None, (public, 80)));
+            assert!(wire::echoes_once(&client, (public, 80).into()));
         });
         assert_eq!(hooks, [1; 4], "{public}");
         let mut stream = traffic::tcp(&client, (public, 80));
@@ -384,7 +385,7 @@ fn flows_whose_replies_take_another_way() {
             ("tc_egress", "allowed", "established"),
         ];
         let hooks = moved(&daemon, counted, || {
-            assert!(traffic::udp_answers(&net.a, None, (to, 7000)));
+            assert!(wire::echoes_once(&net.a, (to, 7000).into()));
         });
         // Nothing is translated: the flow that ingress admits is there at egress.
         assert_eq!(hooks, [1, 1, 2], "{family:?}");

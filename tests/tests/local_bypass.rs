@@ -368,6 +368,8 @@ fn packet_sockets_pass_tc_unless_they_bypass_the_queue() {
             assert!(unheard.recv(&mut [0; 16]).is_err(), "{family:?}");
         });
         assert_eq!(counts, [1], "{family:?}");
+        // Another: packet sockets of the receiver get their copy before TC.
+        assert!(bench.arrives(Way::UdpSendto, bad), "{family:?}");
         denied(
             &receiver,
             &json!({

@@ -206,6 +206,8 @@ fn answers_of_the_kernel_without_a_flow_are_denied() {
     net.host.sysctl("ipv4/conf/all/rp_filter", "0");
     net.host.sysctl("ipv4/conf/default/rp_filter", "0");
     net.host.sysctl("ipv4/conf/eth0/rp_filter", "0");
+    // Each answer once.
+    net.host.sysctl("ipv4/tcp_synack_retries", "0");
     net.host.cable("eth1", &net.peer, "eth1");
     let links = [&net.host, &net.peer].map(|end| wire::link_address(end, "eth1"));
     let way_in = Packets::new(&net.peer, "eth1", false);

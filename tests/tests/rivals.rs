@@ -163,6 +163,10 @@ fn a_program_at_xdp_forwards_past_the_enforcer() {
     let a = Packets::new(&net.a, "eth0", false);
     let judged = [("tc_ingress", "denied", ""), ("tc_egress", "denied", "")];
     let tap = Tap::new(&net.b);
+    // Or `b` would answer that nobody listens.
+    let _receiver = net
+        .b
+        .enter(|| std::net::UdpSocket::bind(traffic::any(7000)).unwrap());
     for family in Family::BOTH {
         let (from, to) = (family.address(1, 2), family.address(2, 2));
         let packet = wire::udp((from, 5000), (to, 7000), b"a way around");

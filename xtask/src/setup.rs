@@ -57,10 +57,20 @@ pub fn ensure() -> Result<Toolchain> {
     Ok(Toolchain { rust, linker })
 }
 
+/// Finds a C++ compiler, which libFuzzer takes, or installs one.
+pub fn ensure_cpp() -> Result<()> {
+    if env::find_program("c++").is_some() {
+        return Ok(());
+    }
+    ui::step("Installing g++ (libFuzzer is C++)");
+    debian_install(&["g++"])
+}
+
 /// The `setup` verb: [`ensure`], with a word at the end.
 pub fn run() -> Result<()> {
     let start = Instant::now();
     let tools = ensure()?;
+    ensure_cpp()?;
     if vm::is_possible() {
         vm::ensure_installed()?;
     }
