@@ -2,9 +2,10 @@
 //! segments done by the kernel or left to the interface.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
     net::{Shutdown, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
+    sync::atomic::{AtomicBool, Ordering},
     thread,
 };
 
@@ -33,27 +34,37 @@ fn both(net: &Pair, words: &str) {
 }
 
 /// Sends `length` bytes of a pattern each way over one connection.
-fn transfer(net: &Pair, family: Family, length: usize) {
+fn transfer(daemon: &Daemon<'_>, net: &Pair, family: Family, length: usize) {
     let at = family.address(1, 1);
     let listener = net.host.enter(|| TcpListener::bind((at, PORT)).unwrap());
     let mut client = traffic::tcp(&net.peer, (at, PORT));
     let (mut server, _) = listener.accept().unwrap();
     server.set_read_timeout(Some(LONG)).unwrap();
     let bytes: Vec<u8> = (0..length).map(|at| (at * 7 + at / 251) as u8).collect();
-    one_way(&mut client, &mut server, &bytes);
-    one_way(&mut server, &mut client, &bytes);
+    let both = one_way(&mut client, &mut server, &bytes)
+        .and_then(|()| one_way(&mut server, &mut client, &bytes));
+    if let Err(error) = both {
+        panic!("{error}: {:#?} {}", daemon.denials(&[]), daemon.status());
+    }
 }
 
-fn one_way(from: &mut TcpStream, to: &mut TcpStream, bytes: &[u8]) {
+fn one_way(from: &mut TcpStream, to: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
     thread::scope(|scope| {
-        scope.spawn(|| {
-            from.write_all(bytes).unwrap();
-            from.shutdown(Shutdown::Write).unwrap();
+        let writer = scope.spawn(|| {
+            from.write_all(bytes)?;
+            from.shutdown(Shutdown::Write)
         });
         let mut got = vec![0; bytes.len()];
-        to.read_exact(&mut got).unwrap();
+        let read = to.read_exact(&mut got);
+        if read.is_err() {
+            // So that the writer does not wait for ever.
+            let _ = to.shutdown(Shutdown::Both);
+        }
+        let written = writer.join().unwrap();
+        read.and(written)?;
         assert!(got == bytes, "the bytes that were sent");
-    });
+        Ok(())
+    })
 }
 
 /// A datagram as large as the link takes in one piece, and one in pieces.
@@ -107,7 +118,7 @@ fn transfers_pass_at_every_mtu() {
                     );
                 }
             }
-            transfer(&net, family, bytes);
+            transfer(&daemon, &net, family, bytes);
             datagrams(&net, family, mtu);
             nothing_denied(&daemon, &format!("{family:?}, MTU {mtu}"));
         }
@@ -171,7 +182,7 @@ fn transfers_pass_with_and_without_help_of_the_interface() {
                 }
             }
             for family in Family::BOTH {
-                transfer(&net, family, bytes);
+                transfer(&daemon, &net, family, bytes);
                 datagrams(&net, family, 1500);
             }
             nothing_denied(&daemon, what);
@@ -199,13 +210,21 @@ fn segments_merged_beyond_64_kib_pass() {
         let daemon = start(&net);
         let ethertype = if family == Family::V4 { 0x0800 } else { 0x86dd };
         let delivered = Delivered::new(&net.host, "eth0", ethertype);
-        transfer(&net, family, scale::rounds(32 << 20, 4 << 20));
+        let over = AtomicBool::new(false);
+        let largest = thread::scope(|scope| {
+            let largest = scope.spawn(|| {
+                let mut largest = 0;
+                while !over.load(Ordering::Relaxed) {
+                    largest = largest.max(delivered.length(QUIET).unwrap_or_default());
+                }
+                largest
+            });
+            transfer(&daemon, &net, family, scale::rounds(32 << 20, 4 << 20));
+            over.store(true, Ordering::Relaxed);
+            largest.join().unwrap()
+        });
         nothing_denied(&daemon, &format!("{family:?}"));
         // There were such packets, or this has shown nothing.
-        let mut largest = 0;
-        while let Some(length) = delivered.length(QUIET) {
-            largest = largest.max(length);
-        }
         assert!(largest > 65_549, "{family:?}: the largest had {largest} bytes");
     }
 }
