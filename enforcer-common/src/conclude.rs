@@ -73,15 +73,17 @@ fn enter<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan, revers
 #[inline(always)]
 fn go_on<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Decision {
     let mut decision = Decision::unpack(plan.words);
+    // Who sent this packet is another matter than whether the flow may go on; also where it passes
+    // because it is only observed, it says nothing of the flow.
+    if matches!(decision.reason, Reason::Spoofed | Reason::Martian) {
+        return decision;
+    }
     if !decision.outcome.passes() {
-        // Who sent this packet is another matter than whether the flow may go on.
-        if !matches!(decision.reason, Reason::Spoofed | Reason::Martian) {
-            decision.reason = if plan.stale != 0 {
-                Reason::Revoked
-            } else {
-                Reason::Expired
-            };
-        }
+        decision.reason = if plan.stale != 0 {
+            Reason::Revoked
+        } else {
+            Reason::Expired
+        };
         return decision;
     }
     if plan.step == REJUDGE_RELATED {
@@ -119,11 +121,7 @@ pub fn conclude<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan)
     let mut insert_failed = false;
     let mut decision = decided(plan);
     match plan.step {
-        RULES => {
-            if decision.reason == Reason::Related {
-                decision.rule = plan.rule;
-            }
-        }
+        RULES if decision.reason == Reason::Related => decision.rule = plan.rule,
         OPEN | MIDSTREAM => {
             let mut reversed = false;
             if plan.step == MIDSTREAM && decision.outcome != Outcome::Allowed {
@@ -154,19 +152,17 @@ pub fn conclude<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan)
                 decision = own;
             }
         }
-        ARRIVES => {
-            if decision.outcome.passes() {
-                decision.rule = if decision.reason == Reason::Established {
-                    plan.rule
-                } else {
-                    EMPTY
-                };
-                if let Some(slot) = table.find(&plan.key) {
-                    slot.touch(scene.clock.now, plan.flags);
-                    // What passes only because it is observed is recorded each time.
-                    if decision.outcome == Outcome::Allowed {
-                        slot.arrive(plan.side, plan.ifindex);
-                    }
+        ARRIVES if decision.outcome.passes() => {
+            decision.rule = if decision.reason == Reason::Established {
+                plan.rule
+            } else {
+                EMPTY
+            };
+            if let Some(slot) = table.find(&plan.key) {
+                slot.touch(scene.clock.now, plan.flags);
+                // What passes only because it is observed is recorded each time.
+                if decision.outcome == Outcome::Allowed {
+                    slot.arrive(plan.side, plan.ifindex);
                 }
             }
         }

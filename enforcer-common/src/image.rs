@@ -565,11 +565,9 @@ pub fn may_arrive<W: Words + ?Sized>(image: &W, bitmap: u32, slot: u32) -> bool 
 /// Flags and interface bitmap of an address class.
 #[inline(always)]
 pub fn class_info<W: Words + ?Sized>(image: &W, class: u32) -> (u32, u32) {
-    let table = image.word(header::CLASS_INFO);
-    if table == 0 {
-        return (0, 0);
-    }
-    let at = table.wrapping_add(class.wrapping_mul(CLASS_INFO_WORDS));
+    let at = image
+        .word(header::CLASS_INFO)
+        .wrapping_add(class.wrapping_mul(CLASS_INFO_WORDS));
     (image.word(at), image.word(at.wrapping_add(1)))
 }
 

@@ -254,8 +254,7 @@ fn v6_address(h: &[u8; 40], at: usize) -> [u32; 4] {
 ///
 /// # Errors
 /// The reason of form: malformed, fragment, extension header, VLAN nesting or ethertype.
-// A subprogram in the kernel: its buffers leave the 512-byte stack before judging starts.
-#[inline(never)]
+#[inline(always)]
 pub fn parse<B: Bytes + ?Sized>(bytes: &B, link: &Link, packet: &mut Packet) -> Result<(), Reason> {
     packet.ifindex = link.ifindex;
     let mut offset = 0;

@@ -44,9 +44,9 @@ impl Bytes for Skb {
 /// `skb->pkt_type` of the host's own multicast, looped back (linux/if_packet.h).
 const PACKET_LOOPBACK: u32 = 5;
 
-/// What the metadata says of the packet, and whether it is judged on its VLAN device instead.
+/// Writes what the metadata says of the packet. Whether it is judged on its VLAN device instead.
 #[inline(always)]
-pub fn link(ctx: &TcContext, ingress: bool) -> (Link, bool) {
+pub fn link(ctx: &TcContext, ingress: bool, link: &mut Link) -> bool {
     let skb = ctx.skb.skb;
     // SAFETY: loads from the context, which the verifier checks field by field.
     let (ifindex, protocol, tagged, tci, tag, gso, kind) = unsafe {
@@ -64,7 +64,7 @@ pub fn link(ctx: &TcContext, ingress: bool) -> (Link, bool) {
     let service_tag = u16::from_be(tag as u16) == 0x88a8;
     let elsewhere =
         tagged != 0 && maps::judged_on_vlan_device(vlan_key(ifindex, service_tag, tci as u16));
-    let link = Link {
+    *link = Link {
         ethernet: interface.flags & INTERFACE_L3 == 0,
         protocol: u16::from_be(protocol as u16),
         vlan: if tagged != 0 { Some(tci as u16) } else { None },
@@ -74,5 +74,5 @@ pub fn link(ctx: &TcContext, ingress: bool) -> (Link, bool) {
         gso: gso != 0,
         looped: kind == PACKET_LOOPBACK,
     };
-    (link, elsewhere)
+    elsewhere
 }

@@ -21,8 +21,7 @@ use aya_log_ebpf::info;
 use enforcer_common::{
     decide::{Decision, generation},
     flow::Clock,
-    judge::{self, Scene},
-    packet,
+    judge, packet,
     verdict::{Hook, Reason, Record, record_counter},
     wire::CONTROL_DEBUG,
 };
@@ -98,21 +97,9 @@ fn run(ctx: &TcContext, hook: Hook) -> i32 {
     let Some(work) = maps::work() else {
         return TC_ACT_SHOT;
     };
-    let control = maps::control();
-    let (link, elsewhere) = ctx::link(ctx, matches!(hook, Hook::TcIngress));
-    let clock = Clock {
-        now: now(),
-        hz: control.hz,
-    };
-    work.packet.ifindex = link.ifindex;
     work.hook = hook;
-    work.scene = Scene {
-        link,
-        clock,
-        time: KernelTime::new(&control),
-    };
     let skb = ctx.skb.skb;
-    if elsewhere {
+    if look(skb, work) != 0 {
         work.plan.generation = 0;
         work.decision = Decision::pass(Reason::VlanDevice);
     } else {
@@ -123,8 +110,9 @@ fn run(ctx: &TcContext, hook: Hook) -> i32 {
         }
         if conclude(work) != 0 {
             maps::count(record_counter(hook, Record::FlowInsertFailed), 1);
-            if control.flags & CONTROL_DEBUG != 0 {
-                info!(ctx, "flow table took no entry on ifindex {}", link.ifindex);
+            if maps::control().flags & CONTROL_DEBUG != 0 {
+                let ifindex = work.packet.ifindex;
+                info!(ctx, "flow table took no entry on ifindex {}", ifindex);
             }
         }
     }
@@ -136,11 +124,31 @@ fn run(ctx: &TcContext, hook: Hook) -> i32 {
 // knows nothing of what is in `work` when it starts. All in one, the program took more than the
 // million instructions that it follows.
 
+/// Notes where and when the packet is. Whether it is judged on its VLAN device instead.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn look(skb: *mut __sk_buff, work: *mut Work) -> u32 {
+    // SAFETY: the caller's workspace, or null to the verifier.
+    let Some(work) = (unsafe { work.as_mut() }) else {
+        return 0;
+    };
+    let control = maps::control();
+    let ingress = matches!(work.hook, Hook::TcIngress);
+    let elsewhere = ctx::link(&TcContext::new(skb), ingress, &mut work.scene.link);
+    work.packet.ifindex = work.scene.link.ifindex;
+    work.scene.clock = Clock {
+        now: now(),
+        hz: control.hz,
+    };
+    work.scene.time = KernelTime::new(&control);
+    u32::from(elsewhere)
+}
+
 /// Reads the packet; the reason of form why it cannot be, else [`SOUND`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn parse(skb: *mut __sk_buff, work: *mut Work) -> u32 {
-    // SAFETY: the caller's workspace, or null to the verifier.
+    // SAFETY: as in `look`.
     let Some(work) = (unsafe { work.as_mut() }) else {
         return Reason::Malformed as u32;
     };
@@ -158,7 +166,7 @@ const SOUND: u32 = u32::MAX;
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn plan(work: *mut Work) -> u32 {
-    // SAFETY: as in `parse`.
+    // SAFETY: as in `look`.
     let Some(work) = (unsafe { work.as_mut() }) else {
         return 0;
     };
@@ -186,7 +194,7 @@ pub extern "C" fn plan(work: *mut Work) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn consult(work: *mut Work) -> u32 {
-    // SAFETY: as in `parse`.
+    // SAFETY: as in `look`.
     let Some(work) = (unsafe { work.as_mut() }) else {
         return 0;
     };
@@ -201,7 +209,7 @@ pub extern "C" fn consult(work: *mut Work) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn conclude(work: *mut Work) -> u32 {
-    // SAFETY: as in `parse`.
+    // SAFETY: as in `look`.
     let Some(work) = (unsafe { work.as_mut() }) else {
         return 0;
     };
@@ -214,7 +222,7 @@ pub extern "C" fn conclude(work: *mut Work) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn account(skb: *mut __sk_buff, work: *mut Work) -> u32 {
-    // SAFETY: as in `parse`.
+    // SAFETY: as in `look`.
     if let Some(work) = unsafe { work.as_mut() } {
         events::account(&TcContext::new(skb), work);
     }

@@ -176,7 +176,7 @@ fn refuse(
     if unjudged(&image, &tuple) || essential(&tuple) {
         return false;
     }
-    let Some(words) = denied(generation(&image), &tuple, &control) else {
+    let Some(words) = denied(generation(&image), &tuple) else {
         return false;
     };
     if answers_a_flow(&image, &mut tuple) {
@@ -319,10 +319,9 @@ const LEAVE: u32 = 2;
 /// loop, `connect6` took 618 000 instructions of its million.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn socket_turn(turn: *mut Turn, control: *const Control) -> u32 {
+pub extern "C" fn socket_turn(turn: *mut Turn) -> u32 {
     // SAFETY: the caller's, or null to the verifier.
-    let (Some(turn), Some(control)) = (unsafe { turn.as_mut() }, unsafe { control.as_ref() })
-    else {
+    let Some(turn) = (unsafe { turn.as_mut() }) else {
         return LEAVE;
     };
     let Some(image) = maps::live() else {
@@ -352,7 +351,7 @@ pub extern "C" fn socket_turn(turn: *mut Turn, control: *const Control) -> u32 {
         let class = image.word(base.wrapping_add(turn.index));
         turn.ask.set_source(Address::of_class(class));
     }
-    turn.words = answer(&image, &turn.ask, &KernelTime::new(control));
+    turn.words = answer(&image, &turn.ask, &KernelTime::new(&maps::control()));
     if Outcome::from_bits(turn.words as u32).passes() {
         LEAVE
     } else {
@@ -363,7 +362,7 @@ pub extern "C" fn socket_turn(turn: *mut Turn, control: *const Control) -> u32 {
 /// The verdict words if TC would deny a packet from this socket: from the address it is bound to,
 /// or from every local one. `None` when one would pass, or the image names none.
 #[inline(always)]
-fn denied(generation: u32, tuple: &Tuple, control: &Control) -> Option<u64> {
+fn denied(generation: u32, tuple: &Tuple) -> Option<u64> {
     let bound = tuple.source != [0; 4];
     let mut turn = Turn {
         ask: Ask::rules(&Query {
@@ -377,7 +376,7 @@ fn denied(generation: u32, tuple: &Tuple, control: &Control) -> Option<u64> {
         words: 0,
     };
     if bound {
-        return match socket_turn(&raw mut turn, control) {
+        return match socket_turn(&raw mut turn) {
             DENIED => Some(turn.words),
             _ => None,
         };
@@ -386,7 +385,7 @@ fn denied(generation: u32, tuple: &Tuple, control: &Control) -> Option<u64> {
     let mut i = 0;
     while i <= MAX_LOCAL_CLASSES {
         turn.index = i;
-        match socket_turn(&raw mut turn, control) {
+        match socket_turn(&raw mut turn) {
             DENIED => words = Some(turn.words),
             END => return words,
             _ => return None,

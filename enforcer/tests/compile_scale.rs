@@ -392,3 +392,60 @@ fn more_kinds_of_service_than_can_be_told_apart_are_refused() {
     let image = compiled("nested services", &policy, &environment());
     assert_eq!(image.stats().service_classes, 10_001);
 }
+
+/// Nested ranges of ports, each rule's with one of `instants` expiries, in an order that makes later
+/// rules live longer as often as not.
+fn expiring(rules: u16, instants: u64) -> Policy {
+    let nested = (1..=rules).map(|number| Rule {
+        name: format!("r{number}"),
+        from: Endpoints {
+            any: true,
+            ..Endpoints::default()
+        },
+        to: Endpoints {
+            segments: BTreeSet::from([SegmentId(u32::from(number % 40))]),
+            any: number % 2 == 0,
+            ..Endpoints::default()
+        },
+        services: vec![Service::Ports {
+            transport: Transport::Tcp,
+            first: number,
+            last: u16::MAX - number,
+        }],
+        action: Action::Allow,
+        expires: Some(1 + mix(u64::from(number), 3) % instants),
+        session: None,
+        origin: origin(),
+    });
+    let mut policy = policy(
+        (0..40)
+            .map(|n| {
+                segment(
+                    n,
+                    vec![v4(0x0a00_0000 | (n as u64) << 8, 256)],
+                    &mut Noise(0),
+                )
+            })
+            .collect(),
+        0,
+        1,
+        1,
+        &mut Noise(0),
+    );
+    policy.rules = nested.collect();
+    policy
+}
+
+#[test]
+fn a_thousand_rules_that_expire_compile_or_are_refused() {
+    let policy = expiring(1_000, 50);
+    let env = environment();
+    let image = compiled("expiring rules", &policy, &env);
+    spot_check(&policy, &env, &image, 40);
+    let mut growing = policy;
+    for (number, rule) in (1..).zip(&mut growing.rules) {
+        rule.expires = Some(number);
+    }
+    let refused = compile(&growing, &env, &Options::default());
+    assert_eq!(refused, Err(CompileError::Timeline { entries: 65 }));
+}

@@ -10,17 +10,20 @@ use std::{
 };
 
 use enforcer::{
-    compile::{Image, Options, compile},
+    compile::{Failsafe, Image, Options, compile},
     policy::{
         arbitrary,
-        model::{AddrRange, Environment, FlowQuery, Policy},
+        model::{AddrRange, Environment, FlowQuery, Policy, Transport},
         reference,
     },
 };
 use enforcer_common::{
-    decide::{Ask, At, Decision, Query, answer, decide},
+    decide::{Ask, At, Decision, Query, answer, decide, verdict_at},
     flow::{Admission, Clock, FlowSlot, FlowTable},
-    image::{self, EMPTY, Words, address_class, service_class},
+    image::{
+        self, CLASS_FAILSAFE_SHIFT, CLASS_OWN, EMPTY, VERDICT_SESSION, Words, address_class,
+        class_info, header, may_arrive, service_class,
+    },
     judge::{Scene, judge},
     packet::{Link, Packet},
     verdict::{Outcome, Reason},
@@ -61,10 +64,10 @@ impl Words for Spy<'_> {
     }
 }
 
-/// The reference's judgement in the words of the image.
-fn expected(policy: &Policy, env: &Environment, query: &FlowQuery) -> Decision {
-    let judgement = reference::judge(policy, env, query, 0);
-    Decision {
+/// The reference's judgement in the words of the image, and whether its rule bounds sessions.
+fn expected(policy: &Policy, env: &Environment, query: &FlowQuery, unix: u64) -> (Decision, bool) {
+    let judgement = reference::judge(policy, env, query, unix);
+    let decision = Decision {
         outcome: outcome(judgement.outcome),
         reason: match judgement.reason {
             reference::Reason::RuleAllow => Reason::RuleAllow,
@@ -74,7 +77,8 @@ fn expected(policy: &Policy, env: &Environment, query: &FlowQuery) -> Decision {
         },
         rule: judgement.rule.map_or(EMPTY, |rule| rule.0),
         segment: judgement.guard.map_or(EMPTY, |guard| guard.0),
-    }
+    };
+    (decision, judgement.session)
 }
 
 fn outcome(outcome: reference::Outcome) -> Outcome {
@@ -86,14 +90,15 @@ fn outcome(outcome: reference::Outcome) -> Outcome {
     }
 }
 
-fn decided<W: Words>(image: &W, query: &FlowQuery) -> Decision {
+fn decided<W: Words + ?Sized>(image: &W, query: &FlowQuery, unix: u64) -> (Decision, bool) {
     let query = Query {
         source: query.src.into(),
         destination: query.dst.into(),
         protocol: query.protocol,
         selector: query.selector,
     };
-    decide(image, &query, 0)
+    let session = verdict_at(image, &query, unix) as u32 & VERDICT_SESSION != 0;
+    (decide(image, &query, unix), session)
 }
 
 /// Both answers to one query, and to a denial of form between the same addresses.
@@ -102,12 +107,18 @@ fn check(
     env: &Environment,
     image: &Image,
     query: &FlowQuery,
+    unix: u64,
 ) -> Result<(), TestCaseError> {
     let spy = Spy {
         words: image.words(),
         farthest: Cell::new(0),
     };
-    prop_assert_eq!(decided(&spy, query), expected(policy, env, query));
+    prop_assert_eq!(
+        decided(&spy, query, unix),
+        expected(policy, env, query, unix),
+        "at {}",
+        unix
+    );
 
     let ask = Ask::rules(&Query {
         source: query.src.into(),
@@ -189,21 +200,115 @@ fn compiled(policy: &Policy, env: &Environment) -> Image {
     compile(policy, env, &Options::default()).unwrap()
 }
 
-fn case() -> impl Strategy<Value = (Policy, Environment, Vec<FlowQuery>)> {
-    (arbitrary::policy(), arbitrary::environment()).prop_flat_map(|(policy, env)| {
-        let queries = prop::collection::vec(arbitrary::query(&policy), QUERIES);
-        (Just(policy), Just(env), queries)
+/// Up to three failsafes, over the universe of the policies.
+fn options() -> impl Strategy<Value = Options> {
+    let net = (any::<bool>(), 0u32..1024, 0u8..=10).prop_map(|(v6, at, host_bits)| {
+        let text = if v6 {
+            format!(
+                "{}/{}",
+                Ipv6Addr::from_bits(0xfd00 << 112 | u128::from(at)),
+                128 - host_bits
+            )
+        } else {
+            format!(
+                "{}/{}",
+                Ipv4Addr::from_bits(0x0a00_0000 | at),
+                32 - host_bits
+            )
+        };
+        text.parse().unwrap()
+    });
+    let port = prop::sample::select(vec![0u16, 22, 79, 80, 81, 443, 8000, 65_535]);
+    let transport = prop::sample::select(vec![Transport::Tcp, Transport::Udp]);
+    let ports = (transport, port.clone(), port).prop_map(|(t, a, b)| (t, a.min(b), a.max(b)));
+    let failsafe = (
+        prop::collection::vec(net, 1..4),
+        prop::collection::vec(ports, 1..3),
+        arbitrary::interfaces(0.5),
+    )
+        .prop_map(|(sources, ports, interfaces)| Failsafe {
+            sources,
+            ports,
+            interfaces,
+        });
+    prop::collection::vec(failsafe, 0..4).prop_map(|failsafes| Options {
+        failsafes,
+        ..Options::default()
     })
+}
+
+/// What a policy is compiled with, and what is asked of it when.
+type Case = (Policy, Environment, Options, Vec<(FlowQuery, u64)>);
+
+fn case() -> impl Strategy<Value = Case> {
+    let inputs = (arbitrary::policy(), arbitrary::environment(), options());
+    inputs.prop_flat_map(|(policy, env, options)| {
+        let query = (arbitrary::query(&policy), arbitrary::time());
+        let queries = prop::collection::vec(query, QUERIES);
+        (Just(policy), Just(env), Just(options), queries)
+    })
+}
+
+/// What the image says of a source at an interface slot: spoofed, own, failsafes of a service.
+fn at_slot(image: &Image, query: &FlowQuery, slot: u32) -> (bool, bool, u32) {
+    let words = image.words();
+    let (flags, bitmap) = class_info(words, address_class(words, &query.src.into()));
+    let of = |table: u32, index: u32| match words.word(table) {
+        0 => 0,
+        at => words.word(at + index),
+    };
+    let service = service_class(words, query.dst.is_ipv6(), query.protocol, query.selector);
+    let there = match words.word(header::SLOT_FAILSAFES) {
+        0 => u32::MAX,
+        _ => of(header::SLOT_FAILSAFES, slot),
+    };
+    let failsafes = flags >> CLASS_FAILSAFE_SHIFT & of(header::SERVICE_FAILSAFES, service) & there;
+    (
+        !may_arrive(words, bitmap, slot),
+        flags & CLASS_OWN != 0,
+        failsafes,
+    )
+}
+
+/// The same from the policy and the options.
+fn at_interface(
+    (policy, env, options): (&Policy, &Environment, &Options),
+    query: &FlowQuery,
+    interface: &str,
+) -> (bool, bool, u32) {
+    let service = (query.protocol, query.selector);
+    let failsafes = (0u32..).zip(&options.failsafes);
+    let covering = failsafes.filter(|(_, f)| f.covers(env, query.src, service, interface));
+    (
+        reference::spoofed(policy, env, query.src, interface),
+        env.host_addresses.contains(&query.src),
+        covering.fold(0, |bits, (number, _)| bits | 1 << number),
+    )
 }
 
 proptest! {
     #![proptest_config(config(POLICIES))]
 
     #[test]
-    fn the_image_decides_as_the_reference_judges((policy, env, queries) in case()) {
-        let image = compiled(&policy, &env);
-        for query in &queries {
-            check(&policy, &env, &image, query)?;
+    fn the_image_decides_as_the_reference_judges((policy, env, options, queries) in case()) {
+        let image = compile(&policy, &env, &options).unwrap();
+        for (query, unix) in &queries {
+            check(&policy, &env, &image, query, *unix)?;
+            // Slot 0: an interface that the image does not know.
+            let nowhere = [(0, "nowhere"), (77, "nowhere")];
+            let slots = env.interfaces.iter().map(|(slot, name)| (*slot, name.as_str()));
+            for (slot, name) in slots.chain(nowhere) {
+                let got = at_slot(&image, query, slot);
+                let want = at_interface((&policy, &env, &options), query, name);
+                prop_assert_eq!(got, want, "{} at {}", query.src, name);
+            }
+        }
+        let sessions = image.words().word(header::SESSIONS);
+        prop_assert_eq!(sessions != 0, policy.rules.iter().any(|r| r.session.is_some()));
+        for (rule, at) in policy.rules.iter().zip((sessions..).step_by(2)) {
+            let bounds = rule.session.map_or([None, None], |s| [s.max, s.idle]);
+            let got = [image.words().word(at), image.words().word(at + 1)];
+            prop_assert!(sessions == 0 || got == bounds.map(|b| b.unwrap_or(0)));
         }
         let unreadable = unreadable_frame(&image);
         let (strength, guard) = reference::judge_form(&policy, &env, None);
@@ -282,6 +387,7 @@ fn every_class_pair_and_service_class_of_some_policies() {
         let image = compiled(&policy, &env);
         let addresses = representatives(&policy, &env, &image).concat();
         let points = [services(&image, false), services(&image, true)];
+        let mut times = [0, 1_999, 2_000, 2_001, u64::MAX - 1].into_iter().cycle();
         for src in &addresses {
             for dst in addresses.iter().filter(|d| d.is_ipv6() == src.is_ipv6()) {
                 for (protocol, selector) in &points[usize::from(src.is_ipv6())] {
@@ -291,7 +397,7 @@ fn every_class_pair_and_service_class_of_some_policies() {
                         protocol: *protocol,
                         selector: *selector,
                     };
-                    check(&policy, &env, &image, &query).unwrap();
+                    check(&policy, &env, &image, &query, times.next().unwrap()).unwrap();
                 }
             }
         }
@@ -309,6 +415,8 @@ proptest! {
     ) {
         let mut other = policy.clone();
         for segment in &mut other.segments {
+            segment.interfaces.reverse();
+            segment.interfaces.extend(segment.interfaces.first().cloned());
             segment.members.reverse();
             let length = segment.members.len();
             segment.members.rotate_left(turn % length);
@@ -325,6 +433,24 @@ proptest! {
         }
         // Not only the same verdicts: the same words.
         prop_assert_eq!(compiled(&policy, &env), compiled(&other, &env));
+    }
+
+    /// Who decides may change with the order of the rules; what becomes of a flow does not.
+    #[test]
+    fn the_order_of_rules_changes_no_outcome(
+        (policy, env, options, queries) in case(),
+        turn in 0usize..10,
+    ) {
+        let mut other = policy.clone();
+        other.rules.reverse();
+        let length = other.rules.len().max(1);
+        other.rules.rotate_left(turn % length);
+        let images = [&policy, &other].map(|p| compile(p, &env, &options).unwrap());
+        for (query, unix) in &queries {
+            let [one, two] = [0, 1].map(|i| decided(images[i].words(), query, *unix).0);
+            prop_assert_eq!((one.outcome, one.reason), (two.outcome, two.reason));
+            prop_assert_eq!(one.segment, two.segment);
+        }
     }
 
     #[test]

@@ -17,7 +17,8 @@ use enforcer_common::{
     decide::{Decision, Time},
     flow::{Admission, Clock, FlowSlot, FlowTable, SESSION, TIMED},
     judge::{self, Scene},
-    packet::{self, Link, Packet},
+    packet::{self, Bytes, Link, Packet},
+    verdict::Reason,
     wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
 
@@ -129,6 +130,31 @@ impl Time for Moment {
     }
 }
 
+/// What came of one packet.
+pub struct Seen {
+    /// As far as it was read.
+    pub packet: Packet,
+    pub form: Result<(), Reason>,
+    pub decision: Decision,
+}
+
+/// The whole path of one packet, with nothing kept but `flows`.
+pub fn see<B: Bytes + ?Sized>(
+    image: &Image,
+    flows: &HashFlows,
+    scene: &Scene<Moment>,
+    bytes: &B,
+) -> Seen {
+    let mut packet = Packet::EMPTY;
+    let form = packet::parse(bytes, &scene.link, &mut packet);
+    let judgement = judge::judge(image.words(), flows, &mut packet, scene, form);
+    Seen {
+        packet,
+        form,
+        decision: judgement.decision,
+    }
+}
+
 /// A host with a policy, a flow table and a clock that stands still.
 pub struct Host {
     pub image: Image,
@@ -181,10 +207,7 @@ impl Host {
             },
             time: self.time,
         };
-        let mut packet = Packet::EMPTY;
-        let image = self.image.words();
-        let form = packet::parse(frame, &link, &mut packet);
-        judge::judge(image, &self.flows, &mut packet, &scene, form).decision
+        see(&self.image, &self.flows, &scene, frame).decision
     }
 
     /// Lets seconds go by.

@@ -12,7 +12,7 @@ use aya::{
 use enforcer::{
     compile::{self, Image, Options},
     dataplane::{
-        Counters, Dataplane as _, EventSource, PacketCount, RecordCount,
+        Counters, Dataplane as _, EventSource, PacketCount, RecordCount, WallClock,
         kernel::{KernelDataplane, LoadOptions},
     },
     policy::model::{Environment, Policy},
@@ -109,7 +109,8 @@ impl Programs {
         let mut programs = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
         pin();
         programs.forget_flows();
-        programs.set_interface(1, 0);
+        programs.set_interface(1, 0, 0);
+        programs.set_unix(0);
         let map = programs.dataplane.ebpf_mut().map_mut("DENIED").unwrap();
         let mut slots: PerCpuArray<_, DeniedSlot> = map.try_into().unwrap();
         let cpus = aya::util::nr_cpus().unwrap();
@@ -205,12 +206,24 @@ impl Programs {
     }
 
     /// How the kernel sees the packets of an interface (`INTERFACE_*` bits).
-    pub fn set_interface(&mut self, ifindex: u32, flags: u32) {
+    pub fn set_interface(&mut self, ifindex: u32, flags: u32, slot: u32) {
         let map = self.dataplane.ebpf_mut().map_mut("INTERFACES").unwrap();
         let mut interfaces: HashMap<_, u32, Interface> = map.try_into().unwrap();
         interfaces
-            .insert(ifindex, Interface { flags, slot: 0 }, 0)
+            .insert(ifindex, Interface { flags, slot }, 0)
             .unwrap();
+    }
+
+    /// Stops the time of rules at this Unix second: the floor holds it there, for the computed
+    /// time starts at 0 now.
+    pub fn set_unix(&mut self, unix: u64) {
+        let boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).unwrap();
+        let boot = std::time::Duration::from(boot).as_nanos() as u64;
+        let clock = WallClock {
+            unix_floor: unix,
+            boot_unix_ns: 0u64.wrapping_sub(boot),
+        };
+        self.dataplane.set_clock(clock).expect("the clock is set");
     }
 
     /// Empties both flow tables.

@@ -8,11 +8,18 @@
     reason = "a test helper that fails is a failed test"
 )]
 
+pub mod calls;
+pub mod child;
 pub mod daemon;
 pub mod frame;
+pub mod fuzz;
 pub mod host;
 pub mod kernel;
 pub mod netns;
+pub mod nft;
+pub mod rival;
 pub mod scale;
+pub mod seen;
 pub mod traffic;
 pub mod verifier;
+pub mod wire;

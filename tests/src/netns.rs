@@ -152,6 +152,11 @@ impl Netns {
         other.ip(&format!("link set {peer} up\n"));
     }
 
+    /// Moves an interface from here into another namespace.
+    pub fn hand_over(&self, interface: &str, to: &Self) {
+        self.ip(&format!("link set {interface} netns {}\n", to.name));
+    }
+
     /// Gives addresses, each with its prefix length, to an interface.
     pub fn addresses(&self, interface: &str, addresses: &[&str]) {
         let mut batch = String::new();

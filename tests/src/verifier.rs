@@ -9,9 +9,13 @@ use std::{
 };
 
 use aya::{EbpfLoader, maps::Map};
-use aya_obj::{Object, ProgramSection, generated::bpf_insn, programs::CgroupSockAddrAttachType};
+use aya_obj::{
+    Function, Object, ProgramSection, btf::BtfFeatures, generated::bpf_insn,
+    programs::CgroupSockAddrAttachType,
+};
 
 const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_BTF_LOAD: libc::c_long = 18;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
 /// `BPF_LOG_STATS`: the sums only.
@@ -43,6 +47,11 @@ struct LoadAttr {
     prog_name: [u8; 16],
     prog_ifindex: u32,
     expected_attach_type: u32,
+    prog_btf_fd: u32,
+    func_info_rec_size: u32,
+    func_info: u64,
+    func_info_cnt: u32,
+    reserved: u32,
 }
 
 /// Has the verifier go through every program of an object.
@@ -57,6 +66,11 @@ pub fn costs(object: &[u8]) -> Vec<Cost> {
     let maps = std::mem::take(&mut parsed.maps);
     let sections = parsed.functions.keys().map(|(section, _)| *section);
     let sections = sections.collect();
+    // Every kernel under test knows all of these. Without types, functions that the verifier
+    // goes through once each would count as part of each of their callers.
+    let features = BtfFeatures::new(true, true, true, true, true, true, true, true);
+    let types = parsed.fixup_and_sanitize_btf(&features).unwrap();
+    let types = load_btf(&types.expect("objects have types").to_bytes()).unwrap();
     let known = maps.iter().filter_map(|(name, map)| {
         let fd = fds.get(name)?;
         Some((name.as_str(), *fd, map))
@@ -69,7 +83,7 @@ pub fn costs(object: &[u8]) -> Vec<Cost> {
         .map(|(name, program)| {
             let function = &parsed.functions[&program.function_key()];
             let (kind, attach) = kind(&program.section);
-            let log = load(kind, attach, &program.license, &function.instructions)
+            let log = load(kind, attach, &program.license, function, &types)
                 .unwrap_or_else(|error| panic!("{name}: {error}"));
             cost(name, &log, &calls(&function.instructions))
                 .unwrap_or_else(|| panic!("{name}: {log}"))
@@ -122,8 +136,33 @@ fn fd(map: &Map) -> RawFd {
     }
 }
 
+/// Loads the object's types.
+fn load_btf(bytes: &[u8]) -> io::Result<OwnedFd> {
+    let mut attr = [0u64; 4];
+    attr[0] = bytes.as_ptr() as u64;
+    attr[2] = bytes.len() as u64;
+    // SAFETY: `btf`, no log, `btf_size`: the kernel reads as many bytes as there are.
+    let fd = unsafe {
+        let size = size_of_val(&attr);
+        libc::syscall(libc::SYS_bpf, BPF_BTF_LOAD, &raw mut attr, size)
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel gave it to us just now.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
 /// Loads a program, throws it away, and returns the verifier's log.
-fn load(kind: u32, attach: u32, license: &CStr, instructions: &[bpf_insn]) -> io::Result<String> {
+fn load(
+    kind: u32,
+    attach: u32,
+    license: &CStr,
+    function: &Function,
+    types: &OwnedFd,
+) -> io::Result<String> {
+    let instructions = &function.instructions;
+    let functions = &function.func_info.func_info;
     let mut log = vec![0u8; 1 << 16];
     let mut attr = LoadAttr {
         prog_type: kind,
@@ -134,6 +173,10 @@ fn load(kind: u32, attach: u32, license: &CStr, instructions: &[bpf_insn]) -> io
         log_size: log.len() as u32,
         log_buf: log.as_mut_ptr() as u64,
         expected_attach_type: attach,
+        prog_btf_fd: types.as_raw_fd() as u32,
+        func_info_rec_size: function.func_info_rec_size as u32,
+        func_info: functions.as_ptr() as u64,
+        func_info_cnt: functions.len() as u32,
         ..LoadAttr::default()
     };
     // SAFETY: all addresses in `attr` are of live buffers of the lengths it states, and the

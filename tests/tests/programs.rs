@@ -199,7 +199,7 @@ rules:
     let mut programs = Programs::shared();
     programs.apply(&image(text));
     // Test frames are on the loopback device.
-    programs.set_interface(1, INTERFACE_L3);
+    programs.set_interface(1, INTERFACE_L3, 0);
     for (source, destination) in [("8.0.0.1", "192.0.2.1"), ("fd77:0:86dd::1", "2001:db8::1")] {
         for (port, want) in [(8080, Reason::RuleAllow), (22, Reason::DefaultDeny)] {
             let tcp = frame::tcp(4000, port, SYN);

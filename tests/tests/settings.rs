@@ -6,11 +6,15 @@
     reason = "a test fails by panicking"
 )]
 
+use std::{net::IpAddr, os::fd::AsRawFd as _};
+
 use enforcer_tests::{
     daemon::{Daemon, LONG, Setup, wait_for},
+    frame,
     netns::{Netns, Pair},
     traffic,
 };
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use serde_json::{Value, json};
 
 const POLICY: &str = "\
@@ -47,7 +51,7 @@ fn an_essential_that_is_switched_off_is_denied_and_passes_again_when_it_is_on() 
             .start();
         let status = daemon.status();
         assert_eq!(status["settings"]["essentials_off"], json!([name]));
-        let to = (address.parse::<std::net::IpAddr>().unwrap(), 7777);
+        let to = (address.parse::<IpAddr>().unwrap(), 7777);
         let forget = || {
             pair.peer.ip("neigh flush dev eth0\n");
             pair.host.ip("neigh flush dev eth0\n");
@@ -72,6 +76,179 @@ fn an_essential_that_is_switched_off_is_denied_and_passes_again_when_it_is_on() 
             "{name} off again"
         );
     }
+}
+
+const CLOSED: &str = "\
+version: 1
+segments:
+  here: { members: [{cidr: 10.1.0.0/24}, {cidr: \"fd01::/64\"}] }
+rules:
+  - { name: nothing, from: [any], to: [any], services: [any], action: deny }
+";
+
+const WAY_IN: &str = "\
+version: 1
+failsafe:
+  - { name: admin, sources: [10.1.0.2/32, \"fd01::2/128\"], ports: [tcp/2222, udp/7777], interfaces: [eth0] }
+";
+
+#[test]
+fn no_policy_cuts_a_failsafe_and_it_opens_nothing_else() {
+    let pair = Pair::new();
+    pair.peer.addresses("eth0", &["10.1.0.9/24"]);
+    traffic::udp_echo(&pair.host, traffic::any(7777));
+    traffic::udp_echo(&pair.host, traffic::any(7778));
+    traffic::udp_echo(&pair.peer, traffic::any(7777));
+    traffic::tcp_echo(&pair.host, 2222);
+    let daemon = Setup::new(&pair.host, "eth0", CLOSED)
+        .with(&["--socket-hooks", "off"])
+        .with_settings(WAY_IN)
+        .start();
+    let status = daemon.status();
+    assert_eq!(
+        status["settings"]["failsafes"],
+        json!([{
+            "name": "admin", "sources": ["10.1.0.2/32", "fd01::2/128"],
+            "ports": ["tcp/2222", "udp/7777"], "interfaces": ["eth0"],
+        }])
+    );
+    let (v4, v6): (IpAddr, IpAddr) = ("10.1.0.1".parse().unwrap(), "fd01::1".parse().unwrap());
+    for host in [v4, v6] {
+        assert!(
+            traffic::udp_answers_soon(&pair.peer, (host, 7777)),
+            "{host}"
+        );
+        let mut stream = traffic::tcp(&pair.peer, (host, 2222));
+        traffic::converse(&mut stream, b"way in").unwrap();
+        // Another port, another source, the other direction.
+        assert!(!traffic::udp_answers(&pair.peer, None, (host, 7778)));
+    }
+    let other = "10.1.0.9".parse().ok();
+    assert!(!traffic::udp_answers(&pair.peer, other, (v4, 7777)));
+    let peer: IpAddr = "10.1.0.2".parse().unwrap();
+    assert!(!traffic::udp_answers(&pair.host, None, (peer, 7777)));
+    assert!(daemon.counted("tc_ingress", "allowed", "failsafe") >= 4);
+    assert!(daemon.counted("tc_ingress", "denied", "rule_deny") >= 3);
+
+    // A session that it let in outlives any policy.
+    let mut stream = traffic::tcp(&pair.peer, (v4, 2222));
+    daemon.swap(
+        &CLOSED
+            .replace("nothing", "nothing-at-all")
+            .replace("fd01", "fd02"),
+    );
+    traffic::converse(&mut stream, b"still here").unwrap();
+
+    // At another interface it opens nothing; one that gets the name is meant.
+    settle(&daemon, &WAY_IN.replace("[eth0]", "[eth7]"), |s| {
+        s["failsafes"][0]["interfaces"] == json!(["eth7"])
+    });
+    assert!(!traffic::udp_answers(&pair.peer, None, (v4, 7777)));
+    settle(&daemon, &WAY_IN.replace("[eth0]", "[\"eth*\"]"), |s| {
+        s["failsafes"][0]["interfaces"] == json!(["eth*"])
+    });
+    assert!(traffic::udp_answers_soon(&pair.peer, (v4, 7777)));
+    settle(&daemon, ALL_ON, |s| s["failsafes"] == json!([]));
+    assert!(!traffic::udp_answers(&pair.peer, None, (v4, 7777)));
+}
+
+/// Sends a frame as it is.
+fn send(namespace: &Netns, interface: &str, frame: &[u8]) {
+    namespace.enter(|| {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Packet, SockType::Raw, flags, None).unwrap();
+        let index = nix::net::if_::if_nametoindex(interface).unwrap();
+        // SAFETY: all fields are numbers, and zero is a value of each.
+        let mut to: nix::libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        to.sll_family = nix::libc::AF_PACKET as u16;
+        to.sll_ifindex = index.cast_signed();
+        let length = size_of_val(&to) as u32;
+        // SAFETY: the address and the frame live through the call, with their lengths.
+        let sent = unsafe {
+            nix::libc::sendto(
+                socket.as_raw_fd(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                0,
+                (&raw const to).cast(),
+                length,
+            )
+        };
+        assert_eq!(usize::try_from(sent).unwrap(), frame.len());
+    });
+}
+
+#[test]
+fn a_listed_ethertype_passes_and_others_do_not() {
+    let pair = Pair::new();
+    let frame = |ethertype: u16| [frame::ethernet(ethertype), vec![0; 50]].concat();
+    // LLC: a length, and SAPs that nobody uses.
+    let llc = [frame::ethernet(46), vec![0xaa; 46]].concat();
+    let daemon = Setup::new(&pair.host, "eth0", POLICY)
+        .with_settings(ALL_ON)
+        .start();
+    let counted = |outcome: &str, reason: &str| daemon.counted("tc_ingress", outcome, reason);
+    let counts = || {
+        (
+            counted("denied", "ethertype"),
+            counted("allowed", "ethertype_listed"),
+        )
+    };
+    let judge = |frame: &[u8]| {
+        let before = counts();
+        send(&pair.peer, "eth0", frame);
+        wait_for("the frame", LONG, || {
+            let after = counts();
+            let passed = after.1 > before.1;
+            (passed || after.0 > before.0).then_some(passed)
+        })
+    };
+    assert!(!judge(&frame(0x88b5)) && !judge(&frame(0x8847)) && !judge(&llc));
+    settle(&daemon, "version: 1\nethertypes: [0x88b5, mpls]\n", |s| {
+        s["ethertypes"].as_array().unwrap().len() == 3
+    });
+    assert!(judge(&frame(0x88b5)) && judge(&frame(0x8847)));
+    assert!(!judge(&frame(0x88b6)) && !judge(&llc));
+    settle(&daemon, "version: 1\nethertypes: [llc]\n", |s| {
+        s["ethertypes"] == json!(["llc"])
+    });
+    assert!(judge(&llc) && !judge(&frame(0x88b5)));
+}
+
+#[test]
+fn a_forged_source_says_where_it_belongs_and_follows_the_interface() {
+    let pair = Pair::new();
+    let policy = "\
+version: 1
+segments:
+  lan: { members: [{cidr: 10.1.0.0/24}], interfaces: [eth5] }
+rules:
+  - { name: all, from: [lan], to: [lan], services: [any] }
+";
+    traffic::udp_echo(&pair.host, traffic::any(7777));
+    let daemon = Setup::new(&pair.host, "eth*", policy).start();
+    let host: IpAddr = "10.1.0.1".parse().unwrap();
+    assert!(!traffic::udp_answers(&pair.peer, None, (host, 7777)));
+    let denial = wait_for("the denial", LONG, || {
+        let denials = daemon.denials(&[]);
+        denials.into_iter().find(|d| d["reason"] == "spoofed")
+    });
+    assert_eq!(
+        denial["detail"],
+        "source belongs to segment lan, which is bound to eth5"
+    );
+    let text = daemon.ask("denials", &[]);
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(
+        text.contains("spoofed: source belongs to segment lan, which is bound to eth5"),
+        "{text}"
+    );
+    // The interface gets the name: the image follows.
+    let before = daemon.generation();
+    pair.host
+        .ip("link set eth0 down\nlink set eth0 name eth5\nlink set eth5 up\n");
+    daemon.wait_swapped(before);
+    assert!(traffic::udp_answers_soon(&pair.peer, (host, 7777)));
 }
 
 #[test]
@@ -144,7 +321,7 @@ fn a_tag_is_judged_on_its_device_where_both_are_enforced() {
     let all = status["interfaces"].as_array().unwrap();
     let guest = all.iter().find(|i| i["name"] == "guest").unwrap();
     assert_eq!(guest["description"], "vlan 20 on eth0");
-    let to = (std::net::IpAddr::from([10, 1, 0, 129]), 7777);
+    let to = (IpAddr::from([10, 1, 0, 129]), 7777);
     assert!(traffic::udp_answers_soon(&pair.peer, to));
     // The parent leaves what it would have judged to the device.
     assert!(

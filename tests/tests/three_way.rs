@@ -73,7 +73,7 @@ fn first_packet(q: &FlowQuery, number: u16) -> Frame {
             p.extend([0; 8]);
             p
         }
-        (132, _) => {
+        (132 | 136, _) => {
             let mut p = frame::udp(number, q.selector);
             p.extend([0; 8]);
             p
@@ -93,22 +93,36 @@ fn first_packet(q: &FlowQuery, number: u16) -> Frame {
 /// Whether each query has a flow of its own; without ports there is one per address pair.
 fn has_ports(query: &FlowQuery) -> bool {
     match query.protocol {
-        6 | 17 | 132 => true,
+        6 | 17 | 132 | 136 => true,
         1 => query.src.is_ipv4(),
         58 => query.src.is_ipv6(),
         _ => false,
     }
 }
 
-fn case() -> impl Strategy<Value = (Policy, Environment, Vec<FlowQuery>)> {
-    (arbitrary::policy(), arbitrary::environment()).prop_flat_map(|(policy, env)| {
-        let queries = proptest::collection::vec(arbitrary::query(&policy), QUERIES);
-        (Just(policy), Just(env), queries)
-    })
+/// A policy on a host, packets, and when they come.
+type Case = (Policy, Environment, Vec<FlowQuery>, u64);
+
+fn case() -> impl Strategy<Value = Case> {
+    (
+        arbitrary::policy(),
+        arbitrary::environment(),
+        arbitrary::time(),
+    )
+        .prop_flat_map(|(policy, env, unix)| {
+            let queries = proptest::collection::vec(arbitrary::query(&policy), QUERIES);
+            (Just(policy), Just(env), queries, Just(unix))
+        })
 }
 
 /// What speaks against a packet whatever the rules say.
-fn screened(query: &FlowQuery, env: &Environment, hook: Hook) -> Option<Reason> {
+fn screened(
+    policy: &Policy,
+    env: &Environment,
+    query: &FlowQuery,
+    hook: Hook,
+    interface: &str,
+) -> Option<Reason> {
     let unspecified = query.src.is_unspecified() && !is_multicast(query.dst);
     let martian = query.src.is_loopback()
         || query.dst.is_loopback()
@@ -118,8 +132,13 @@ fn screened(query: &FlowQuery, env: &Environment, hook: Hook) -> Option<Reason> 
     if martian {
         return Some(Reason::Martian);
     }
-    let _ = (env, hook);
-    None
+    let link_local = match query.src {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    let own = env.host_addresses.contains(&query.src) && !link_local;
+    let elsewhere = reference::spoofed(policy, env, query.src, interface);
+    (hook == Hook::TcIngress && (own || elsewhere)).then_some(Reason::Spoofed)
 }
 
 #[test]
@@ -138,17 +157,21 @@ fn reference_image_and_bytecode_agree() {
         )))),
         ..Config::default()
     });
-    let result = runner.run(&case(), |(policy, env, queries)| {
+    let result = runner.run(&case(), |(policy, env, queries, unix)| {
         let mut programs = programs.borrow_mut();
         let image = kernel::compile(&policy, &env);
         // What an earlier policy admitted would be revoked, not judged as new.
         programs.forget_flows();
         programs.apply(&image);
         programs.drain();
+        programs.set_unix(unix);
+        let interface = env.interfaces.first_key_value();
+        let (slot, interface) = interface.map_or((0, "none"), |(s, name)| (*s, name.as_str()));
+        programs.set_interface(1, 0, slot);
         let mut asked = HashSet::new();
         let mut seen: HashSet<(IpAddr, IpAddr, u8)> = HashSet::new();
         for (number, query) in (20_000u16..).zip(&queries) {
-            let want = reference::judge(&policy, &env, query, 0);
+            let want = reference::judge(&policy, &env, query, unix);
             let host = decide(
                 image.words(),
                 &Query {
@@ -157,7 +180,7 @@ fn reference_image_and_bytecode_agree() {
                     protocol: query.protocol,
                     selector: query.selector,
                 },
-                0,
+                unix,
             );
             prop_assert_eq!(host.outcome, outcome(want.outcome), "decide, {:?}", query);
             prop_assert_eq!(host.reason, reason(want.reason), "decide, {:?}", query);
@@ -175,7 +198,8 @@ fn reference_image_and_bytecode_agree() {
             if !has_ports(query) && (seen.contains(&back) || !seen.insert(there)) {
                 continue;
             }
-            let hook = if number % 2 == 0 {
+            // The host's own address comes in nowhere.
+            let hook = if number % 2 == 0 && !env.host_addresses.contains(&query.src) {
                 Hook::TcIngress
             } else {
                 Hook::TcEgress
@@ -191,7 +215,7 @@ fn reference_image_and_bytecode_agree() {
                 }
                 Frame::Skip => continue,
             };
-            let screened = screened(query, &env, hook);
+            let screened = screened(&policy, &env, query, hook, interface);
             let (want_outcome, want_reason, rule, guard) = match screened {
                 None => (want_outcome, want_reason, rule, guard),
                 Some(reason) => {

@@ -122,12 +122,13 @@ pub fn root_prefix(why: &str) -> Result<Vec<OsString>> {
 }
 
 /// Variables that must reach what runs as root.
-const KEPT: [&str; 14] = [
+const KEPT: [&str; 15] = [
     "CARGO",
     "CARGO_HOME",
     "CARGO_TARGET_DIR",
     "CI",
     "ENFORCER_BIN",
+    "ENFORCER_TEST_SCALE",
     "HOME",
     "INSTA_UPDATE",
     "NO_COLOR",

@@ -9,6 +9,7 @@ mod build;
 mod demo;
 mod dist;
 mod env;
+mod fuzz;
 mod lint;
 mod setup;
 mod stamp;
@@ -56,6 +57,8 @@ enum Verb {
         /// Only tests whose name contains this
         filter: Option<String>,
     },
+    /// Fuzz packets, policies and records on this machine
+    Fuzz(fuzz::Options),
     /// From a bare machine to a running hospital: enforce, try, deny, revoke
     Demo(demo::Options),
     /// Build the static binary into dist/
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Verb::Build { release, .. } => build::binary(release).map(drop),
         Verb::Lint => lint::run(),
         Verb::Test { quick, filter } => test::run(&test::Options { quick, filter }),
+        Verb::Fuzz(options) => fuzz::run(&options),
         Verb::Demo(options) => demo::run(&options),
         Verb::Dist => dist::run(),
         Verb::Vm(options) => vm::run(&options),

@@ -25,11 +25,18 @@ const RUST_PACKAGES: [&str; 4] = [
     "rust-web-clippy",
 ];
 
+/// What the demo and the tests run, and the Debian packages that have it.
+const TOOLS: [(&str, &str); 2] = [("ip", "iproute2"), ("nft", "nftables")];
+
 /// Finds the toolchain, installing what is missing; says nothing when all is there.
 pub fn ensure() -> Result<Toolchain> {
-    if find_tools().is_none() {
-        ui::step("Installing iproute2 (the demo and the tests make network namespaces)");
-        debian_install(&["iproute2"])?;
+    let missing = missing_tools();
+    if !missing.is_empty() {
+        ui::step(&format!(
+            "Installing {} (the demo and the tests make network namespaces)",
+            missing.join(", ")
+        ));
+        debian_install(&missing)?;
     }
     let rust = match Rust::find() {
         Some(rust) => rust,
@@ -50,10 +57,20 @@ pub fn ensure() -> Result<Toolchain> {
     Ok(Toolchain { rust, linker })
 }
 
+/// Finds a C++ compiler, which libFuzzer takes, or installs one.
+pub fn ensure_cpp() -> Result<()> {
+    if env::find_program("c++").is_some() {
+        return Ok(());
+    }
+    ui::step("Installing g++ (libFuzzer is C++)");
+    debian_install(&["g++"])
+}
+
 /// The `setup` verb: [`ensure`], with a word at the end.
 pub fn run() -> Result<()> {
     let start = Instant::now();
     let tools = ensure()?;
+    ensure_cpp()?;
     if vm::is_possible() {
         vm::ensure_installed()?;
     }
@@ -70,8 +87,13 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-fn find_tools() -> Option<PathBuf> {
-    env::find_program("ip")
+/// Packages of the programs that the demo and the tests run, where they are not there.
+fn missing_tools() -> Vec<&'static str> {
+    TOOLS
+        .iter()
+        .filter(|(program, _)| env::find_program(program).is_none())
+        .map(|(_, package)| *package)
+        .collect()
 }
 
 /// Installs bpf-linker from crates.io against the LLVM that `rust` was built with.
@@ -197,7 +219,7 @@ fn by_hand(packages: &[&str]) -> String {
          Anywhere else, a nightly with its sources and a bpf-linker in PATH do as well:\n  \
          rustup toolchain install nightly --component rust-src --component clippy\n  \
          cargo install bpf-linker --version {LINKER_VERSION}\n\
-         and `ip` from iproute2. Then run the same command again.",
+         and `ip` from iproute2, `nft` from nftables. Then run the same command again.",
         packages.join(" ")
     )
 }

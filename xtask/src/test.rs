@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{build, env, setup, ui, vm};
+use crate::{build, env, fuzz, setup, ui, vm};
 
 /// What `cargo xtask test` was asked for.
 pub struct Options {
@@ -65,17 +65,21 @@ pub fn run(options: &Options) -> Result<()> {
     let (kernel, more) = counted(&mut cargo)?;
     totals.add(&more);
 
-    let guests = match vm::run_all(options.filter.clone()) {
+    let went = |result: Result<()>| match result {
         Ok(()) => true,
         Err(error) => {
             ui::note(&format!("{error:#}"));
             false
         }
     };
+    let guests = went(vm::run_all(options.filter.clone()));
+    // Nobody who asks for one test waits for fuzzers.
+    let fuzzed = options.filter.is_some() || went(fuzz::run(&fuzz::Options::of_tests()));
     let parts = [
         ("unit, property or documentation tests", units),
         ("kernel or namespace tests", kernel),
         ("kernel tests on stock kernels", guests),
+        ("fuzzing", fuzzed),
     ];
     verdict(&parts, &totals)
 }

@@ -8,7 +8,7 @@ use crate::{
         types::{Default as DenyDefault, ExplainRequest, Explanation},
     },
     daemon::{
-        explain::{explain, one_flow},
+        explain::{explain, now, one_flow},
         files::Sources,
         load,
     },
@@ -59,7 +59,7 @@ pub fn run(args: &Args, globals: &Globals, out: &mut Out) -> Result<Exit, Failur
                 let _ = std::io::stderr().write_all(text.as_bytes());
                 Failure::new(Exit::Policy, format!("{} was refused", path.display()))
             })?;
-            let answer = explain(&loaded.policy, &loaded.image, &request);
+            let answer = explain(&loaded.policy, &loaded.image, &request, now());
             let mut explanation = answer.map_err(|e| Failure::new(Exit::Usage, e))?;
             explanation.policy = path.display().to_string();
             explanation

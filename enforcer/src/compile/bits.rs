@@ -68,6 +68,13 @@ pub(super) fn common(a: &[u32], b: &[u32], mut act: impl FnMut(usize)) {
     }
 }
 
+/// Tells the numbers in `a` that are not in `b`, given as words, ascending.
+pub(super) fn missing(a: &[u32], b: &[u32], mut act: impl FnMut(usize)) {
+    for (at, (a, b)) in a.iter().zip(b).enumerate() {
+        ones(a & !b, at, &mut act);
+    }
+}
+
 /// Tells the numbers in the set, given as words, ascending.
 pub(super) fn each(set: &[u32], mut act: impl FnMut(usize)) {
     for (at, word) in set.iter().enumerate() {
@@ -110,6 +117,9 @@ mod tests {
             common(x.words(), y.words(), |n| both.push(n));
             let expected: Vec<usize> = a.intersection(&b).copied().collect();
             prop_assert_eq!(&both, &expected);
+            let mut others = Vec::new();
+            missing(x.words(), y.words(), |n| others.push(n));
+            prop_assert_eq!(others, a.difference(&b).copied().collect::<Vec<_>>());
             let mut all = Vec::new();
             each(x.words(), |n| all.push(n));
             prop_assert_eq!(all, a.iter().copied().collect::<Vec<_>>());

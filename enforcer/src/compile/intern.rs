@@ -116,12 +116,20 @@ impl Interner {
 
     /// The list of this number; empty where there is none.
     pub(super) fn get(&self, number: usize) -> &[u32] {
-        let before = number.checked_sub(1);
-        let start = before.map_or(Some(0), |before| self.ends.get(before).copied());
-        let range = start.zip(self.ends.get(number).copied());
-        range
-            .and_then(|(start, end)| self.words.get(start..end))
+        let end = self.ends.get(number).copied();
+        end.and_then(|end| self.words.get(self.start(number)..end))
             .unwrap_or(&[])
+    }
+
+    /// Where the list of this number starts among [`Interner::words`].
+    pub(super) fn start(&self, number: usize) -> usize {
+        let before = number.checked_sub(1);
+        before.map_or(0, |before| self.ends.get(before).copied().unwrap_or(0))
+    }
+
+    /// All lists, one after another.
+    pub(super) fn words(&self) -> &[u32] {
+        &self.words
     }
 
     /// Number of lists.

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use crate::policy::model::{AddrRange, Environment, Policy};
 
-use super::{Stop, bits::Bits};
+use super::{Failsafe, Stop, bits::Bits, marks};
 
 /// Inclusive; IPv4 addresses as their 32-bit value.
 type Range = (u128, u128);
@@ -24,7 +24,7 @@ pub(super) struct Sweep {
 
 /// Keeps the set of segments at the current address. No segment is in it at first.
 pub(super) trait Follow {
-    /// The segment, or [`host`] or [`multicast`], is entered or left.
+    /// The segment, or another set that has a number here, is entered or left.
     fn toggle(&mut self, segment: u32, entered: bool);
     /// The number for the current set.
     fn number(&mut self) -> Result<u32, Stop>;
@@ -40,10 +40,21 @@ pub(super) fn multicast(policy: &Policy) -> u32 {
     host(policy) + 1
 }
 
+/// Number that stands for the host's own addresses ([`marks::is_own`]) in a set.
+pub(super) fn own(policy: &Policy) -> u32 {
+    host(policy) + 2
+}
+
+/// Number that stands for the sources of a failsafe in a set.
+pub(super) fn failsafe(policy: &Policy, number: u32) -> u32 {
+    own(policy) + 1 + number
+}
+
 /// The intervals of both families.
 pub(super) fn sweep(
     policy: &Policy,
     env: &Environment,
+    failsafes: &[Failsafe],
     follower: &mut impl Follow,
 ) -> Result<Sweep, Stop> {
     let mut v4 = Vec::new();
@@ -56,23 +67,35 @@ pub(super) fn sweep(
         add_segment(&mut v4, number, ranges.0, u128::from(u32::MAX));
         add_segment(&mut v6, number, ranges.1, u128::MAX);
     }
-    let mut hosts = (Vec::new(), Vec::new());
-    for address in &env.host_addresses {
-        match address {
-            IpAddr::V4(ip) => hosts
-                .0
-                .push((u128::from(ip.to_bits()), u128::from(ip.to_bits()))),
-            IpAddr::V6(ip) => hosts.1.push((ip.to_bits(), ip.to_bits())),
+    for (number, own) in [(host(policy), false), (own(policy), true)] {
+        let mut hosts = (Vec::new(), Vec::new());
+        let addresses = env.host_addresses.iter();
+        for address in addresses.filter(|ip| !own || marks::is_own(**ip)) {
+            match address {
+                IpAddr::V4(ip) => hosts
+                    .0
+                    .push((u128::from(ip.to_bits()), u128::from(ip.to_bits()))),
+                IpAddr::V6(ip) => hosts.1.push((ip.to_bits(), ip.to_bits())),
+            }
         }
+        add_segment(&mut v4, number, hosts.0, u128::from(u32::MAX));
+        add_segment(&mut v6, number, hosts.1, u128::MAX);
     }
-    add_segment(&mut v4, host(policy), hosts.0, u128::from(u32::MAX));
-    add_segment(&mut v6, host(policy), hosts.1, u128::MAX);
+    for (number, sources) in (0u32..).zip(failsafes.iter().map(|f| &f.sources)) {
+        let mut ranges = (Vec::new(), Vec::new());
+        for net in sources {
+            pieces(AddrRange::from(*net), &[], &mut ranges);
+        }
+        let number = failsafe(policy, number);
+        add_segment(&mut v4, number, ranges.0, u128::from(u32::MAX));
+        add_segment(&mut v6, number, ranges.1, u128::MAX);
+    }
     let multicast4 = vec![(0xe000_0000, 0xefff_ffff), (0xffff_ffff, 0xffff_ffff)];
     let multicast6 = vec![(0xff << 120, u128::MAX)];
     add_segment(&mut v4, multicast(policy), multicast4, u128::from(u32::MAX));
     add_segment(&mut v6, multicast(policy), multicast6, u128::MAX);
 
-    let segments = policy.segments.len() + 2;
+    let segments = policy.segments.len() + 3 + failsafes.len();
     Ok(Sweep {
         v4: follow(v4, segments, follower)?,
         v6: follow(v6, segments, follower)?,

@@ -16,70 +16,35 @@ mod bits;
 mod image;
 mod intern;
 mod intervals;
+mod key;
+mod local;
+mod marks;
 mod rows;
 mod services;
+mod settings;
 mod sides;
 mod table;
 #[cfg(test)]
 mod tests;
+mod timelines;
 mod v4;
 mod v6;
 mod writer;
 
 pub use image::{Image, ImageError, Stats};
-
-use std::{collections::BTreeSet, net::IpAddr};
+pub use settings::{Failsafe, Options};
 
 use enforcer_common::{
     decide::verdict_word,
-    image::{self as layout, EMPTY, essential, header},
+    image::{self as layout, EMPTY, header},
     verdict::Reason,
 };
 
-use crate::policy::{
-    model::{Environment, Policy, Transport},
-    pattern::Pattern,
-};
-use ipnet::IpNet;
+use crate::policy::model::{Environment, Policy};
 
-use rows::Exception;
+use rows::{Exception, Refused};
 use table::{Keys, Placed};
 use writer::{Full, Writer};
-
-/// What an image says besides the policy.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Never 0, never used twice ([`Image::with_generation`] gives an image its own later).
-    pub generation: u32,
-    /// Bits of [`essential`]: what passes before any rule.
-    pub essentials: u32,
-    /// What nothing in the policy cuts; at most 16.
-    pub failsafes: Vec<Failsafe>,
-    /// Ethertypes that pass although they are not IP, at most 16; 1 stands for all of LLC.
-    pub ethertypes: Vec<u16>,
-}
-
-/// Flows to this host that nothing in the policy cuts.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failsafe {
-    /// Prefixes that they come from.
-    pub sources: Vec<IpNet>,
-    /// Ports of this host, TCP or UDP: transport, first, last.
-    pub ports: Vec<(Transport, u16, u16)>,
-    /// Interfaces that they come in at; empty: any.
-    pub interfaces: Vec<Pattern>,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            generation: 1,
-            essentials: essential::ALL,
-            failsafes: Vec::new(),
-            ethertypes: Vec::new(),
-        }
-    }
-}
 
 /// Why a policy has no image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -116,10 +81,44 @@ pub enum CompileError {
         /// Service classes; 0 when it gave up counting those.
         service_classes: usize,
     },
+    /// Too many rules expire one after another.
+    #[error(
+        "at least {entries} verdicts follow one another in time for the same flows, the limit is {}: \
+         remove the rules that have expired, or let more of them expire together",
+        layout::MAX_TIMELINE
+    )]
+    Timeline {
+        /// Verdicts of a timeline, at least.
+        entries: usize,
+    },
+    /// More failsafes than an image has bits for.
+    #[error(
+        "{count} failsafes, the limit is {}: give some of them more sources or ports",
+        layout::MAX_FAILSAFES
+    )]
+    Failsafes {
+        /// How many there are.
+        count: usize,
+    },
+    /// More ethertypes than an image lists.
+    #[error("{count} ethertypes, the limit is {}", layout::MAX_ETHERTYPES)]
+    Ethertypes {
+        /// How many there are.
+        count: usize,
+    },
+    /// An interface that no bitmap has a bit for.
+    #[error("interface slot {slot}: slots are 1 to {}", layout::INTERFACE_SLOTS - 1)]
+    InterfaceSlot {
+        /// Its slot.
+        slot: u32,
+    },
     /// The keys of a hash table found no place under any seed that was tried.
     #[error("the hash tables of the policy image could not be built")]
     Placement,
 }
+
+/// Looks at a service class under a rule, where rules expire: a few seconds of them.
+const EFFORT: u64 = 1 << 31;
 
 /// Words of any one table that is needed only while compiling: as many as the largest image has.
 const SCRATCH: usize = 1 << 24;
@@ -141,13 +140,14 @@ impl From<Full> for Stop {
 /// Compiles a policy.
 ///
 /// # Errors
-/// When the image would be larger than the largest size class.
+/// When the image would be larger than the largest size class, or the policy or the options go
+/// beyond another limit of the layout.
 pub fn compile(
     policy: &Policy,
     env: &Environment,
     options: &Options,
 ) -> Result<Image, CompileError> {
-    compile_within(policy, env, options, image::largest() as usize)
+    compile_within(policy, env, options, image::largest() as usize, EFFORT)
 }
 
 fn compile_within(
@@ -155,13 +155,16 @@ fn compile_within(
     env: &Environment,
     options: &Options,
     limit: usize,
+    effort: u64,
 ) -> Result<Image, CompileError> {
+    settings::check(env, options)?;
     let complex = |classes, service_classes| CompileError::TooComplex {
         rules: policy.rules.len(),
         classes,
         service_classes,
     };
-    let services = services::Services::new(policy).map_err(|_| complex(0, 0))?;
+    let services =
+        services::Services::new(policy, &options.failsafes).map_err(|_| complex(0, 0))?;
     let too_large = |full: Full, classes: usize, rows: usize| CompileError::TooLarge {
         classes,
         service_classes: services.count,
@@ -171,8 +174,9 @@ fn compile_within(
     };
 
     let denial = sides::denials(policy);
-    let mut classifier = sides::Classifier::new(policy, &denial, limit);
-    let sweep = intervals::sweep(policy, env, &mut classifier).map_err(|stop| match stop {
+    let mut classifier = sides::Classifier::new(policy, env, &denial, limit);
+    let sweep = intervals::sweep(policy, env, &options.failsafes, &mut classifier);
+    let sweep = sweep.map_err(|stop| match stop {
         Stop::Full(full) => too_large(full, classifier.count(), 0),
         Stop::Complex => complex(classifier.count(), services.count),
     })?;
@@ -186,15 +190,22 @@ fn compile_within(
     let services_at = services.write(&mut writer).map_err(early)?;
     writer.set(header::SERVICES, services_at);
 
-    let rows = rows::build(policy, &denial, &classes, &services, &writer)
-        .map_err(|(full, rows)| too_large(full, class_count, rows))?;
+    let rows = rows::build(policy, &denial, &classes, &services, effort, &writer);
+    let mut rows = rows.map_err(|refused| match refused {
+        Refused::Full(full, rows) => too_large(full, class_count, rows),
+        Refused::Timeline(entries) => CompileError::Timeline { entries },
+        Refused::Effort => complex(class_count, services.count),
+    })?;
     let row_count = rows.count();
     let late = |full: Full| too_large(full, class_count, row_count);
+    rows.write_timelines(&mut writer).map_err(late)?;
     let rows_at = writer.append_aligned(&rows.words).map_err(late)?;
     let matrix = rows.matrix(&classes);
     let pairs_at = writer.append_each(pairs, matrix).map_err(late)?;
     writer.set(header::ROWS, rows_at);
     writer.set(header::PAIRS, pairs_at);
+    classes.write_marks(&mut writer).map_err(late)?;
+    let sources: Vec<u32> = classes.classes.iter().map(|(source, _)| *source).collect();
     // The rest is in the image now.
     drop(classes);
     let exceptions = rows.into_exceptions();
@@ -216,13 +227,14 @@ fn compile_within(
     writer.set(header::SEED_HI, (seed >> 32) as u32);
     tables.write(&placed, &mut writer).map_err(late)?;
 
-    write_local(env, &mut writer).map_err(late)?;
+    local::write(env, &sources, &mut writer).map_err(late)?;
+    write_sessions(policy, &mut writer).map_err(late)?;
+    settings::write(env, options, &services, &mut writer).map_err(late)?;
     let form = rows::outcome(policy.defaults.mode);
     writer.set(
         header::FORM_UNREADABLE,
         verdict_word(form, Reason::Malformed),
     );
-    writer.set(header::ESSENTIALS, options.essentials);
     for (index, count) in [
         (header::CLASSES, class_count),
         (header::RULES, policy.rules.len()),
@@ -236,6 +248,22 @@ fn compile_within(
         writer.set(index, word(count));
     }
     Ok(Image::seal(writer.finish(), options.generation))
+}
+
+/// How long sessions may be, rule by rule.
+fn write_sessions(policy: &Policy, writer: &mut Writer) -> Result<(), Full> {
+    if policy.rules.iter().all(|rule| rule.session.is_none()) {
+        return Ok(());
+    }
+    let words = policy.rules.iter().flat_map(|rule| {
+        let session = rule.session;
+        let max = session.and_then(|session| session.max);
+        let idle = session.and_then(|session| session.idle);
+        [max.unwrap_or(0), idle.unwrap_or(0)]
+    });
+    let at = writer.append_each(policy.rules.len() * 2, words)?;
+    writer.set(header::SESSIONS, at);
+    Ok(())
 }
 
 /// The bucketed tables of an image.
@@ -335,59 +363,6 @@ fn buckets<const N: usize>(
         keys.chain(std::iter::repeat_n(0, padding))
     });
     writer.append_each(count, words)
-}
-
-/// The host's own addresses, for the socket hooks.
-fn write_local(env: &Environment, writer: &mut Writer) -> Result<(), Full> {
-    let mut v4 = Vec::new();
-    let mut v6 = Vec::new();
-    // Loopback never meets TC, and the hooks know it by its prefix.
-    for address in env.host_addresses.iter().filter(|ip| !ip.is_loopback()) {
-        match address {
-            IpAddr::V4(ip) => v4.push(ip.to_bits()),
-            IpAddr::V6(ip) => v6.extend(quarters(ip.to_bits())),
-        }
-    }
-    for (words, each, at, count) in [
-        (v4, 1, header::LOCAL4, header::LOCAL4_COUNT),
-        (v6, 4, header::LOCAL6, header::LOCAL6_COUNT),
-    ] {
-        let number = word(words.len() / each);
-        if number > layout::MAX_LOCAL {
-            writer.set(count, layout::LOCAL_UNKNOWN);
-        } else if number > 0 {
-            let offset = writer.append(&words)?;
-            writer.set(at, offset);
-            writer.set(count, number);
-        }
-    }
-    write_local_classes(env, writer)
-}
-
-/// The distinct classes of the host's own addresses but loopback, which never meets TC. Asks the
-/// image's own tables, so it comes after them.
-fn write_local_classes(env: &Environment, writer: &mut Writer) -> Result<(), Full> {
-    for (v6, at, count) in [
-        (false, header::LOCAL4_CLASSES, header::LOCAL4_CLASSES_COUNT),
-        (true, header::LOCAL6_CLASSES, header::LOCAL6_CLASSES_COUNT),
-    ] {
-        let classes: BTreeSet<u32> = env
-            .host_addresses
-            .iter()
-            .filter(|ip| ip.is_ipv6() == v6 && !ip.is_loopback())
-            .map(|ip| layout::address_class(writer.words(), &(*ip).into()))
-            .collect();
-        let words: Vec<u32> = classes.into_iter().collect();
-        let number = word(words.len());
-        if number > layout::MAX_LOCAL_CLASSES {
-            writer.set(count, layout::LOCAL_UNKNOWN);
-        } else if number > 0 {
-            let offset = writer.append(&words)?;
-            writer.set(at, offset);
-            writer.set(count, number);
-        }
-    }
-    Ok(())
 }
 
 /// An IPv6 address as words, the upper end first.

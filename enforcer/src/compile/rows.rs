@@ -11,13 +11,15 @@ use crate::policy::model::{Mode, Policy, Unsegmented};
 use super::{
     bits::{self, Bits},
     intern::{Hasher, Interner, Slots},
+    key::{Fact, Key},
     services::Services,
-    sides::{self, Classes, Guard, NO_MODE, Side},
+    sides::{Classes, Guard, Side},
+    timelines::{self, Chains, NEVER, NO_RULE, Timelines},
     writer::{Full, Writer},
 };
 
 /// Both words of a verdict.
-type Verdict = (u32, u32);
+pub(super) type Verdict = (u32, u32);
 
 /// One entry of the exception table: exactly as large as in the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +38,7 @@ pub(super) struct Rows {
     /// Four words a row.
     pub(super) words: Vec<u32>,
     exceptions: Vec<Exception>,
+    timelines: Timelines,
     /// Source behaviour major.
     of_sides: Vec<u32>,
 }
@@ -44,22 +47,42 @@ impl Rows {
     pub(super) fn count(&self) -> usize {
         self.words.len() / ROW_WORDS as usize
     }
+
+    /// Writes the timelines; before rows and exceptions, which then name them.
+    pub(super) fn write_timelines(&mut self, writer: &mut Writer) -> Result<(), Full> {
+        let base = writer.append(self.timelines.words())?;
+        self.timelines = Timelines::default();
+        for row in self.words.chunks_mut(ROW_WORDS as usize) {
+            if let Some(default) = row.get_mut(..2) {
+                timelines::relocate(default, base);
+            }
+        }
+        for exception in &mut self.exceptions {
+            let mut words = [exception.verdict.0, exception.verdict.1];
+            timelines::relocate(&mut words, base);
+            exception.verdict = (words[0], words[1]);
+        }
+        Ok(())
+    }
 }
 
-/// A pair's guard and matching rules, as they are judged. In words: the guard's mode and segment,
-/// then each rule's number under its kind, which is the code of a denial's mode or [`ALLOW`]. So
-/// the order of the words is the order in which rules decide. Allow rules that an earlier one with
-/// the same services leaves nothing are left out.
-struct Key {
-    words: Vec<u32>,
-    /// Per list of services, the last pair in which an allow rule had it.
-    seen: Vec<u32>,
-    pair: u32,
+/// Why there are no rows.
+pub(super) enum Refused {
+    /// They do not fit; how many there were.
+    Full(Full, usize),
+    /// A timeline would have this many entries, at least.
+    Timeline(usize),
+    /// Judging all pairs would take too long.
+    Effort,
 }
 
-/// Where a rule's kind stands, above its number.
-const KIND: u32 = 30;
-const ALLOW: u32 = 3;
+/// Why there is no row.
+enum Excess {
+    /// It would take this many words more.
+    Words(usize),
+    Timeline(usize),
+    Effort,
+}
 
 /// Words of keys that are remembered. A key that is not is judged again: that costs time alone.
 const REMEMBERED: usize = 1 << 22;
@@ -67,8 +90,8 @@ const REMEMBERED: usize = 1 << 22;
 struct Builder<'a> {
     policy: &'a Policy,
     services: &'a Services,
-    denial: &'a [Option<u32>],
-    /// Words that rows and exceptions may take.
+    facts: Vec<Fact>,
+    /// Words that rows, exceptions and timelines may take.
     room: usize,
     key: Key,
     known: Interner,
@@ -77,6 +100,7 @@ struct Builder<'a> {
     known_rows: Slots,
     words: Vec<u32>,
     exceptions: Vec<Exception>,
+    timelines: Timelines,
     /// Per row, its first exception.
     starts: Vec<u32>,
     judge: Judge,
@@ -90,33 +114,41 @@ struct Judge {
     counts: Vec<usize>,
     /// Per service class, the index of its verdict.
     of_service: Vec<u32>,
+    /// Where rules expire, the chain behind each verdict.
+    chains: Chains,
+    /// Looks at a service class that are left.
+    effort: u64,
 }
 
-/// Builds the row of every pair of behaviours. Where `writer` has no room for rows, exceptions and
+/// Builds the row of every pair of behaviours. Where rules expire, it looks at a service class under
+/// a rule `effort` times in all. Where `writer` has no room for rows, exceptions and
 /// the matrix, it stops at the first excess and says how many rows there were.
 pub(super) fn build(
     policy: &Policy,
     denial: &[Option<u32>],
     classes: &Classes,
     services: &Services,
+    effort: u64,
     writer: &Writer,
-) -> Result<Rows, (Full, usize)> {
+) -> Result<Rows, Refused> {
     let taken = writer.words().len() + classes.classes.len() * classes.classes.len();
     let mut builder = Builder {
         policy,
         services,
-        denial,
+        facts: policy
+            .rules
+            .iter()
+            .zip(denial)
+            .map(|(rule, denial)| Fact::of(rule, *denial))
+            .collect(),
         room: writer.limit().saturating_sub(taken),
-        key: Key {
-            words: Vec::new(),
-            seen: vec![0; services.lists()],
-            pair: 0,
-        },
+        key: Key::new(services),
         known: Interner::default(),
         row_of_key: Vec::new(),
         known_rows: Slots::default(),
         words: Vec::new(),
         exceptions: Vec::new(),
+        timelines: Timelines::default(),
         starts: Vec::new(),
         judge: Judge {
             every: Bits::full(services.count),
@@ -124,14 +156,21 @@ pub(super) fn build(
             verdicts: Vec::new(),
             counts: Vec::new(),
             of_service: vec![0; services.count],
+            chains: Chains::default(),
+            effort,
         },
     };
     let mut of_sides = Vec::with_capacity(classes.pairs());
     for source in classes.sources() {
         for destination in classes.destinations() {
-            let row = builder.row(&source, &destination).map_err(|more| {
-                let words = taken + builder.size() + more;
-                (Full { words }, builder.starts.len())
+            let row = builder.row(&source, &destination);
+            let row = row.map_err(|excess| match excess {
+                Excess::Words(more) => {
+                    let words = taken + builder.size() + more;
+                    Refused::Full(Full { words }, builder.starts.len())
+                }
+                Excess::Timeline(entries) => Refused::Timeline(entries),
+                Excess::Effort => Refused::Effort,
             })?;
             of_sides.push(row);
         }
@@ -139,6 +178,7 @@ pub(super) fn build(
     Ok(Rows {
         words: builder.words,
         exceptions: builder.exceptions,
+        timelines: builder.timelines,
         of_sides,
     })
 }
@@ -146,11 +186,11 @@ pub(super) fn build(
 impl Builder<'_> {
     /// Words that the rows so far take, at least.
     fn size(&self) -> usize {
-        self.words.len() + self.exceptions.len() * EXCEPTION_WORDS
+        self.words.len() + self.exceptions.len() * EXCEPTION_WORDS + self.timelines.size()
     }
 
-    /// The row of a pair, or the words that a new one would take where there is no room for it.
-    fn row(&mut self, source: &Side<'_>, destination: &Side<'_>) -> Result<u32, usize> {
+    /// The row of a pair.
+    fn row(&mut self, source: &Side<'_>, destination: &Side<'_>) -> Result<u32, Excess> {
         // The strongest; the destination's on ties.
         let guard = match (source.guard(), destination.guard()) {
             (Some(out), Some(into)) if out.mode > into.mode => Some(out),
@@ -160,7 +200,7 @@ impl Builder<'_> {
             guard,
             source,
             destination,
-            self.denial,
+            &self.facts,
             self.services,
             self.policy.defaults.mode,
         );
@@ -170,13 +210,59 @@ impl Builder<'_> {
             return Ok(*row);
         }
         let form = self.form(guard);
-        let default = self.judge.run(self.policy, self.services, guard, &self.key);
-        let row = self.number(default, form)?;
+        let unmatched = unmatched(self.policy, guard);
+        let default = if self.key.timed {
+            self.timed(unmatched)?
+        } else {
+            let rules = self.key.rules(&self.facts);
+            self.judge.run(self.services, unmatched, rules)
+        };
+        let row = self.number(default, form).map_err(Excess::Words)?;
         if self.known.size() + self.known.len() < REMEMBERED {
             self.known.intern(&self.key.words);
             self.row_of_key.push(row);
         }
         Ok(row)
+    }
+
+    /// Judges where some rule expires; returns the index of the row's default.
+    fn timed(&mut self, unmatched: Verdict) -> Result<usize, Excess> {
+        let judge = &mut self.judge;
+        judge.start();
+        judge.chains.clear();
+        for (rule, verdict) in self.key.rules(&self.facts) {
+            let until = self.facts.get(rule).map_or(NEVER, |fact| fact.until);
+            if !judge.chain(self.services, rule, verdict, until)? {
+                break;
+            }
+            // Each link is part of a timeline that the image is to have.
+            let least = timelines::least(&judge.chains);
+            if least > self.room {
+                return Err(Excess::Words(least.saturating_sub(self.timelines.size())));
+            }
+        }
+        judge.verdicts.clear();
+        judge.counts.clear();
+        judge.counts.resize(judge.chains.len(), 0);
+        for chain in &judge.of_service {
+            if let Some(count) = judge.counts.get_mut(*chain as usize) {
+                *count += 1;
+            }
+        }
+        for (chain, count) in (0u32..).zip(&judge.counts) {
+            // Rows and exceptions so far; the room for timelines is what they leave.
+            let taken = self.words.len() + self.exceptions.len() * EXCEPTION_WORDS;
+            let room = self.room.saturating_sub(taken + self.timelines.size());
+            judge.verdicts.push(match (chain, count) {
+                (NO_RULE, _) => unmatched,
+                (_, 0) => (0, 0),
+                _ => self
+                    .timelines
+                    .verdict(&judge.chains, chain, unmatched, room)
+                    .map_err(Excess::Words)?,
+            });
+        }
+        Ok(judge.default())
     }
 
     /// The verdict of denials of form.
@@ -243,79 +329,23 @@ impl Builder<'_> {
     }
 }
 
-impl Key {
-    fn fill(
-        &mut self,
-        guard: Option<Guard>,
-        source: &Side<'_>,
-        destination: &Side<'_>,
-        denial: &[Option<u32>],
-        services: &Services,
-        weakest: Mode,
-    ) {
-        self.pair += 1;
-        self.words.clear();
-        self.words.extend(guard.map_or([NO_MODE, 0], |guard| {
-            [sides::code(guard.mode), guard.segment]
-        }));
-        let mut sorted = true;
-        bits::common(source.rules, destination.rules, |rule| {
-            let kind = match denial.get(rule) {
-                Some(Some(denial)) => {
-                    sorted = false;
-                    match source.strength(*denial).min(destination.strength(*denial)) {
-                        NO_MODE => sides::code(weakest),
-                        strength => strength,
-                    }
-                }
-                _ => {
-                    let list = services.list(rule);
-                    match list.and_then(|list| self.seen.get_mut(list)) {
-                        Some(seen) if *seen == self.pair => return,
-                        Some(seen) => *seen = self.pair,
-                        None => {}
-                    }
-                    ALLOW
-                }
-            };
-            self.words.push(kind << KIND | super::word(rule));
-        });
-        if !sorted && let Some(rules) = self.words.get_mut(2..) {
-            rules.sort_unstable();
-        }
-    }
-
-    /// Each rule and its verdict, the one that decides first at first.
-    fn rules(&self) -> impl Iterator<Item = (usize, Verdict)> + '_ {
-        self.words.iter().skip(2).map(|word| {
-            let rule = word & ((1 << KIND) - 1);
-            let verdict = match sides::mode(word >> KIND) {
-                Some(mode) => (verdict_word(outcome(mode), Reason::RuleDeny), rule),
-                None => (verdict_word(Outcome::Allowed, Reason::RuleAllow), rule),
-            };
-            (rule as usize, verdict)
-        })
-    }
-}
-
 impl Judge {
-    /// Gives each service class its verdict; returns the index of the row's default.
+    /// Gives each service class its verdict, where no rule expires; returns the index of the row's
+    /// default.
     fn run(
         &mut self,
-        policy: &Policy,
         services: &Services,
-        guard: Option<Guard>,
-        key: &Key,
+        unmatched: Verdict,
+        rules: impl Iterator<Item = (usize, Verdict)>,
     ) -> usize {
-        self.left.copy(&self.every);
+        self.start();
         self.verdicts.clear();
         self.counts.clear();
-        self.of_service.fill(0);
-        self.verdicts.push(unmatched(policy, guard));
+        self.verdicts.push(unmatched);
         self.counts.push(0);
         // Each rule takes what those before it left.
         let mut left = services.count;
-        for (rule, verdict) in key.rules() {
+        for (rule, verdict) in rules {
             let Some(matched) = services.of_rule(rule) else {
                 continue;
             };
@@ -340,10 +370,54 @@ impl Judge {
         if let Some(unmatched) = self.counts.first_mut() {
             *unmatched = left;
         }
+        self.default()
+    }
+
+    /// Before the first rule.
+    fn start(&mut self) {
+        self.left.copy(&self.every);
+        self.of_service.fill(NO_RULE);
+    }
+
+    /// The rule takes over, where those before it end; `false` when they leave nothing to later ones.
+    fn chain(
+        &mut self,
+        services: &Services,
+        rule: usize,
+        verdict: Verdict,
+        until: u64,
+    ) -> Result<bool, Excess> {
+        let Some(matched) = services.of_rule(rule) else {
+            return Ok(true);
+        };
+        let mut excess = None;
+        let mut looks = 0;
+        let (chains, of_service) = (&mut self.chains, &mut self.of_service);
+        bits::common(self.left.words(), matched.words(), |class| {
+            looks += 1;
+            if let Some(chain) = of_service.get_mut(class) {
+                match chains.then(*chain, super::word(rule), verdict, until) {
+                    Ok(next) => *chain = next,
+                    Err(entries) => excess = Some(entries),
+                }
+            }
+        });
+        if let Some(entries) = excess {
+            return Err(Excess::Timeline(entries));
+        }
+        self.effort = self.effort.checked_sub(looks).ok_or(Excess::Effort)?;
+        if until == NEVER {
+            self.left.take(matched, |_| {});
+        }
+        Ok(self.left.words().iter().any(|word| *word != 0))
+    }
+
+    /// The index of the verdict of most service classes.
+    fn default(&self) -> usize {
         // The verdict of most service classes is the row's default, so that an `any` costs no
         // more than a single port. Of equally frequent ones the unmatched, then the smallest.
         let most = self.counts.iter().max().copied().unwrap_or(0);
-        if left == most {
+        if self.counts.first() == Some(&most) {
             return 0;
         }
         let frequent = self.verdicts.iter().zip(&self.counts).enumerate();

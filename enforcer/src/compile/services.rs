@@ -7,7 +7,7 @@ use enforcer_common::image::{self, LEAF};
 use crate::policy::model::{Action, Policy, Rule, Service, TUNNEL_PROTOCOLS};
 
 use super::{
-    SCRATCH, Stop,
+    Failsafe, SCRATCH, Stop,
     bits::{self, Bits},
     intern::Interner,
     writer::{Full, Writer},
@@ -24,6 +24,8 @@ pub(super) struct Services {
     of_list: Vec<Bits>,
     /// Per rule, its list.
     list_of_rule: Vec<usize>,
+    /// Per failsafe, its list.
+    list_of_failsafe: Vec<usize>,
     /// Per index of the service table: first selectors, ascending from 0, and their class.
     table: Vec<Vec<(u32, u32)>>,
 }
@@ -62,6 +64,22 @@ fn parts(rule: &Rule) -> Parts {
             Service::Protocol(number) => parts.push((usize::from(number), WHOLE.0, WHOLE.1)),
         }
     }
+    unite(parts)
+}
+
+fn failsafe_parts(failsafe: &Failsafe) -> Parts {
+    let ports = failsafe.ports.iter();
+    unite(
+        ports
+            .map(|(transport, first, last)| {
+                let index = usize::from(transport.number());
+                (index, u32::from(*first), u32::from(*last))
+            })
+            .collect(),
+    )
+}
+
+fn unite(mut parts: Parts) -> Parts {
     parts.sort_unstable();
     // Unite what overlaps or touches, so that a sweep meets each part's ends once.
     let mut united: Parts = Vec::with_capacity(parts.len());
@@ -84,13 +102,14 @@ fn icmp(index: usize, kind: u8, code: Option<u8>) -> (usize, u32, u32) {
 }
 
 impl Services {
-    pub(super) fn new(policy: &Policy) -> Result<Self, Stop> {
+    pub(super) fn new(policy: &Policy, failsafes: &[Failsafe]) -> Result<Self, Stop> {
         let mut lists: Vec<Parts> = Vec::new();
         let mut known: HashMap<Parts, usize> = HashMap::new();
         let mut list_of_rule = Vec::with_capacity(policy.rules.len());
         let mut size = 0;
-        for rule in &policy.rules {
-            let list = match known.entry(parts(rule)) {
+        let of_rules = policy.rules.iter().map(parts);
+        for parts in of_rules.chain(failsafes.iter().map(failsafe_parts)) {
+            let list = match known.entry(parts) {
                 Entry::Occupied(entry) => *entry.get(),
                 Entry::Vacant(entry) => {
                     size += entry.key().len();
@@ -104,6 +123,7 @@ impl Services {
             list_of_rule.push(list);
         }
         drop(known);
+        let list_of_failsafe = list_of_rule.split_off(policy.rules.len());
 
         let mut points: Vec<Vec<(u32, usize)>> = vec![Vec::new(); PROTOCOLS];
         for (list, parts) in lists.iter().enumerate() {
@@ -139,6 +159,7 @@ impl Services {
             count,
             of_list,
             list_of_rule,
+            list_of_failsafe,
             table,
         })
     }
@@ -156,6 +177,16 @@ impl Services {
     /// The classes that the rule matches.
     pub(super) fn of_rule(&self, rule: usize) -> Option<&Bits> {
         self.of_list.get(self.list(rule)?)
+    }
+
+    /// Bit `i` says that failsafe `i` names the class.
+    pub(super) fn failsafes_of(&self, class: usize) -> u32 {
+        let lists = (0..).zip(&self.list_of_failsafe);
+        let naming = lists.filter(|(_, list)| {
+            let bits = self.of_list.get(**list);
+            bits.is_some_and(|bits| bits.contains(class))
+        });
+        naming.fold(0, |bits, (number, _): (u32, _)| bits | 1 << number)
     }
 
     /// Writes the trie, nodes first; returns the offset of the table.

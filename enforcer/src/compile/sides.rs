@@ -2,7 +2,7 @@
 //!
 //! Two sets that no rule, guard or strength tells apart are one class. What a set means differs
 //! by the side of the flow it stands on, so a class is a pair: its behaviour as source and its
-//! behaviour as destination.
+//! behaviour as destination; and its marks, which say what passes before any rule.
 //!
 //! The sets themselves are never stored: there may be as many as there are members, each as long
 //! as there are segments. What is kept follows the sweep, one segment entered or left at a time.
@@ -11,14 +11,15 @@ use std::collections::{BTreeSet, HashMap};
 
 use enforcer_common::image::header;
 
-use crate::policy::model::{Action, Mode, Policy};
+use crate::policy::model::{Action, Environment, Mode, Policy};
 
 use super::{
     SCRATCH, Stop,
     bits::Bits,
     intern::Interner,
     intervals::{self, Follow},
-    writer::Full,
+    marks::Marks,
+    writer::{Full, Writer},
 };
 
 /// The strongest segment that guards one side of a flow.
@@ -250,6 +251,9 @@ pub(super) struct Classes {
     rules: usize,
     /// Per class, its (source, destination) behaviour.
     pub(super) classes: Vec<(u32, u32)>,
+    /// Per class, the number of its marks.
+    marks_of: Vec<u32>,
+    marks: Marks,
 }
 
 impl Classes {
@@ -261,6 +265,11 @@ impl Classes {
     /// Behaviours as destination.
     pub(super) fn destinations(&self) -> impl Iterator<Item = Side<'_>> {
         self.sides(&self.destinations)
+    }
+
+    /// Writes what there is to say of each class beside the rules.
+    pub(super) fn write_marks(&self, writer: &mut Writer) -> Result<(), Full> {
+        self.marks.write(&self.marks_of, writer)
     }
 
     /// Pairs of behaviours.
@@ -285,22 +294,31 @@ pub(super) struct Classifier<'a> {
     /// Real segments in the set.
     inside: usize,
     policy: &'a Policy,
-    of_pair: HashMap<(u32, u32), u32>,
+    marks: Marks,
+    of_behaviour: HashMap<(u32, u32, u32), u32>,
     classes: Vec<(u32, u32)>,
+    marks_of: Vec<u32>,
     /// Words that an image may have.
     limit: usize,
 }
 
 impl<'a> Classifier<'a> {
     /// `denial` says of each rule its number among the deny rules ([`denials`]).
-    pub(super) fn new(policy: &'a Policy, denial: &'a [Option<u32>], limit: usize) -> Self {
+    pub(super) fn new(
+        policy: &'a Policy,
+        env: &Environment,
+        denial: &'a [Option<u32>],
+        limit: usize,
+    ) -> Self {
         Self {
             sources: Tracker::new(policy, true, denial),
             destinations: Tracker::new(policy, false, denial),
             inside: 0,
             policy,
-            of_pair: HashMap::new(),
+            marks: Marks::new(policy, env),
+            of_behaviour: HashMap::new(),
             classes: Vec::new(),
+            marks_of: Vec::new(),
             limit,
         }
     }
@@ -317,6 +335,8 @@ impl<'a> Classifier<'a> {
             destinations: self.destinations.known,
             rules: self.policy.rules.len(),
             classes: self.classes,
+            marks_of: self.marks_of,
+            marks: self.marks,
         }
     }
 }
@@ -325,6 +345,7 @@ impl Follow for Classifier<'_> {
     fn toggle(&mut self, segment: u32, entered: bool) {
         self.sources.toggle(segment, entered);
         self.destinations.toggle(segment, entered);
+        self.marks.toggle(segment, entered);
         if (segment as usize) < self.policy.segments.len() {
             let before = self.inside;
             self.inside = if entered {
@@ -341,18 +362,22 @@ impl Follow for Classifier<'_> {
 
     fn number(&mut self) -> Result<u32, Stop> {
         let pair = (self.sources.number(), self.destinations.number());
-        if let Some(known) = self.of_pair.get(&pair) {
+        let marks = self.marks.number();
+        let behaviour = (pair.0, pair.1, marks);
+        if let Some(known) = self.of_behaviour.get(&behaviour) {
             return Ok(*known);
         }
         let number = super::word(self.classes.len());
-        self.of_pair.insert(pair, number);
+        self.of_behaviour.insert(behaviour, number);
         self.classes.push(pair);
+        self.marks_of.push(marks);
         // The matrix of pairs alone.
         let words = self.classes.len() * self.classes.len() + header::WORDS as usize;
         if words > self.limit {
             return Err(Full { words }.into());
         }
-        if self.sources.known.size() + self.destinations.known.size() > SCRATCH {
+        let sides = self.sources.known.size() + self.destinations.known.size();
+        if sides + self.marks.size() > SCRATCH {
             return Err(Stop::Complex);
         }
         Ok(number)

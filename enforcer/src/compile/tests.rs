@@ -10,7 +10,7 @@ use proptest::{collection::vec, prelude::*};
 
 use crate::policy::{
     arbitrary,
-    model::{Action, Policy, Service, TUNNEL_PROTOCOLS},
+    model::{Action, Policy, Service, TUNNEL_PROTOCOLS, Transport},
 };
 
 use super::{
@@ -18,6 +18,8 @@ use super::{
     services::Services,
     *,
 };
+
+mod limits;
 
 /// The address half of an image, all other tables left out.
 fn address_image(v4: &Intervals, v6: &Intervals) -> Vec<u32> {
@@ -150,7 +152,7 @@ proptest! {
         env in arbitrary::environment(),
     ) {
         let mut sets = Sets::default();
-        let sweep = sweep(&policy, &env, &mut sets).unwrap();
+        let sweep = sweep(&policy, &env, &[], &mut sets).unwrap();
         prop_assert!(sets.current.is_empty());
         let check = |ip: IpAddr, found: Option<u32>| {
             let mut expected: Vec<u32> = policy.segments_of(ip).iter().map(|s| s.0).collect();
@@ -159,6 +161,10 @@ proptest! {
             }
             if crate::policy::model::is_multicast(ip) {
                 expected.push(intervals::multicast(&policy));
+            }
+            // No address of the strategies is link-local or loopback.
+            if env.host_addresses.contains(&ip) {
+                expected.push(intervals::own(&policy));
             }
             prop_assert_eq!(&sets.known[found.unwrap() as usize], &expected, "{}", ip);
             Ok(())
@@ -231,7 +237,7 @@ proptest! {
 
     #[test]
     fn service_classes_agree_with_the_rules_at_every_point(policy in arbitrary::policy()) {
-        let services = Services::new(&policy).unwrap();
+        let services = Services::new(&policy, &[]).unwrap();
         let mut writer = Writer::new(image::largest() as usize);
         let at = services.write(&mut writer).unwrap();
         writer.set(header::SERVICES, at);
@@ -387,12 +393,21 @@ proptest! {
         policy in arbitrary::policy(),
         env in arbitrary::environment(),
     ) {
-        let whole = compile(&policy, &env, &Options::default()).unwrap();
+        let options = Options {
+            ethertypes: vec![1, 0x8847],
+            failsafes: vec![Failsafe {
+                sources: vec!["10.0.0.0/23".parse().unwrap()],
+                ports: vec![(Transport::Tcp, 22, 80)],
+                interfaces: vec!["eth*".parse().unwrap()],
+            }],
+            ..Options::default()
+        };
+        let whole = compile(&policy, &env, &options).unwrap();
         let length = whole.words().len();
-        let exact = compile_within(&policy, &env, &Options::default(), length);
+        let exact = compile_within(&policy, &env, &options, length, EFFORT);
         prop_assert_eq!(exact.as_ref(), Ok(&whole));
         for limit in [length - 1, length / 2, 100] {
-            let error = compile_within(&policy, &env, &Options::default(), limit).unwrap_err();
+            let error = compile_within(&policy, &env, &options, limit, EFFORT).unwrap_err();
             let CompileError::TooLarge { words, limit: said, classes, .. } = error else {
                 panic!("{error}");
             };

@@ -99,6 +99,11 @@ impl Clock {
         }
     }
 
+    /// Unix seconds that the time of rules does not go back behind.
+    pub fn floor(&self) -> u64 {
+        self.told.map_or(0, |told| told.unix_floor)
+    }
+
     /// What to say about a clock that was set back.
     pub fn warning(&self) -> Option<String> {
         let told = self.told?;

@@ -209,6 +209,7 @@ impl Control {
             board.socket_hooks = self.links.socket_hooks();
             board.socket_hooks_reason = self.links.hooks_reason();
             board.warnings = warnings;
+            board.unix_floor = self.clock.floor();
             board.problems = problems.into_iter().flatten().collect();
         });
     }

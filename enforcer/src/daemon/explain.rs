@@ -8,7 +8,7 @@ use enforcer_common::{
 };
 
 use crate::{
-    api::types::{ExplainRequest, Explanation},
+    api::types::{ExplainRequest, Explanation, Time},
     compile::Image,
     events::enrich::because,
     policy::{model::Policy, parse},
@@ -35,13 +35,12 @@ pub fn one_flow(request: &ExplainRequest) -> Result<(), String> {
     Ok(())
 }
 
-/// Unix seconds.
-fn now() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    now.map_or(0, |time| time.as_secs())
+/// The present in Unix seconds.
+pub fn now() -> u64 {
+    u64::try_from(Time::now().0.as_second()).unwrap_or(0)
 }
 
-/// What `image`, compiled from `policy`, says about a flow.
+/// What `image`, compiled from `policy`, says about a flow at `unix`, in Unix seconds.
 ///
 /// # Errors
 /// In words, when the request does not name one flow.
@@ -49,6 +48,7 @@ pub fn explain(
     policy: &Policy,
     image: &Image,
     request: &ExplainRequest,
+    unix: u64,
 ) -> Result<Explanation, String> {
     one_flow(request)?;
     let (from, to) = (request.from, request.to);
@@ -61,7 +61,7 @@ pub fn explain(
             protocol,
             selector,
         },
-        now(),
+        unix,
     );
     let why = because(policy, decision.reason, decision.rule, decision.segment);
     let (verdict, strength) = match decision.outcome {

@@ -110,8 +110,9 @@ impl Meaning {
 
 /// Whether an image depends on which interfaces there are: most do not, and need not be made anew
 /// for every container that comes or goes.
-fn names_interfaces(_policy: &Policy, settings: &Settings) -> bool {
-    settings.names_interfaces()
+fn names_interfaces(policy: &Policy, settings: &Settings) -> bool {
+    let segments = &policy.segments;
+    settings.names_interfaces() || segments.iter().any(|s| !s.interfaces.is_empty())
 }
 
 impl Reloads {

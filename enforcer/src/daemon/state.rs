@@ -19,7 +19,7 @@ use crate::{
     settings::{Settings, essentials_off, ethertype_name},
 };
 
-use super::explain::explain;
+use super::explain::{explain, now};
 
 /// The policy that judges packets.
 #[derive(Debug)]
@@ -53,6 +53,8 @@ pub struct Board {
     pub addresses: BTreeSet<IpAddr>,
     /// What somebody should look at.
     pub warnings: Vec<String>,
+    /// Unix seconds that the time of rules does not go back behind.
+    pub unix_floor: u64,
     /// Other things that are wrong.
     pub problems: Vec<String>,
     /// Tasks that ended before their time.
@@ -106,7 +108,9 @@ impl Shared {
     /// In words, when the request does not name one flow.
     pub fn explain(&self, request: &ExplainRequest) -> Result<Explanation, String> {
         let live = self.live();
-        let mut explanation = explain(&live.policy, &live.image, request)?;
+        // As the kernel has it: not behind what rules have seen.
+        let unix = now().max(self.note(|board| board.unix_floor));
+        let mut explanation = explain(&live.policy, &live.image, request, unix)?;
         explanation.generation = Some(live.image.generation());
         explanation.policy = live.path.display().to_string();
         Ok(explanation)

@@ -12,7 +12,11 @@ use enforcer_common::{
     wire::{Event, Process},
 };
 
-use super::{Generations, cgroups::Cgroups, detail::detail};
+use super::{
+    Generations,
+    cgroups::Cgroups,
+    detail::{Seen, detail},
+};
 use crate::{
     api::types::{Default as DenyDefault, Denial, ProcessInfo, Time, Verdict},
     clock::Sample,
@@ -166,16 +170,22 @@ impl Enricher {
         };
         let from_segments = names(addresses.map(|(source, _)| source));
         let to_segments = names(addresses.map(|(_, destination)| destination));
-        let source = addresses.map(|(source, _)| source);
+        let time = clock.wall(event.time);
+        let seen = Seen {
+            rule: event.rule,
+            source: addresses.map(|(source, _)| source),
+            unix: time.0.as_second(),
+        };
+        let own = |ip| self.local.addresses().contains(&ip);
         let detail = policy
             .as_ref()
-            .and_then(|policy| detail(policy, event.reason().name(), event.rule, source));
+            .and_then(|policy| detail(policy, event.reason(), &seen, own));
         let transport = matches!(event.protocol, 6 | 17 | 132) && addresses.is_some();
         let port = |port: u16| transport.then_some(port);
         let icmp = matches!(event.protocol, 1 | 58) && addresses.is_some();
         let [icmp_type, icmp_code] = event.selector.to_be_bytes();
         Denial {
-            time: clock.wall(event.time),
+            time,
             verdict: match event.outcome() {
                 Outcome::Denied => Verdict::Denied,
                 // The other two are not recorded.

@@ -10,15 +10,27 @@ use std::{
 };
 
 use proptest::{
-    collection::{btree_set, vec},
+    collection::{btree_map, btree_set, vec},
+    option,
     prelude::*,
     sample::{Index, select},
 };
 
-use super::model::{
-    Action, AddrRange, Defaults, Endpoints, Environment, FlowQuery, Group, Member, Mode, Origin,
-    Policy, Protect, Rule, Segment, SegmentId, Service, TUNNEL_PROTOCOLS, Transport, Unsegmented,
+use super::{
+    model::{
+        Action, AddrRange, Defaults, Endpoints, Environment, FlowQuery, Group, Member, Mode,
+        Origin, Policy, Protect, Rule, Segment, SegmentId, Service, Session, TUNNEL_PROTOCOLS,
+        Transport, Unsegmented,
+    },
+    pattern::Pattern,
 };
+
+/// Unix seconds at which rules of [`policy`] expire.
+pub const INSTANTS: [u64; 4] = [1_000, 2_000, 2_001, 1 << 33];
+/// Names of the interfaces of [`environment`].
+pub const INTERFACES: [&str; 6] = ["eth0", "eth1", "eth0.20", "veth1", "veth22", "lo0"];
+/// What segments of [`policy`] may call them.
+const PATTERNS: [&str; 7] = ["eth0", "eth1", "eth*", "veth?", "*.20", "*", "wlan0"];
 
 /// Free bits of an address of the universe.
 const BITS: u32 = 10;
@@ -120,15 +132,23 @@ fn protect() -> impl Strategy<Value = Protect> {
 }
 
 fn segment(index: usize) -> impl Strategy<Value = Segment> {
-    (vec(member(), 1..4), mode(), protect()).prop_map(move |(members, mode, protect)| Segment {
+    let parts = (vec(member(), 1..4), mode(), protect(), interfaces(0.3));
+    parts.prop_map(move |(members, mode, protect, interfaces)| Segment {
         name: format!("s{index}"),
         description: String::new(),
         members,
         mode,
         protect,
-        interfaces: vec![],
+        interfaces,
         origin: origin("random.yaml", line(index, 10)),
     })
+}
+
+/// Patterns; none but in this share of cases.
+pub fn interfaces(share: f64) -> impl Strategy<Value = Vec<Pattern>> {
+    let pattern = select(PATTERNS.to_vec()).prop_map(|text| text.parse().ok());
+    let some = vec(pattern, 1..4).prop_map(|list| list.into_iter().flatten().collect());
+    option::weighted(share, some).prop_map(Option::unwrap_or_default)
 }
 
 /// Lines that differ from thing to thing, so that mixing up origins shows.
@@ -137,12 +157,18 @@ fn line(index: usize, base: u32) -> u32 {
 }
 
 fn service() -> impl Strategy<Value = Service> {
-    let transport = select(vec![Transport::Tcp, Transport::Udp, Transport::Sctp]);
+    let transport = select(vec![
+        Transport::Tcp,
+        Transport::Udp,
+        Transport::Sctp,
+        Transport::UdpLite,
+    ]);
     let edge = select(vec![
         0u16, 1, 79, 80, 81, 443, 1023, 1024, 8000, 65_534, 65_535,
     ]);
     let icmp = select(vec![0u8, 3, 8, 13, 255]);
     let icmpv6 = select(vec![1u8, 128, 129, 135, 255]);
+    let code = option::weighted(0.5, select(vec![0u8, 1, 4, 255]));
     let mut protocols = vec![0u8, 2, 5, 7, 46, 59, 89, 112, 138, 255];
     protocols.extend(TUNNEL_PROTOCOLS);
     prop_oneof![
@@ -152,8 +178,8 @@ fn service() -> impl Strategy<Value = Service> {
             first: a.min(b),
             last: a.max(b),
         }),
-        2 => icmp.prop_map(|kind| Service::Icmp { kind, code: None }),
-        2 => icmpv6.prop_map(|kind| Service::Icmpv6 { kind, code: None }),
+        2 => (icmp, code.clone()).prop_map(|(kind, code)| Service::Icmp { kind, code }),
+        2 => (icmpv6, code).prop_map(|(kind, code)| Service::Icmpv6 { kind, code }),
         3 => select(protocols).prop_map(Service::Protocol),
     ]
 }
@@ -236,7 +262,17 @@ fn expand_groups(seeds: &[(Vec<Index>, bool)], segment_count: u32) -> Vec<Group>
 }
 
 /// A rule before its sides are resolved.
-type RuleSeed = (Side, Side, Vec<Service>, bool);
+type RuleSeed = (Side, Side, Vec<Service>, bool, Option<u64>, Option<Session>);
+
+fn session() -> impl Strategy<Value = Session> {
+    let bound = || select(vec![1u32, 60, 900]);
+    prop_oneof![
+        bound().prop_map(|max| (Some(max), None)),
+        bound().prop_map(|idle| (None, Some(idle))),
+        (bound(), bound()).prop_map(|(a, b)| (Some(a.max(b)), Some(a.min(b)))),
+    ]
+    .prop_map(|(max, idle)| Session { max, idle })
+}
 
 fn rule_seeds() -> impl Strategy<Value = Vec<RuleSeed>> {
     vec(
@@ -245,6 +281,8 @@ fn rule_seeds() -> impl Strategy<Value = Vec<RuleSeed>> {
             side(),
             vec(service(), 1..4),
             prop::bool::weighted(0.3),
+            option::weighted(0.35, select(INSTANTS.to_vec())),
+            option::weighted(0.25, session()),
         ),
         0..10,
     )
@@ -268,14 +306,14 @@ pub fn policy() -> impl Strategy<Value = Policy> {
             let rules = rules
                 .iter()
                 .enumerate()
-                .map(|(i, (from, to, services, deny))| Rule {
+                .map(|(i, (from, to, services, deny, expires, session))| Rule {
                     name: format!("r{i}"),
                     from: from.resolve(count, &groups),
                     to: to.resolve(count, &groups),
                     services: services.clone(),
                     action: if *deny { Action::Deny } else { Action::Allow },
-                    expires: None,
-                    session: None,
+                    expires: *expires,
+                    session: session.filter(|_| !*deny),
                     origin: origin("random.yaml", line(i, 200)),
                 })
                 .collect();
@@ -290,10 +328,33 @@ pub fn policy() -> impl Strategy<Value = Policy> {
     )
 }
 
+/// The policy without what asks for more than a flow's addresses and service: `interfaces`,
+/// `expires`, `session`.
+pub fn plain(mut policy: Policy) -> Policy {
+    for segment in &mut policy.segments {
+        segment.interfaces.clear();
+    }
+    for rule in &mut policy.rules {
+        rule.expires = None;
+        rule.session = None;
+    }
+    policy
+}
+
+/// Times around the instants of the policies.
+pub fn time() -> impl Strategy<Value = u64> {
+    let mut times = BTreeSet::from([0, 1, u64::MAX - 1]);
+    times.extend(INSTANTS.iter().flat_map(|at| [at - 1, *at, at + 1]));
+    select(times.into_iter().collect::<Vec<_>>())
+}
+
 /// Environments whose host addresses lie in the universe.
 pub fn environment() -> impl Strategy<Value = Environment> {
-    btree_set((any::<bool>(), 0..=LAST), 0..4).prop_map(|seeds| Environment {
-        host_addresses: seeds
+    let slot = select(vec![1u32, 2, 31, 32, 33, 1023]);
+    let interfaces = btree_map(slot, select(INTERFACES.map(str::to_owned).to_vec()), 0..5);
+    let addresses = btree_set((any::<bool>(), 0..=LAST), 0..4);
+    (addresses, interfaces).prop_map(|(addresses, interfaces)| Environment {
+        host_addresses: addresses
             .into_iter()
             .map(|(is_v6, o)| {
                 if is_v6 {
@@ -303,7 +364,7 @@ pub fn environment() -> impl Strategy<Value = Environment> {
                 }
             })
             .collect(),
-        ..Environment::default()
+        interfaces,
     })
 }
 
@@ -387,8 +448,8 @@ fn point(policy: &Policy) -> impl Strategy<Value = (u8, u16)> + use<> {
                     points.extend(near.map(|port| (protocol, port)));
                 }
             }
-            Service::Icmp { kind, .. } => around(&mut points, 1, kind),
-            Service::Icmpv6 { kind, .. } => around(&mut points, 58, kind),
+            Service::Icmp { kind, code } => around(&mut points, 1, kind, code),
+            Service::Icmpv6 { kind, code } => around(&mut points, 58, kind, code),
             Service::Protocol(number) => {
                 // Only protocols without ports or types: their selector is 0.
                 let near = [number.saturating_sub(1), number, number.saturating_add(1)];
@@ -403,7 +464,12 @@ fn point(policy: &Policy) -> impl Strategy<Value = (u8, u16)> + use<> {
     select(points.into_iter().collect::<Vec<_>>())
 }
 
-fn around(points: &mut BTreeSet<(u8, u16)>, protocol: u8, kind: u8) {
+fn around(points: &mut BTreeSet<(u8, u16)>, protocol: u8, kind: u8, code: Option<u8>) {
+    if let Some(code) = code {
+        for near in [code.saturating_sub(1), code, code.saturating_add(1)] {
+            points.insert((protocol, u16::from(kind) << 8 | u16::from(near)));
+        }
+    }
     for near in [kind.saturating_sub(1), kind, kind.saturating_add(1)] {
         points.insert((protocol, u16::from(near) << 8));
         points.insert((protocol, u16::from(near) << 8 | 0xff));
@@ -411,57 +477,4 @@ fn around(points: &mut BTreeSet<(u8, u16)>, protocol: u8, kind: u8) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::policy::reference::{Reason, judge};
-
-    proptest! {
-        #[test]
-        fn what_is_drawn_is_valid(p in policy()) {
-            for s in &p.segments {
-                prop_assert!(!s.members.is_empty());
-                for m in &s.members {
-                    prop_assert!(m.except.iter().all(|e| m.range.contains_range(e)));
-                }
-            }
-            for r in &p.rules {
-                prop_assert!(!r.services.is_empty());
-                let ids = r.from.segments.iter().chain(&r.to.segments);
-                prop_assert!(ids.into_iter().all(|id| p.segment(*id).is_some()));
-            }
-        }
-
-        #[test]
-        fn a_judgement_is_explained((p, env, q) in policy().prop_flat_map(|p| {
-            let query = query(&p);
-            (Just(p), environment(), query)
-        })) {
-            let j = judge(&p, &env, &q, 0);
-            prop_assert_eq!(
-                j.rule.is_some(),
-                matches!(j.reason, Reason::RuleAllow | Reason::RuleDeny)
-            );
-            prop_assert_eq!(j.guard.is_some(), j.reason == Reason::DefaultDeny);
-        }
-    }
-
-    /// The strategies are worth nothing if they never reach some clause of the decision.
-    #[test]
-    fn every_reason_comes_up() {
-        use proptest::{strategy::ValueTree, test_runner::TestRunner};
-        let mut runner = TestRunner::deterministic();
-        let mut seen = std::collections::HashMap::new();
-        for _ in 0..400 {
-            let p = policy().new_tree(&mut runner).unwrap().current();
-            let env = environment().new_tree(&mut runner).unwrap().current();
-            let strategy = query(&p);
-            for _ in 0..8 {
-                let q = strategy.new_tree(&mut runner).unwrap().current();
-                let j = judge(&p, &env, &q, 0);
-                *seen.entry((j.reason, j.outcome)).or_insert(0) += 1;
-            }
-        }
-        assert_eq!(seen.len(), 11, "{seen:?}");
-        assert!(seen.values().all(|n| *n >= 20), "{seen:?}");
-    }
-}
+mod tests;

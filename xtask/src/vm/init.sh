@@ -11,7 +11,9 @@ mount -t tmpfs run /run
 mount -t tmpfs tmp /tmp
 mount -t bpf bpf /sys/fs/bpf
 mount -t cgroup2 cgroup /sys/fs/cgroup
-mkdir -p /dev/pts /run/lock
+mkdir -p /dev/pts /dev/net /run/lock
+# Opening it loads the module, which would make it.
+[ -e /dev/net/tun ] || mknod /dev/net/tun c 10 200
 mount -t devpts pts /dev/pts
 [ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
 ip link set lo up

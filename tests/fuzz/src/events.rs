@@ -1,0 +1,11 @@
+//! Fuzzes `events`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(
+    init: {
+        enforcer_tests::fuzz::prepare(enforcer_fuzz::target("events"));
+    },
+    |data: &[u8]| {
+        (enforcer_fuzz::target("events").run)(data);
+    }
+);
