@@ -14,7 +14,7 @@ use std::{
 };
 
 use enforcer_tests::{
-    daemon::{LONG, Setup, wait_for},
+    daemon::{LONG, Setup},
     frame, kernel,
     netns::Pair,
 };
@@ -203,9 +203,11 @@ impl Bench {
         if changed {
             let answer = self.ask("POST /v1/reload");
             assert!(answer.contains("generation"), "{answer}");
-            wait_for("the new generation", LONG, || {
-                (self.generation() != before).then_some(())
-            });
+            let start = Instant::now();
+            while self.generation() == before {
+                assert!(start.elapsed() < LONG, "{answer}: {}", self.status());
+                thread::sleep(Duration::from_millis(5));
+            }
         }
     }
 

@@ -9,7 +9,9 @@
     reason = "a test fails by panicking"
 )]
 
+mod addresses;
 mod bench;
+mod devices;
 mod extension_headers;
 mod fragments;
 mod ip_header;

@@ -92,6 +92,16 @@ impl Sender {
         self
     }
 
+    /// Sends what this host itself may refuse: `false` if it does.
+    pub fn try_send(&self, frame: &[u8]) -> bool {
+        match send(self.0.as_raw_fd(), frame, MsgFlags::empty()) {
+            Ok(_) => true,
+            // A drop on the way out.
+            Err(Errno::ENOBUFS) => false,
+            Err(error) => panic!("{error}: a frame of {} bytes", frame.len()),
+        }
+    }
+
     pub fn send(&self, frame: &[u8]) {
         let start = Instant::now();
         loop {
@@ -159,6 +169,10 @@ impl Receiver {
                 } else {
                     usize::from(bytes[0] & 15) * 4
                 };
+                // A host's complaint to itself quotes the packet.
+                if (*protocol, bytes[at]) == (1, 3) {
+                    continue;
+                }
                 let port = match protocol {
                     6 | 17 | 132 | 136 => u16::from_be_bytes([bytes[at + 2], bytes[at + 3]]),
                     _ => 0,
