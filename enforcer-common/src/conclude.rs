@@ -146,8 +146,11 @@ pub fn conclude<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan)
                     reversed = true;
                 }
             }
-            // What is essential needs no entry.
-            if decision.outcome.passes() && decision.reason != Reason::Essential {
+            // What is essential needs no entry. The reply of a failsafe's flow gets none either: it
+            // would make its sender the opener, whom the next policy need not let go on.
+            let reply = decision.reason == Reason::Failsafe && plan.ifindex == 0;
+            let entered = decision.reason != Reason::Essential && !reply;
+            if decision.outcome.passes() && entered {
                 insert_failed = !enter(table, scene, plan, reversed);
             }
         }

@@ -136,12 +136,17 @@ fn a_session_of_a_failsafe_outlives_whatever_the_policy_says() {
     }
     reload(&daemon, AT_ETH0, 1);
     all("bound to an interface");
-    // The flow tables are gone with the daemon; the server speaks first.
+    // The flow tables are gone with the daemon; the server speaks first. What it says makes it no
+    // opener of a flow, which the next policy would end.
     for when in ["another daemon", "and another"] {
         let (setup, _) = daemon.stop();
         daemon = setup.start();
         let [replied] = moved(&daemon, [("tc_egress", "allowed", "failsafe")], || all(when));
         assert!(replied >= 2, "{when}: {replied}");
+        daemon.swap(&open());
+        all(when);
+        daemon.swap(&denied());
+        all(when);
     }
     assert_eq!(daemon.counted("", "denied", "revoked"), 0);
     // Without the failsafe it ends at once.
@@ -290,6 +295,13 @@ fn datagrams_of_a_failsafe_are_answered_whatever_the_policy_says() {
         server.send_to(b"late", to).unwrap();
         let (length, _) = client.recv_from(&mut bytes).unwrap();
         assert_eq!(bytes[..length], *b"late");
+    }
+    daemon.swap(&denied());
+    for (server, client) in servers.iter().zip(&clients) {
+        let to = client.local_addr().unwrap();
+        server.send_to(b"later", to).unwrap();
+        let (length, _) = client.recv_from(&mut bytes).unwrap();
+        assert_eq!(bytes[..length], *b"later");
     }
     assert_eq!(daemon.counted("", "denied", ""), 0, "{:#?}", daemon.denials(&[]));
 }

@@ -109,6 +109,11 @@ fn an_address_that_moves_to_another_segment_loses_the_old_rights_at_once() {
 
     // The two change places.
     daemon.swap(&moving(3, 2));
+    lab.all(&daemon, &udp(2, 7000), "denied", "revoked");
+    lab.all(&daemon, &udp(3, 7000), "allowed", "rule_allow");
+    lab.all(&daemon, &udp(2, 7001), "allowed", "rule_allow");
+    let syn = [false, true].map(|v6| packet(v6, 2, 1, 6, &frame::tcp(43_001, 7000, frame::SYN)));
+    lab.all(&daemon, &syn, "denied", "default_deny");
     for session in &mut sessions {
         session.set_read_timeout(Some(QUIET)).unwrap();
         let [revoked] = moved(&daemon, [("tc_ingress", "denied", "revoked")], || {
@@ -116,14 +121,15 @@ fn an_address_that_moves_to_another_segment_loses_the_old_rights_at_once() {
         });
         assert!(revoked >= 1);
     }
-    lab.all(&daemon, &udp(2, 7000), "denied", "revoked");
-    lab.all(&daemon, &udp(3, 7000), "allowed", "rule_allow");
-    lab.all(&daemon, &udp(2, 7001), "allowed", "rule_allow");
-    let syn = [false, true].map(|v6| packet(v6, 2, 1, 6, &frame::tcp(43_001, 7000, frame::SYN)));
-    lab.all(&daemon, &syn, "denied", "default_deny");
-    // Taken out altogether, it has none.
+    // Taken out altogether, it has none. (The sessions still try.)
     daemon.swap(&moving(3, 9));
-    lab.all(&daemon, &udp(2, 7001), "denied", "revoked");
+    for packet in udp(2, 7001) {
+        lab.send(&packet);
+        assert!(!lab.gets(false, &packet, QUIET));
+    }
+    let left = daemon.denials(&["--last", "100"]);
+    let left = left.iter().filter(|denial| denial["dst_port"] == 7001);
+    assert!(left.clone().count() >= 2 && left.clone().all(|d| d["reason"] == "revoked"));
 }
 
 fn connected(lab: &Lab, from: IpAddr, to: std::net::SocketAddr) -> std::net::TcpStream {
@@ -197,12 +203,19 @@ fn two_thousand_ports_of_one_prefix_are_judged_each() {
     lab.all(&daemon, &[syn(1), syn(4003)], "denied", "default_deny");
 }
 
-/// As many of 128 addresses each, so far from each other that each needs tables of its own.
+/// As many, each in a block of 65 536 addresses of its own, at a place of its own: no two blocks
+/// share a table.
 fn scattered_prefixes() -> String {
     let mut members = String::from("{cidr: 10.1.0.2/32}");
     for number in 0..50_000u32 {
         let (a, b) = (11 + (number >> 8), number & 255);
-        write!(members, ", {{cidr: {a}.{b}.1.0/25}}").unwrap();
+        // 32 768 places for two addresses, then 16 384 for four, then those for eight.
+        let (length, place) = match number {
+            0..32_768 => (31, number << 1),
+            32_768..49_152 => (30, (number - 32_768) << 2),
+            _ => (29, (number - 49_152) << 3),
+        };
+        write!(members, ", {{cidr: {a}.{b}.{}.{}/{length}}}", place >> 8, place & 255).unwrap();
     }
     format!(
         "{NOTHING}  many: {{ members: [{members}] }}\n\

@@ -118,6 +118,7 @@ fn transfers_pass_at_every_mtu() {
                     );
                 }
             }
+            println!("{family:?}, MTU {mtu}");
             transfer(&daemon, &net, family, bytes);
             datagrams(&net, family, mtu);
             nothing_denied(&daemon, &format!("{family:?}, MTU {mtu}"));
@@ -182,7 +183,7 @@ fn transfers_pass_with_and_without_help_of_the_interface() {
                 }
             }
             for family in Family::BOTH {
-                transfer(&daemon, &net, family, bytes);
+            transfer(&daemon, &net, family, bytes);
                 datagrams(&net, family, 1500);
             }
             nothing_denied(&daemon, what);
