@@ -121,7 +121,13 @@ fn made(wire: &Wire, outgoing: bool, thread: u16, number: u16) -> Vec<u8> {
         5000 + number % 300
     };
     let own = 20_000 + thread * 4_000 + number % 3_000;
-    let (from, to) = if outgoing { (this, peer) } else { (peer, this) };
+    // To nobody here: an answer would be a packet that no sender counts.
+    let nobody = [10, 9, 0, 1].into();
+    let (from, to) = if outgoing {
+        (this, peer)
+    } else {
+        (peer, nobody)
+    };
     let mut packet = wire::udp((from, own), (to, port), b"load");
     if number % 5 == 0 {
         // Another total length than the packet has.
