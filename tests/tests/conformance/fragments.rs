@@ -2,7 +2,12 @@
 
 use std::net::IpAddr;
 
-use enforcer_tests::{daemon::LONG, frame, netns::Family, traffic};
+use enforcer_tests::{
+    daemon::LONG,
+    frame,
+    netns::Family,
+    traffic::{self, QUIET},
+};
 use nix::sys::socket::{MsgFlags, SockaddrIn, SockaddrIn6, recv, sendto};
 use std::os::fd::AsRawFd as _;
 
@@ -355,6 +360,53 @@ fn a_large_ping_is_answered() {
                 pieces
             );
             assert_eq!(after.get("fragment"), before.get("fragment"));
+        }
+    }
+}
+
+/// As a sender cuts them for a link of 1500 bytes.
+#[test]
+fn a_datagram_of_4000_bytes_arrives_whole_or_not_at_all() {
+    let mut bench = bench();
+    for to in [GOOD, BAD] {
+        for reversed in [false, true] {
+            let id = bench.next();
+            let data = [&mark(id)[..], &[7; 3992]].concat();
+            let mut frames = cut(FRIEND, 17, id, &udp(port(id), to, &data), &[1480, 2960]);
+            if reversed {
+                frames.reverse();
+            }
+            let seen = bench.judge(&frames);
+            let counts = match (to, reversed) {
+                (GOOD, false) => &[("allowed", 3)][..],
+                (GOOD, true) => &[("allowed", 1), ("fragment", 2)],
+                _ => &[("default_deny", 1), ("fragment", 2)],
+            };
+            seen.counts(counts).harmful(1);
+            seen.arrived(usize::from(to == GOOD && !reversed));
+        }
+    }
+    // Out of the host, cut by its own stack.
+    for family in Family::BOTH {
+        let (here, there) = (family.address(1, 1), family.address(1, 2));
+        for (to, counts) in [
+            (4445, &[("allowed", 3)][..]),
+            // The stack gives up after the first.
+            (BAD, &[("default_deny", 1)]),
+        ] {
+            let socket = traffic::udp(&bench.pair.host, (here, 0), LONG);
+            let limit = if to == BAD { QUIET } else { LONG };
+            let server = traffic::udp(&bench.pair.peer, (there, to), limit);
+            let before = bench.counted("tc_egress");
+            // What is dropped on the way out may be an error.
+            let _ = socket.send_to(&[7; 4000], (there, to));
+            let got = server.recv(&mut [0; 8192]);
+            assert_eq!(got.ok(), (to == 4445).then_some(4000), "{family:?}");
+            let after = bench.counted("tc_egress");
+            for (reason, packets) in counts {
+                let by = after.get(*reason).unwrap_or(&0) - before.get(*reason).unwrap_or(&0);
+                assert_eq!(by, *packets, "{family:?} {reason}");
+            }
         }
     }
 }
