@@ -250,13 +250,20 @@ pub fn answer<W: Words + ?Sized, T: Time>(image: &W, ask: &Ask, time: &T) -> u64
     let source = image::address_class(image, &ask.source);
     let destination = image::address_class(image, &ask.destination);
     let essential = ask.essential & image.word(header::ESSENTIALS) != 0;
+    let mut observed = 0;
     if ask.screen & (NOT_OWN | NOT_MARTIAN | ARRIVAL | FAILSAFE | FAILSAFE_REPLY) != 0 {
         let reason = screen(image, ask, source, destination, essential);
         if reason == PASSED_BY_FAILSAFE {
             return pack(verdict_word(Outcome::Allowed, Reason::Failsafe), EMPTY);
         }
         if reason != 0 {
-            return form(image, ask, source, destination, reason);
+            let words = form(image, ask, source, destination, reason);
+            let passes = Outcome::from_bits(words as u32).passes();
+            if !passes || essential || ask.mode != MODE_RULES {
+                return words;
+            }
+            // What is only observed takes nothing away: the rules may still deny.
+            observed = words;
         }
     }
     if essential {
@@ -284,6 +291,10 @@ pub fn answer<W: Words + ?Sized, T: Time>(image: &W, ask: &Ask, time: &T) -> u64
         } else if denial != 0 {
             return form(image, ask, source, destination, denial);
         }
+    }
+    if observed != 0 && Outcome::from_bits(word).passes() {
+        let timing = word & (VERDICT_TIMELINE | VERDICT_SESSION | RENEWED);
+        return observed | timing as u64;
     }
     pack(word, subject)
 }
