@@ -91,8 +91,10 @@ fn go_on<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Dec
             return error;
         }
     }
-    if let Some(slot) = table.find(&plan.key) {
-        let timing = timing(plan.words);
+    let timing = timing(plan.words);
+    // An error about a session is no sign of life of its ends.
+    let related = plan.step == REJUDGE_RELATED && timing & SESSION != 0;
+    if !related && let Some(slot) = table.find(&plan.key) {
         slot.admit(&Admission {
             generation: plan.generation,
             rule: decision.rule,

@@ -138,6 +138,8 @@ pub const FAILSAFE_REPLY: u32 = 1 << 5;
 pub const NO_SESSION: u32 = 1 << 6;
 /// The transport of the flow has no SYN that could open it again.
 pub const REOPENS: u32 = 1 << 7;
+/// The packet is not its opener's: it starts no session again.
+pub const NO_RENEWAL: u32 = 1 << 8;
 
 /// In an answer: the session starts again. Above all flags of the image.
 pub const RENEWED: u32 = 1 << 24;
@@ -250,13 +252,20 @@ pub fn answer<W: Words + ?Sized, T: Time>(image: &W, ask: &Ask, time: &T) -> u64
     let source = image::address_class(image, &ask.source);
     let destination = image::address_class(image, &ask.destination);
     let essential = ask.essential & image.word(header::ESSENTIALS) != 0;
+    let mut observed = 0;
     if ask.screen & (NOT_OWN | NOT_MARTIAN | ARRIVAL | FAILSAFE | FAILSAFE_REPLY) != 0 {
         let reason = screen(image, ask, source, destination, essential);
         if reason == PASSED_BY_FAILSAFE {
             return pack(verdict_word(Outcome::Allowed, Reason::Failsafe), EMPTY);
         }
         if reason != 0 {
-            return form(image, ask, source, destination, reason);
+            let words = form(image, ask, source, destination, reason);
+            let passes = Outcome::from_bits(words as u32).passes();
+            if !passes || essential || ask.mode != MODE_RULES {
+                return words;
+            }
+            // What is only observed takes nothing away: the rules may still deny.
+            observed = words;
         }
     }
     if essential {
@@ -284,6 +293,10 @@ pub fn answer<W: Words + ?Sized, T: Time>(image: &W, ask: &Ask, time: &T) -> u64
         } else if denial != 0 {
             return form(image, ask, source, destination, denial);
         }
+    }
+    if observed != 0 && Outcome::from_bits(word).passes() {
+        let timing = word & (VERDICT_TIMELINE | VERDICT_SESSION | RENEWED);
+        return observed | timing as u64;
     }
     pack(word, subject)
 }
@@ -363,13 +376,13 @@ fn failsafe<W: Words + ?Sized>(image: &W, ask: &Ask, opener: u32, other: u32) ->
     if services == 0 {
         return false;
     }
-    let (remote, own, selector) = if ask.screen & FAILSAFE != 0
+    let (remote, own, selector, reply) = if ask.screen & FAILSAFE != 0
         && other & CLASS_OWN != 0
         && opener >> CLASS_FAILSAFE_SHIFT != 0
     {
-        (opener, other, ask.selector)
+        (opener, other, ask.selector, false)
     } else if ask.screen & FAILSAFE_REPLY != 0 {
-        (other, opener, ask.source_port)
+        (other, opener, ask.source_port, true)
     } else {
         return false;
     };
@@ -381,7 +394,8 @@ fn failsafe<W: Words + ?Sized>(image: &W, ask: &Ask, opener: u32, other: u32) ->
     let mut named = remote >> CLASS_FAILSAFE_SHIFT & image.word(services.wrapping_add(service));
     let slots = image.word(header::SLOT_FAILSAFES);
     // Where the remote end's packets come in, not where replies go out.
-    if slots != 0 && ask.screen & ARRIVAL != 0 && ask.screen & REVERSED == 0 {
+    let reversed = ask.screen & REVERSED != 0;
+    if slots != 0 && ask.screen & ARRIVAL != 0 && reversed == reply {
         let slot = ask.slot & (image::INTERFACE_SLOTS - 1);
         named &= image.word(slots.wrapping_add(slot));
     }
@@ -427,7 +441,7 @@ fn session<W: Words + ?Sized>(image: &W, ask: &Ask, rule: u32) -> u32 {
         (idle, _) => idle,
     };
     if ask.quiet > idle {
-        if reopens {
+        if reopens && ask.screen & NO_RENEWAL == 0 {
             return RENEWED;
         }
         return Reason::Expired as u32;

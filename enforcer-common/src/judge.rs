@@ -14,8 +14,8 @@
 pub use crate::conclude::conclude;
 use crate::{
     decide::{
-        ARRIVAL, Ask, Decision, FAILSAFE, FAILSAFE_REPLY, NO_SESSION, NOT_MARTIAN, NOT_OWN, Query,
-        REOPENS, REVERSED, Time, answer, answer_unreadable, generation,
+        ARRIVAL, Ask, Decision, FAILSAFE, FAILSAFE_REPLY, NO_RENEWAL, NO_SESSION, NOT_MARTIAN,
+        NOT_OWN, Query, REOPENS, REVERSED, Time, answer, answer_unreadable, generation,
     },
     flow::{
         CLOSING, Clock, FlowSlot as _, FlowTable, OPENER_IS_LOW, REPLIED, SESSION, TIMED, follow,
@@ -408,15 +408,23 @@ fn rejudge<T: Time>(
         plan.reverse = forward(&packet.tuple, packet.tuple.selector).pass(Reason::Related);
         plan.reverse.screen = screen & !FAILSAFE;
         plan.reverse.slot = link.slot;
-        screen = FAILSAFE;
+        screen = FAILSAFE | FAILSAFE_REPLY;
     } else {
         plan.step = REJUDGE;
+        // This host may have been taken for the opener of a flow that a failsafe speaks for.
+        screen |= FAILSAFE_REPLY;
     }
-    if from_opener {
+    let opener_port = if from_opener {
         plan.ask = forward(subject, selector);
+        subject.source_port
     } else {
         plan.ask = backward(subject, selector);
         screen |= REVERSED;
+        subject.destination_port
+    };
+    plan.ask.source_port = u32::from(opener_port);
+    if error || !from_opener {
+        screen |= NO_RENEWAL;
     }
     let datagrams = matches!(subject.kind, Kind::Ports | Kind::Other);
     if subject.kind != Kind::Tcp {
