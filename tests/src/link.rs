@@ -141,7 +141,9 @@ pub fn router_advertisement(prefix: Ipv6Addr, link: [u8; 6]) -> Vec<u8> {
     message.extend([1, 1]);
     message.extend(link);
     // On-link and autonomous, valid for a day, preferred for half of it.
-    message.extend([3, 4, 64, 0xc0, 0, 1, 0x51, 0x80, 0, 0, 0xa8, 0xc0, 0, 0, 0, 0]);
+    message.extend([
+        3, 4, 64, 0xc0, 0, 1, 0x51, 0x80, 0, 0, 0xa8, 0xc0, 0, 0, 0, 0,
+    ]);
     message.extend(prefix.octets());
     message
 }

@@ -34,7 +34,9 @@ failsafe:
 
 /// A rule that denies all there is.
 fn denied() -> String {
-    format!("{NOTHING}rules:\n  - {{ name: none, from: [any], to: [any], services: [any], action: deny }}\n")
+    format!(
+        "{NOTHING}rules:\n  - {{ name: none, from: [any], to: [any], services: [any], action: deny }}\n"
+    )
 }
 
 /// A policy that allows what the failsafe does, too, and more.
@@ -44,7 +46,9 @@ fn open() -> String {
 
 /// The neighbour's segment is somewhere else.
 fn elsewhere() -> String {
-    format!("{NOTHING}  admins: {{ members: [{{cidr: 10.1.0.2/32}}, {{cidr: \"fd01::2/128\"}}], interfaces: [eth7] }}\n")
+    format!(
+        "{NOTHING}  admins: {{ members: [{{cidr: 10.1.0.2/32}}, {{cidr: \"fd01::2/128\"}}], interfaces: [eth7] }}\n"
+    )
 }
 
 /// A connection between the peer and a server on the host, and both its ends.
@@ -87,8 +91,7 @@ fn reload(daemon: &Daemon<'_>, settings: &str, failsafes: usize) {
     wait_for("the settings", LONG, || {
         let status = daemon.status();
         assert_eq!(status["policy"]["last_error"], json!(null));
-        (status["settings"]["failsafes"].as_array()?.len() == failsafes
-            && daemon.reload().0 == 200)
+        (status["settings"]["failsafes"].as_array()?.len() == failsafes && daemon.reload().0 == 200)
             .then_some(())
     });
 }
@@ -141,7 +144,9 @@ fn a_session_of_a_failsafe_outlives_whatever_the_policy_says() {
     for when in ["another daemon", "and another"] {
         let (setup, _) = daemon.stop();
         daemon = setup.start();
-        let [replied] = moved(&daemon, [("tc_egress", "allowed", "failsafe")], || all(when));
+        let [replied] = moved(&daemon, [("tc_egress", "allowed", "failsafe")], || {
+            all(when)
+        });
         assert!(replied >= 2, "{when}: {replied}");
         daemon.swap(&open());
         all(when);
@@ -164,20 +169,31 @@ fn a_session_of_a_failsafe_outlives_whatever_the_policy_says() {
 #[test]
 fn a_failsafe_lets_in_nobody_else_and_nothing_else() {
     let lab = Lab::new();
-    lab.net.peer.addresses("eth0", &["10.1.0.3/24", "fd01::3/64"]);
+    lab.net
+        .peer
+        .addresses("eth0", &["10.1.0.3/24", "fd01::3/64"]);
     let daemon = Setup::new(&lab.net.host, "eth0", &denied())
         .with_settings(SETTINGS)
         .with(&["--socket-hooks", "off"])
         .start();
     let syn = |from, to| frame::tcp(from, to, frame::SYN);
-    let v4_and_v6 = |from, protocol, bytes: &[u8]| {
-        [false, true].map(|v6| packet(v6, from, 1, protocol, bytes))
-    };
+    let v4_and_v6 =
+        |from, protocol, bytes: &[u8]| [false, true].map(|v6| packet(v6, from, 1, protocol, bytes));
     let both = |at: u16| [(6, syn(at, PORT)), (17, frame::udp(at, PORT))];
     for (protocol, bytes) in both(41_000) {
-        lab.all(&daemon, &v4_and_v6(2, protocol, &bytes), "allowed", "failsafe");
+        lab.all(
+            &daemon,
+            &v4_and_v6(2, protocol, &bytes),
+            "allowed",
+            "failsafe",
+        );
         // Another source.
-        lab.all(&daemon, &v4_and_v6(3, protocol, &bytes), "denied", "rule_deny");
+        lab.all(
+            &daemon,
+            &v4_and_v6(3, protocol, &bytes),
+            "denied",
+            "rule_deny",
+        );
     }
     // Another port, another protocol; its port as the source's.
     for (protocol, bytes) in [
@@ -188,12 +204,16 @@ fn a_failsafe_lets_in_nobody_else_and_nothing_else() {
         (6, syn(PORT, OTHER_PORT)),
         (17, frame::udp(PORT, OTHER_PORT)),
     ] {
-        lab.all(&daemon, &v4_and_v6(2, protocol, &bytes), "denied", "rule_deny");
+        lab.all(
+            &daemon,
+            &v4_and_v6(2, protocol, &bytes),
+            "denied",
+            "rule_deny",
+        );
     }
     // Out of the host the way is closed, but for replies.
-    let out = |to, protocol, bytes: &[u8]| {
-        [false, true].map(|v6| packet(v6, 1, to, protocol, bytes))
-    };
+    let out =
+        |to, protocol, bytes: &[u8]| [false, true].map(|v6| packet(v6, 1, to, protocol, bytes));
     for (protocol, bytes) in both(41_002) {
         lab.all_out(&daemon, &out(2, protocol, &bytes), "denied", "rule_deny");
     }
@@ -221,7 +241,11 @@ fn a_failsafe_lets_in_nobody_else_and_nothing_else() {
     short.truncate(7);
     lab.all(&daemon, &v4_and_v6(2, 17, &short), "denied", "malformed");
     let loopback: IpAddr = Ipv4Addr::LOCALHOST.into();
-    let martian = wire::udp((loopback, 1), (Ipv4Addr::new(10, 1, 0, 1).into(), PORT), b"x");
+    let martian = wire::udp(
+        (loopback, 1),
+        (Ipv4Addr::new(10, 1, 0, 1).into(), PORT),
+        b"x",
+    );
     lab.all(&daemon, &[martian], "denied", "martian");
     let own = v4_and_v6(1, 17, &frame::udp(41_007, PORT));
     lab.all(&daemon, &own, "denied", "spoofed");
@@ -232,7 +256,9 @@ fn a_failsafe_at_an_interface_opens_no_other() {
     let lab = Lab::new();
     let stranger = Netns::new("stranger");
     lab.net.host.cable("eth1", &stranger, "eth0");
-    lab.net.host.addresses("eth1", &["10.5.0.1/24", "fd05::1/64"]);
+    lab.net
+        .host
+        .addresses("eth1", &["10.5.0.1/24", "fd05::1/64"]);
     let policy = format!(
         "{NOTHING}  admins: {{ members: [{{cidr: 10.1.0.2/32}}, {{cidr: \"fd01::2/128\"}}], \
          interfaces: [eth0] }}\n"
@@ -275,14 +301,18 @@ fn a_failsafe_at_an_interface_opens_no_other() {
 #[test]
 fn datagrams_of_a_failsafe_are_answered_whatever_the_policy_says() {
     let lab = Lab::new();
-    let servers = Family::BOTH.map(|family| traffic::udp(&lab.net.host, (family.address(1, 1), PORT), LONG));
-    let clients = Family::BOTH.map(|family| traffic::udp(&lab.net.peer, (family.address(1, 2), 0), LONG));
+    let servers =
+        Family::BOTH.map(|family| traffic::udp(&lab.net.host, (family.address(1, 1), PORT), LONG));
+    let clients =
+        Family::BOTH.map(|family| traffic::udp(&lab.net.peer, (family.address(1, 2), 0), LONG));
     let mut daemon = Setup::new(&lab.net.host, "eth0", &denied())
         .with_settings(SETTINGS)
         .start();
     let mut bytes = [0; 8];
     for (server, client) in servers.iter().zip(&clients) {
-        client.send_to(b"ask", server.local_addr().unwrap()).unwrap();
+        client
+            .send_to(b"ask", server.local_addr().unwrap())
+            .unwrap();
         let (_, from) = server.recv_from(&mut bytes).unwrap();
         server.send_to(b"answer", from).unwrap();
         client.recv_from(&mut bytes).unwrap();
@@ -303,5 +333,10 @@ fn datagrams_of_a_failsafe_are_answered_whatever_the_policy_says() {
         let (length, _) = client.recv_from(&mut bytes).unwrap();
         assert_eq!(bytes[..length], *b"later");
     }
-    assert_eq!(daemon.counted("", "denied", ""), 0, "{:#?}", daemon.denials(&[]));
+    assert_eq!(
+        daemon.counted("", "denied", ""),
+        0,
+        "{:#?}",
+        daemon.denials(&[])
+    );
 }

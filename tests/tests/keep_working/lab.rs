@@ -7,8 +7,8 @@ use std::{
 
 use enforcer_tests::{
     daemon::{Daemon, LONG},
-    link::Delivered,
     frame,
+    link::Delivered,
     netns::{Family, Netns, Pair},
     seen::moved,
     traffic::QUIET,
@@ -107,8 +107,10 @@ impl Lab {
             (true, true) => &self.peer_v4,
             (true, false) => &self.peer_v6,
         };
-        at.find(limit, |frame| frame.get(14..14 + packet.len()) == Some(packet))
-            .is_some()
+        at.find(limit, |frame| {
+            frame.get(14..14 + packet.len()) == Some(packet)
+        })
+        .is_some()
     }
 
     /// Sends packets to the host; all are delivered, or none is, and counted so.

@@ -8,8 +8,8 @@ use std::{
 
 use enforcer_tests::{
     daemon::{LONG, Setup},
-    netns::Netns,
     frame,
+    netns::Netns,
     seen::moved,
     traffic::{QUIET, Tap},
     wire,
@@ -36,20 +36,25 @@ fn join(namespace: &Netns, port: u16, v4: Ipv4Addr, v6: Ipv6Addr) -> [UdpSocket;
 /// Whether the peer sees a report about the group within `limit`.
 fn reported(tap: &Tap, group: IpAddr, limit: Duration) -> bool {
     let start = std::time::Instant::now();
-    std::iter::from_fn(|| tap.next(limit.saturating_sub(start.elapsed()))).any(|frame| match group {
-        IpAddr::V4(group) => {
-            frame[12..14] == [8, 0]
-                && frame[23] == 2
-                && frame.windows(4).skip(34).any(|part| part == group.octets())
-        }
-        // Behind the router alert.
-        IpAddr::V6(group) => {
-            frame[12..14] == [0x86, 0xdd]
-                && frame[20] == 0
-                && frame[62] == 143
-                && frame.windows(16).skip(54).any(|part| part == group.octets())
-        }
-    })
+    std::iter::from_fn(|| tap.next(limit.saturating_sub(start.elapsed()))).any(
+        |frame| match group {
+            IpAddr::V4(group) => {
+                frame[12..14] == [8, 0]
+                    && frame[23] == 2
+                    && frame.windows(4).skip(34).any(|part| part == group.octets())
+            }
+            // Behind the router alert.
+            IpAddr::V6(group) => {
+                frame[12..14] == [0x86, 0xdd]
+                    && frame[20] == 0
+                    && frame[62] == 143
+                    && frame
+                        .windows(16)
+                        .skip(54)
+                        .any(|part| part == group.octets())
+            }
+        },
+    )
 }
 
 #[test]
@@ -129,7 +134,9 @@ fn routers_and_names_use_multicast_by_rules() {
         wire::checksummed(packet)
     };
     let vrrp = [0x21, 1, 100, 1, 0, 1, 0, 0, 10, 1, 0, 9];
-    let ospf = [2, 1, 0, 24, 10, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let ospf = [
+        2, 1, 0, 24, 10, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    ];
     let mdns = frame::udp(5353, 5353);
     let all = [
         (112, vrrp.as_slice(), ["224.0.0.18", "ff02::12"]),

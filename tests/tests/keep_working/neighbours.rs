@@ -29,7 +29,8 @@ fn written(link: [u8; 6]) -> String {
 #[test]
 fn neighbours_are_found_again_after_both_forget() {
     let lab = Lab::new();
-    let policy = allowing("ping") + "  - { name: back, from: [host], to: [peer], services: [ping] }\n";
+    let policy =
+        allowing("ping") + "  - { name: back, from: [host], to: [peer], services: [ping] }\n";
     let daemon = Setup::new(&lab.net.host, "eth0", &policy).start();
     for family in Family::BOTH {
         let (host, peer) = (family.address(1, 1), family.address(1, 2));
@@ -236,7 +237,11 @@ rules:
     let known = neighbour(&lab.net.peer, v6);
     assert!(known.contains(&written(lab.host_link)), "{known}");
     let [denied] = moved(&daemon, [("tc_egress", "denied", "unsegmented")], || {
-        assert!(!traffic::pings(&lab.net.host, Family::V6.address(1, 2), QUIET));
+        assert!(!traffic::pings(
+            &lab.net.host,
+            Family::V6.address(1, 2),
+            QUIET
+        ));
     });
     assert_eq!(denied, 1);
 }

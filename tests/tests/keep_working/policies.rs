@@ -16,7 +16,14 @@ use crate::lab::{Lab, NOTHING, packet};
 
 fn explain(daemon: &Daemon<'_>, from: &str, to: &str, service: &str) -> Value {
     let arguments = [
-        "--from", from, "--to", to, "--service", service, "-o", "json",
+        "--from",
+        from,
+        "--to",
+        to,
+        "--service",
+        service,
+        "-o",
+        "json",
     ];
     let output = daemon.ask("explain", &arguments);
     serde_json::from_slice(&output.stdout).unwrap()
@@ -85,7 +92,9 @@ rules:
 #[test]
 fn an_address_that_moves_to_another_segment_loses_the_old_rights_at_once() {
     let lab = Lab::new();
-    lab.net.peer.addresses("eth0", &["10.1.0.3/24", "fd01::3/64"]);
+    lab.net
+        .peer
+        .addresses("eth0", &["10.1.0.3/24", "fd01::3/64"]);
     for port in [7000, 7001] {
         traffic::tcp_echo(&lab.net.host, port);
     }
@@ -215,7 +224,13 @@ fn scattered_prefixes() -> String {
             32_768..49_152 => (30, (number - 32_768) << 2),
             _ => (29, (number - 49_152) << 3),
         };
-        write!(members, ", {{cidr: {a}.{b}.{}.{}/{length}}}", place >> 8, place & 255).unwrap();
+        write!(
+            members,
+            ", {{cidr: {a}.{b}.{}.{}/{length}}}",
+            place >> 8,
+            place & 255
+        )
+        .unwrap();
     }
     format!(
         "{NOTHING}  many: {{ members: [{members}] }}\n\

@@ -28,9 +28,13 @@ const COOKIE_ECHO: u8 = 10;
 #[test]
 fn sctp_is_judged_by_its_ports_whatever_its_chunks() {
     let lab = Lab::new();
-    let daemon = Setup::new(&lab.net.host, "eth0", &allowing("sctp/5000, udp/5001, tcp/5001"))
-        .with(&["--socket-hooks", "off"])
-        .start();
+    let daemon = Setup::new(
+        &lab.net.host,
+        "eth0",
+        &allowing("sctp/5000, udp/5001, tcp/5001"),
+    )
+    .with(&["--socket-hooks", "off"])
+    .start();
     let shapes: [&[u8]; 6] = [
         &[INIT],
         &[COOKIE_ECHO, DATA, DATA],
@@ -54,16 +58,25 @@ fn sctp_is_judged_by_its_ports_whatever_its_chunks() {
         lab.all_out(&daemon, &[out(40_000)], "allowed", "established");
         lab.all_out(&daemon, &[out(39_999)], "denied", "default_deny");
         let cut = sctp((40_100, 5000), 1, &[])[..11].to_vec();
-        lab.all(&daemon, &[to_host(family, 132, &cut)], "denied", "malformed");
+        lab.all(
+            &daemon,
+            &[to_host(family, 132, &cut)],
+            "denied",
+            "malformed",
+        );
     }
 }
 
 #[test]
 fn no_protocol_is_taken_for_another_with_the_same_ports() {
     let lab = Lab::new();
-    let daemon = Setup::new(&lab.net.host, "eth0", &allowing("udp/6000, tcp/6000, sctp/6001"))
-        .with(&["--socket-hooks", "off"])
-        .start();
+    let daemon = Setup::new(
+        &lab.net.host,
+        "eth0",
+        &allowing("udp/6000, tcp/6000, sctp/6001"),
+    )
+    .with(&["--socket-hooks", "off"])
+    .start();
     let bytes = frame::udp(41_000, 6000);
     let with = |protocols: &[u8]| -> Vec<Vec<u8>> {
         let pairs = protocols.iter().flat_map(|p| BOTH.map(|v6| (v6, *p)));
@@ -81,7 +94,12 @@ fn no_protocol_is_taken_for_another_with_the_same_ports() {
     daemon.swap(&allowing("udplite/6000, proto/dccp, proto/253"));
     lab.all(&daemon, &with(&[136, 33, 253]), "allowed", "rule_allow");
     lab.all(&daemon, &with(&[17]), "denied", "revoked");
-    lab.all(&daemon, &with(&[0, 254, 255, 132]), "denied", "default_deny");
+    lab.all(
+        &daemon,
+        &with(&[0, 254, 255, 132]),
+        "denied",
+        "default_deny",
+    );
     let lite = |port| BOTH.map(|v6| to_host(v6, 136, &frame::udp(41_000, port)));
     lab.all(&daemon, &lite(6001), "denied", "default_deny");
 }
