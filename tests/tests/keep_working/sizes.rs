@@ -75,7 +75,11 @@ fn datagrams(net: &Pair, family: Family, mtu: usize) {
     let headers = if family == Family::V4 { 28 } else { 48 };
     let largest = 65_535 - if family == Family::V4 { 28 } else { 8 };
     // Reassembly has bounds of its own: not too many pieces.
-    for length in [mtu - headers, (mtu - headers + 1).min(largest), (mtu * 4).min(largest)] {
+    for length in [
+        mtu - headers,
+        (mtu - headers + 1).min(largest),
+        (mtu * 4).min(largest),
+    ] {
         let bytes: Vec<u8> = (0..length).map(|at| (at % 253) as u8).collect();
         answered(&client, &server, &bytes);
     }
@@ -101,22 +105,23 @@ fn nothing_denied(daemon: &Daemon<'_>, what: &str) {
 #[test]
 fn transfers_pass_at_every_mtu() {
     let net = Pair::new();
+    for namespace in [&net.host, &net.peer] {
+        // What one connection learns at a small MTU would slow down the next.
+        namespace.sysctl("ipv4/tcp_no_metrics_save", "1");
+    }
     let daemon = start(&net);
-    for mtu in [68, 576, 1280, 1500, 9000, 65_535] {
+    // The smallest last: Linux itself is bad at TCP there, even without an enforcer.
+    for mtu in [65_535, 9000, 1500, 1280, 576, 68] {
         both(&net, &format!("mtu {mtu}"));
-        let bytes = scale::rounds(1 << 20, 1 << 17) / if mtu < 1000 { 16 } else { 1 };
+        let bytes = if mtu < 1000 {
+            1 << 14
+        } else {
+            scale::rounds(1 << 20, 1 << 17)
+        };
         for family in Family::BOTH {
-            if family == Family::V6 {
-                // Below 1280 bytes there is no IPv6, and its addresses are gone.
-                if mtu < 1280 {
-                    continue;
-                }
-                for (namespace, address) in [(&net.host, "fd01::1/64"), (&net.peer, "fd01::2/64")] {
-                    let _ = namespace.ask(
-                        "ip",
-                        &["addr", "replace", address, "dev", "eth0", "nodad"],
-                    );
-                }
+            // Below 1280 bytes there is no IPv6.
+            if family == Family::V6 && mtu < 1280 {
+                continue;
             }
             println!("{family:?}, MTU {mtu}");
             transfer(&daemon, &net, family, bytes);
@@ -183,7 +188,7 @@ fn transfers_pass_with_and_without_help_of_the_interface() {
                 }
             }
             for family in Family::BOTH {
-            transfer(&daemon, &net, family, bytes);
+                transfer(&daemon, &net, family, bytes);
                 datagrams(&net, family, 1500);
             }
             nothing_denied(&daemon, what);
@@ -226,6 +231,9 @@ fn segments_merged_beyond_64_kib_pass() {
         });
         nothing_denied(&daemon, &format!("{family:?}"));
         // There were such packets, or this has shown nothing.
-        assert!(largest > 65_549, "{family:?}: the largest had {largest} bytes");
+        assert!(
+            largest > 65_549,
+            "{family:?}: the largest had {largest} bytes"
+        );
     }
 }
