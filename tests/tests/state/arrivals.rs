@@ -7,7 +7,7 @@ use enforcer::policy::model::Environment;
 use enforcer_common::{verdict::Reason, wire::FlowEntry};
 use enforcer_tests::{
     daemon::{LONG, Setup, wait_for},
-    frame::{self, ACK, SYN},
+    frame::{self, ACK, FIN, RST, SYN},
     host, kernel,
     kernel::Programs,
     netns::{Family, Netns, Routed},
@@ -141,6 +141,13 @@ fn mid_stream_packets_and_syns_over_a_flow_must_come_from_where_they_may() {
             let syn = packet(family, 6, true, true);
             assert_eq!(got(programs.judge_at(INGRESS, right, &syn)), SPOOFED);
             assert_eq!(entry(programs).arrived, [0, left]);
+            // Nor do forged ends of the connection end anything.
+            let before = entry(programs);
+            for flags in [RST, RST | ACK, FIN, FIN | ACK] {
+                let forged = tcp((a, 4000), (b, 8080), flags);
+                assert_eq!(got(programs.judge_at(INGRESS, right, &forged)), SPOOFED);
+            }
+            assert_eq!(entry(programs), before, "not closing");
             // ICMP errors about the flow, as if from its other end.
             let quoted = packet(family, 6, false, false);
             let (kind, code) = if family == Family::V4 { (3, 1) } else { (1, 0) };

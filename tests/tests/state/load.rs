@@ -115,7 +115,7 @@ fn records_balance(counters: &Counters) {
 fn made(wire: &Wire, outgoing: bool, thread: u16, number: u16) -> Vec<u8> {
     let last = 2 + (number % 4) as u8;
     let (peer, this) = ([10, 1, 0, last].into(), [10, 1, 0, 1].into());
-    let port = if number / 4 % 2 == 0 {
+    let port = if (number / 4).is_multiple_of(2) {
         7000
     } else {
         5000 + number % 300
@@ -129,7 +129,7 @@ fn made(wire: &Wire, outgoing: bool, thread: u16, number: u16) -> Vec<u8> {
         (peer, nobody)
     };
     let mut packet = wire::udp((from, own), (to, port), b"load");
-    if number % 5 == 0 {
+    if number.is_multiple_of(5) {
         // Another total length than the packet has.
         packet[3] = packet[3].wrapping_add(9);
     }
@@ -176,7 +176,7 @@ impl Calls {
 }
 
 fn peer(number: u16) -> SockaddrIn {
-    let port = if number / 4 % 2 == 0 {
+    let port = if (number / 4).is_multiple_of(2) {
         7000
     } else {
         5000 + number % 300
