@@ -22,5 +22,6 @@ pub mod rival;
 pub mod scale;
 pub mod seen;
 pub mod traffic;
+pub mod two;
 pub mod verifier;
 pub mod wire;

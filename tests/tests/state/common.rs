@@ -3,11 +3,11 @@
 use std::{net::IpAddr, sync::MutexGuard};
 
 use enforcer_common::verdict::{Hook, Outcome, Reason};
+pub use enforcer_tests::two::{ends, instant, policy};
 use enforcer_tests::{
     frame::{self, ACK, SYN},
     host::image,
     kernel::{Programs, Verdict},
-    netns::Family,
 };
 
 pub const INGRESS: Hook = Hook::TcIngress;
@@ -21,24 +21,6 @@ pub const NO_FLOW: (Outcome, Reason) = (Outcome::Denied, Reason::NoFlow);
 pub const EXPIRED: (Outcome, Reason) = (Outcome::Denied, Reason::Expired);
 pub const SPOOFED: (Outcome, Reason) = (Outcome::Denied, Reason::Spoofed);
 pub const UNRELATED: (Outcome, Reason) = (Outcome::Denied, Reason::IcmpUnrelated);
-
-/// `a` is `10.1.0.0/24`, `b` is `10.2.0.0/24`, and so on for IPv6; `rules` as lines of YAML.
-pub fn policy(rules: &str) -> String {
-    format!(
-        r#"version: 1
-segments:
-  a: {{ members: [{{cidr: 10.1.0.0/24}}, {{cidr: "fd01::/64"}}] }}
-  b: {{ members: [{{cidr: 10.2.0.0/24}}, {{cidr: "fd02::/64"}}] }}
-rules:
-{rules}
-"#
-    )
-}
-
-/// Addresses of `a` and of `b`.
-pub fn ends(family: Family) -> (IpAddr, IpAddr) {
-    (family.address(1, 2), family.address(2, 2))
-}
 
 pub fn tcp(from: (IpAddr, u16), to: (IpAddr, u16), flags: u8) -> Vec<u8> {
     frame::frame(from.0, to.0, 6, &frame::tcp(from.1, to.1, flags))
@@ -74,32 +56,6 @@ pub fn flows(programs: &mut Programs) -> usize {
 pub fn boottime() -> u64 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).unwrap();
     u64::try_from(now.tv_sec()).unwrap() * 1_000_000_000 + u64::try_from(now.tv_nsec()).unwrap()
-}
-
-/// As in `expires`: an instant of Unix seconds.
-pub fn instant(unix: u64) -> String {
-    // Howard Hinnant's algorithm, for days after 1970.
-    let (days, rest) = (unix / 86_400 + 719_468, unix % 86_400);
-    let (era, of_era) = (days / 146_097, days % 146_097);
-    let year = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year + year / 4 - year / 100);
-    let month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    let year = year + era * 400 + u64::from(month <= 2);
-    let (hour, minute, second) = (rest / 3_600, rest / 60 % 60, rest % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
-}
-
-#[test]
-fn instants_are_written_as_people_do() {
-    for (unix, text) in [
-        (0, "1970-01-01T00:00:00Z"),
-        (951_827_696, "2000-02-29T12:34:56Z"),
-        (1_800_000_000, "2027-01-15T08:00:00Z"),
-    ] {
-        assert_eq!(instant(unix), text);
-    }
 }
 
 /// A TCP flow from `a` to `b`, answered, and checked.

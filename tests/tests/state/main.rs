@@ -1,7 +1,8 @@
 //! What the enforcer remembers of flows, and for how long: shapes of TCP and ICMP, interfaces that
 //! flows arrive at, sessions and expiry, floods, and the books at the end of all that.
 //!
-//! One binary, because loading the programs takes seconds where they are emulated.
+//! One binary, but for what is timed on the wire: loading the programs takes seconds where they
+//! are emulated.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -19,4 +20,3 @@ mod icmp;
 mod load;
 mod sessions;
 mod tcp_shapes;
-mod timed_on_the_wire;

@@ -1,6 +1,14 @@
 //! Rules that end and sessions with bounds, with real stacks through a gateway, by the machine's
 //! own clock.
 
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
 use std::{
     io::{self, Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
@@ -13,13 +21,19 @@ use enforcer_tests::{
     netns::{Family, Netns, Routed},
     scale,
     traffic::{self, QUIET},
+    two::{ends, instant, policy},
 };
 use serde_json::Value;
 
-use crate::common::{ends, instant, policy};
-
 const STAYS: u16 = 7001;
 const GOES: u16 = 7002;
+
+/// Where every instruction is emulated, some things take longer than people wait.
+fn seconds(full: f32, small: f32) -> Duration {
+    let milliseconds = |s: f32| (s * 1000.0) as usize;
+    let chosen = scale::rounds(milliseconds(full), milliseconds(small));
+    Duration::from_millis(chosen as u64)
+}
 
 fn unix() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap()
@@ -85,7 +99,7 @@ impl Flow {
     fn last_heard(&mut self) -> Duration {
         let start = Instant::now();
         let (mut last, mut quiet) = (unix(), Instant::now());
-        while quiet.elapsed() < scale::within(Duration::from_millis(1500)) {
+        while quiet.elapsed() < seconds(1.5, 5.0) {
             assert!(start.elapsed() < LONG, "it is not cut");
             if self.says().contains(&true) {
                 (last, quiet) = (unix(), Instant::now());
@@ -130,7 +144,7 @@ fn live_flows_end_with_their_rule() {
     );
     let daemon = Setup::new(&net.gateway, "gw-*", &policy(&stays)).start();
     // Time enough to open the flows, on a slow machine too.
-    let end = unix().as_secs() + scale::within(Duration::from_secs(5)).as_secs();
+    let end = unix().as_secs() + seconds(5.0, 20.0).as_secs();
     let at = instant(end);
     let goes = format!(
         "  - {{ name: goes, from: [a], to: [b], services: [tcp/{GOES}, udp/{GOES}], expires: {at} }}"
@@ -144,7 +158,7 @@ fn live_flows_end_with_their_rule() {
     let mut going = flows(GOES);
     assert!(unix().as_secs() < end, "too slow to say anything");
     // All at once: each is to be heard until the end.
-    let late = scale::within(Duration::from_millis(1500));
+    let late = seconds(1.5, 5.0);
     thread::scope(|scope| {
         let threads: Vec<_> = going
             .iter_mut()
@@ -178,7 +192,7 @@ fn a_denial_that_ends_lets_pass_what_is_allowed() {
     for family in Family::BOTH {
         traffic::udp_echo(&net.b, SocketAddr::new(family.address(2, 2), 7000));
     }
-    let end = unix().as_secs() + scale::within(Duration::from_secs(5)).as_secs();
+    let end = unix().as_secs() + seconds(5.0, 20.0).as_secs();
     let at = instant(end);
     daemon.swap(&policy(&format!(
         "  - {{ name: not-yet, from: [a], to: [b], services: [udp/7000], action: deny, expires: {at} }}\n\
@@ -258,12 +272,10 @@ fn sessions_are_cut_and_begin_again_with_a_syn() {
                 if talks {
                     flow.last_heard();
                     let cut = began.elapsed();
-                    let quiet = scale::within(Duration::from_millis(1500));
-                    assert!(cut > Duration::from_secs(3) + quiet, "{cut:?}");
-                    assert!(
-                        cut < scale::within(Duration::from_secs(6)) + quiet,
-                        "{cut:?}"
-                    );
+                    let quiet = seconds(1.5, 5.0);
+                    // Less what goes by between two words.
+                    assert!(cut > Duration::from_millis(2500) + quiet, "{cut:?}");
+                    assert!(cut < seconds(6.0, 15.0) + quiet, "{cut:?}");
                 } else {
                     // Silent for longer than it may be; TCP's own keep-alive is off.
                     thread::sleep(Duration::from_millis(3200));
