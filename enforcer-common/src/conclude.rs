@@ -5,10 +5,8 @@
 use crate::{
     decide::{Decision, RENEWED, Time},
     flow::{Admission, FlowSlot as _, FlowTable, SESSION, TIMED},
-    image::{EMPTY, VERDICT_SESSION, VERDICT_TIMELINE},
-    judge::{
-        ARRIVES, Judgement, MIDSTREAM, OPEN, PASS, Plan, REJUDGE, REJUDGE_RELATED, RULES, Scene,
-    },
+    image::{VERDICT_SESSION, VERDICT_TIMELINE},
+    judge::{Judgement, MIDSTREAM, OPEN, PASS, Plan, REJUDGE, REJUDGE_RELATED, Scene},
     verdict::{Outcome, Reason},
     wire::FlowEntry,
 };
@@ -79,11 +77,11 @@ fn go_on<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Dec
         return decision;
     }
     if !decision.outcome.passes() {
-        decision.reason = if plan.stale != 0 {
-            Reason::Revoked
-        } else {
-            Reason::Expired
-        };
+        if plan.stale != 0 {
+            decision.reason = Reason::Revoked;
+        } else if plan.due != 0 {
+            decision.reason = Reason::Expired;
+        }
         return decision;
     }
     if plan.step == REJUDGE_RELATED {
@@ -111,6 +109,17 @@ fn go_on<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Dec
             }
         }
     }
+    let settled = plan.stale == 0 && plan.due == 0;
+    if decision.reason == Reason::Failsafe {
+        return decision;
+    }
+    if settled {
+        // The judgement stands, whatever it was; only the packet had to be looked at.
+        decision = Decision {
+            rule: plan.rule,
+            ..Decision::pass(Reason::Established)
+        };
+    }
     if plan.step == REJUDGE_RELATED && decision.outcome == Outcome::Allowed {
         decision.reason = Reason::Related;
     }
@@ -123,7 +132,6 @@ pub fn conclude<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan)
     let mut insert_failed = false;
     let mut decision = decided(plan);
     match plan.step {
-        RULES if decision.reason == Reason::Related => decision.rule = plan.rule,
         OPEN | MIDSTREAM => {
             let mut reversed = false;
             if plan.step == MIDSTREAM && decision.outcome != Outcome::Allowed {
@@ -140,8 +148,11 @@ pub fn conclude<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan)
                     reversed = true;
                 }
             }
-            // What is essential needs no entry.
-            if decision.outcome.passes() && decision.reason != Reason::Essential {
+            // What is essential needs no entry. The reply of a failsafe's flow gets none either: it
+            // would make its sender the opener, whom the next policy need not let go on.
+            let reply = decision.reason == Reason::Failsafe && plan.ifindex == 0;
+            let entered = decision.reason != Reason::Essential && !reply;
+            if decision.outcome.passes() && entered {
                 insert_failed = !enter(table, scene, plan, reversed);
             }
         }
@@ -152,20 +163,6 @@ pub fn conclude<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan)
             if !decision.outcome.passes() && asked && own.outcome.passes() {
                 insert_failed = !enter(table, scene, plan, true);
                 decision = own;
-            }
-        }
-        ARRIVES if decision.outcome.passes() => {
-            decision.rule = if decision.reason == Reason::Established {
-                plan.rule
-            } else {
-                EMPTY
-            };
-            if let Some(slot) = table.find(&plan.key) {
-                slot.touch(scene.clock.now, plan.flags);
-                // What passes only because it is observed is recorded each time.
-                if decision.outcome == Outcome::Allowed {
-                    slot.arrive(plan.side, plan.ifindex);
-                }
             }
         }
         _ => {}

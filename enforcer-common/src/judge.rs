@@ -55,14 +55,13 @@ pub(crate) const RULES: u32 = 1;
 pub(crate) const OPEN: u32 = 2;
 /// The rules decide in either direction, and the flow is entered again if it passes.
 pub(crate) const MIDSTREAM: u32 = 3;
-/// The rules decide whether the flow, admitted under another policy or a while ago, goes on.
+/// The rules decide whether the flow, admitted by another policy, or a while ago, or with its end
+/// at another interface, goes on.
 pub(crate) const REJUDGE: u32 = 4;
 /// The same, and the packet is an ICMP error about the flow, which `reverse` asks about.
 pub(crate) const REJUDGE_RELATED: u32 = 5;
-/// Part of a current flow, from an interface that its end was not seen at.
-pub(crate) const ARRIVES: u32 = 6;
 /// A denial of form without addresses.
-pub(crate) const FORM_UNREADABLE: u32 = 7;
+pub(crate) const FORM_UNREADABLE: u32 = 6;
 
 /// What to do about a packet. Plain words without padding.
 #[derive(Clone, Copy, Debug)]
@@ -92,10 +91,13 @@ pub struct Plan {
     pub(crate) has_fragments: u32,
     /// Whether the entry was admitted by another policy.
     pub(crate) stale: u32,
+    /// Whether the entry's rule depends on time, which went on.
+    pub(crate) due: u32,
     /// State flags of the entry that was found.
     pub(crate) found: u32,
     /// Generation of the image that was consulted.
     pub generation: u32,
+    reserved: u32,
     /// What the image says to `ask`.
     pub(crate) words: u64,
     /// What it says to `reverse`.
@@ -126,8 +128,10 @@ impl Plan {
         ifindex: 0,
         has_fragments: 0,
         stale: 0,
+        due: 0,
         found: 0,
         generation: 0,
+        reserved: 0,
         words: Self::NO_POLICY,
         reverse_words: Self::NO_POLICY,
     };
@@ -173,13 +177,6 @@ impl Plan {
         self.ask.screen = screen;
         self.ask.slot = link.slot;
         self.ask.source_port = u32::from(tuple.source_port);
-    }
-
-    /// A pass, unless the screening of the packet denies it.
-    #[inline(always)]
-    fn screened(&mut self, link: &Link, tuple: &Tuple, reason: Reason, screen: u32) {
-        self.rules(RULES, link, tuple, screen);
-        self.ask = self.ask.pass(reason);
     }
 }
 
@@ -245,6 +242,8 @@ pub fn judge<W: Words + ?Sized, F: FlowTable, T: Time>(
 /// Asks the image what the plan wants to know.
 #[inline(always)]
 pub fn consult<W: Words + ?Sized, T: Time>(image: &W, time: &T, plan: &mut Plan) {
+    // A swap came in between: no entry that was found counts.
+    plan.stale |= u32::from(plan.generation != generation(image));
     plan.generation = generation(image);
     if plan.step == FORM_UNREADABLE {
         plan.words = answer_unreadable(image, &plan.ask);
@@ -349,20 +348,15 @@ pub fn plan<F: FlowTable, T: Time>(
                 plan.rule = entry.rule;
                 plan.found = entry.flags;
                 let timed = entry.flags & TIMED != 0;
-                if current && !(timed && entry.checked != time.boot()) {
-                    if error {
-                        return plan.screened(link, tuple, Reason::Related, screen & !FAILSAFE);
-                    }
-                    let arrived = entry.arrived[usize::from(from_low)];
-                    if plan.ifindex == 0 || plan.ifindex == arrived {
-                        slot.touch(clock.now, plan.flags);
-                        return plan.pass(Reason::Established, entry.rule);
-                    }
-                    plan.screened(link, tuple, Reason::Established, screen);
-                    plan.step = ARRIVES;
-                    return;
+                let due = timed && entry.checked != time.boot();
+                let arrived = entry.arrived[usize::from(from_low)];
+                let known = plan.ifindex == 0 || plan.ifindex == arrived;
+                if current && !due && known && !error {
+                    slot.touch(clock.now, plan.flags);
+                    return plan.pass(Reason::Established, entry.rule);
                 }
                 plan.stale = u32::from(!current);
+                plan.due = u32::from(due);
                 return rejudge(plan, scene, packet, &entry, from_opener);
             }
         }

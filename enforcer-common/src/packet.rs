@@ -548,52 +548,70 @@ fn extension_headers<B: Bytes + ?Sized>(
     end: u32,
     walk: &mut Walk,
 ) -> Result<(), Reason> {
-    // A counter of its own: one in `walk`, the verifier loses track of.
-    let mut walked = 0;
-    // One turn more than headers are allowed, to see the one too many.
-    while walked <= MAX_EXTENSION_HEADERS {
-        let kind = walk.next;
-        if !matches!(kind, 0 | 43 | 44 | 60) {
-            return Ok(());
-        }
-        if walked == MAX_EXTENSION_HEADERS || (kind == 0 && walked > 0) {
-            return Err(Reason::ExtensionHeader);
-        }
-        // Padding behind the packet is not part of it.
-        if walk.at + 8 > end {
-            return Err(truncated(walk));
-        }
-        let e: [u8; 8] = bytes.read(walk.at).ok_or(Reason::Malformed)?;
-        let length = match kind {
-            44 => {
-                // One is enough; a second would let fragments hide in fragments.
-                if walk.fragment_at != 0 {
-                    return Err(Reason::ExtensionHeader);
-                }
-                // Offset and the "more" bit; the two reserved bits mean nothing (RFC 8200).
-                walk.fragment = be16([e[2], e[3]]) & 0xfff9;
-                walk.id = be32(e[4], e[5], e[6], e[7]);
-                walk.fragment_at = walk.at + 8;
-                if walk.fragment & 0xfff8 != 0 {
-                    walk.next = e[0];
-                    walk.at += 8;
-                    return Ok(());
-                }
-                8
+    // Written out: Linux 6.1 takes no loop whose last instruction falls into its first, which is
+    // how the compiler lays this one out. One turn more than headers are allowed, to see the one
+    // too many.
+    macro_rules! turns {
+        ($($walked:literal)*) => { $(
+            if let Some(end) = step(bytes, end, walk, $walked) {
+                return end;
             }
-            // Segments left: the final destination is not the one that would be judged.
-            43 if e[3] != 0 => return Err(Reason::ExtensionHeader),
-            _ => (u32::from(e[1]) + 1) * 8,
-        };
-        walk.next = e[0];
-        walk.at += length;
-        if walk.at > end {
-            return Err(truncated(walk));
-        }
-        walk.some = true;
-        walked += 1;
+        )* };
     }
+    turns!(0 1 2 3 4 5 6);
     Ok(())
+}
+
+/// Walks over one header, of which there were `walked` before. `None`: there may be another.
+#[inline(always)]
+fn step<B: Bytes + ?Sized>(
+    bytes: &B,
+    end: u32,
+    walk: &mut Walk,
+    walked: u32,
+) -> Option<Result<(), Reason>> {
+    let kind = walk.next;
+    if !matches!(kind, 0 | 43 | 44 | 60) {
+        return Some(Ok(()));
+    }
+    if walked == MAX_EXTENSION_HEADERS || (kind == 0 && walked > 0) {
+        return Some(Err(Reason::ExtensionHeader));
+    }
+    // Padding behind the packet is not part of it.
+    if walk.at + 8 > end {
+        return Some(Err(truncated(walk)));
+    }
+    let Some(e) = bytes.read::<8>(walk.at) else {
+        return Some(Err(Reason::Malformed));
+    };
+    let length = match kind {
+        44 => {
+            // One is enough; a second would let fragments hide in fragments.
+            if walk.fragment_at != 0 {
+                return Some(Err(Reason::ExtensionHeader));
+            }
+            // Offset and the "more" bit; the two reserved bits mean nothing (RFC 8200).
+            walk.fragment = be16([e[2], e[3]]) & 0xfff9;
+            walk.id = be32(e[4], e[5], e[6], e[7]);
+            walk.fragment_at = walk.at + 8;
+            if walk.fragment & 0xfff8 != 0 {
+                walk.next = e[0];
+                walk.at += 8;
+                return Some(Ok(()));
+            }
+            8
+        }
+        // Segments left: the final destination is not the one that would be judged.
+        43 if e[3] != 0 => return Some(Err(Reason::ExtensionHeader)),
+        _ => (u32::from(e[1]) + 1) * 8,
+    };
+    walk.next = e[0];
+    walk.at += length;
+    if walk.at > end {
+        return Some(Err(truncated(walk)));
+    }
+    walk.some = true;
+    None
 }
 
 /// Headers that go on behind the end: of a first fragment, they are in a later one.

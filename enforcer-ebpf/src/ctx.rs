@@ -62,17 +62,19 @@ pub fn link(ctx: &TcContext, ingress: bool, link: &mut Link) -> bool {
     };
     let interface = maps::interface(ifindex);
     let service_tag = u16::from_be(tag as u16) == 0x88a8;
+    // The copy goes back before it gets a link header (`dev_loopback_xmit`).
+    let looped = ingress && kind == PACKET_LOOPBACK;
     let elsewhere =
         tagged != 0 && maps::judged_on_vlan_device(vlan_key(ifindex, service_tag, tci as u16));
     *link = Link {
-        ethernet: interface.flags & INTERFACE_L3 == 0,
+        ethernet: interface.flags & INTERFACE_L3 == 0 && !looped,
         protocol: u16::from_be(protocol as u16),
         vlan: if tagged != 0 { Some(tci as u16) } else { None },
         ingress,
         ifindex,
         slot: interface.slot,
         gso: gso != 0,
-        looped: kind == PACKET_LOOPBACK,
+        looped,
     };
     elsewhere
 }

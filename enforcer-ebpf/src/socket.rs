@@ -17,7 +17,7 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use enforcer_common::{
-    decide::{Ask, Decision, Query, answer, generation},
+    decide::{Ask, Decision, FAILSAFE_REPLY, Query, answer, generation},
     flow::{self, FlowTable as _},
     image::{Address, LOCAL_UNKNOWN, MAX_LOCAL, MAX_LOCAL_CLASSES, Words as _, header},
     packet::{Kind, Tuple},
@@ -364,13 +364,19 @@ pub extern "C" fn socket_turn(turn: *mut Turn) -> u32 {
 #[inline(always)]
 fn denied(generation: u32, tuple: &Tuple) -> Option<u64> {
     let bound = tuple.source != [0; 4];
+    let mut ask = Ask::rules(&Query {
+        source: tuple.source_address(),
+        destination: tuple.destination_address(),
+        protocol: tuple.protocol,
+        selector: tuple.selector,
+    });
+    if matches!(tuple.kind, Kind::Ports) {
+        // It may be the reply of a flow that a failsafe lets in, with an entry or without.
+        ask.screen = FAILSAFE_REPLY;
+        ask.source_port = u32::from(tuple.source_port);
+    }
     let mut turn = Turn {
-        ask: Ask::rules(&Query {
-            source: tuple.source_address(),
-            destination: tuple.destination_address(),
-            protocol: tuple.protocol,
-            selector: tuple.selector,
-        }),
+        ask,
         index: if bound { BOUND } else { 0 },
         generation,
         words: 0,

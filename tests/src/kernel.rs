@@ -137,23 +137,65 @@ impl Programs {
 
     /// Runs a frame `times` times on one CPU; the last action and the frame as it comes out.
     pub fn run_often(&mut self, hook: Hook, frame: &[u8], times: u32) -> (i32, Vec<u8>) {
+        self.run_with(hook, frame, None, times)
+    }
+
+    /// Runs a frame as one of an interface of the caller's namespace.
+    pub fn run_at(&mut self, hook: Hook, ifindex: u32, frame: &[u8]) -> i32 {
+        // `struct __sk_buff`: of the fields that may be given, this one alone.
+        let mut context = [0; 192];
+        let at = 10 * size_of::<u32>();
+        context[at..at + 4].copy_from_slice(&ifindex.to_ne_bytes());
+        self.run_with(hook, frame, Some(&context), 1).0
+    }
+
+    fn run_with(
+        &mut self,
+        hook: Hook,
+        frame: &[u8],
+        context: Option<&[u8]>,
+        times: u32,
+    ) -> (i32, Vec<u8>) {
         let mut out = vec![0; frame.len() + 256];
-        let program: &mut SchedClassifier = self
-            .dataplane
-            .ebpf_mut()
-            .program_mut(hook.name())
-            .unwrap()
-            .try_into()
-            .unwrap();
         let options = TestRunOptions {
             data_in: Some(frame),
             data_out: Some(&mut out),
+            ctx_in: context,
             repeat: times,
             ..TestRunOptions::new()
         };
+        let program = self.program(hook);
         let result = program.test_run(options).expect("the kernel runs it");
         out.truncate(result.data_size_out as usize);
         (result.return_value.cast_signed(), out)
+    }
+
+    fn program(&mut self, hook: Hook) -> &mut SchedClassifier {
+        let program = self.dataplane.ebpf_mut().program_mut(hook.name());
+        program.unwrap().try_into().unwrap()
+    }
+
+    /// Runs `count` frames, each made of the one before by `next` from its number; how many of
+    /// them passed.
+    pub fn flood(
+        &mut self,
+        hook: Hook,
+        frame: &mut [u8],
+        count: usize,
+        mut next: impl FnMut(&mut [u8], usize),
+    ) -> usize {
+        let program = self.program(hook);
+        let mut passed = 0;
+        for number in 0..count {
+            next(frame, number);
+            let options = TestRunOptions {
+                data_in: Some(frame),
+                ..TestRunOptions::new()
+            };
+            let result = program.test_run(options).expect("the kernel runs it");
+            passed += usize::from(result.return_value.cast_signed() == -1);
+        }
+        passed
     }
 
     pub fn counters(&self) -> Counters {
@@ -249,6 +291,16 @@ impl Programs {
     /// one. Every frame must come through here, or the difference is not one packet's.
     pub fn judge(&mut self, hook: Hook, frame: &[u8]) -> Verdict {
         let action = self.run(hook, frame);
+        self.judged(hook, action)
+    }
+
+    /// The same as one of an interface of the caller's namespace.
+    pub fn judge_at(&mut self, hook: Hook, ifindex: u32, frame: &[u8]) -> Verdict {
+        let action = self.run_at(hook, ifindex, frame);
+        self.judged(hook, action)
+    }
+
+    fn judged(&mut self, hook: Hook, action: i32) -> Verdict {
         let after = self.counters();
         let before = std::mem::replace(&mut self.last, after.clone());
         let mut moved = after.packets.iter().filter_map(|a| {

@@ -258,12 +258,12 @@ impl<'a> Fuzzer<'a> {
         let new = self.grown.with_extension("new");
         remove_all(&new)?;
         fs::create_dir_all(&new)?;
-        self.run(self.command().arg("-merge=1").args([
-            &new,
-            &self.corpus,
-            &self.seeds,
-            &self.grown,
-        ]))?;
+        // For all edges; how often each is taken, the grown inputs remember.
+        self.run(
+            self.command()
+                .args(["-set_cover_merge=1", "-use_counters=0"])
+                .args([&new, &self.corpus, &self.seeds, &self.grown]),
+        )?;
         remove_all(&self.corpus)?;
         fs::create_dir_all(&self.corpus)?;
         let mut count = 0;
@@ -317,7 +317,9 @@ impl Said {
             if word == "cov:" {
                 self.runs = runs;
                 self.edges = words.next().and_then(|number| number.parse().ok());
-                self.began = self.began.or(self.edges);
+                if line.contains("INITED") {
+                    self.began = self.edges;
+                }
             }
         }
     }

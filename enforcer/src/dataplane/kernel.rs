@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
+    io::ErrorKind,
     os::fd::{AsFd as _, BorrowedFd},
     time::Duration,
 };
@@ -11,8 +12,8 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf},
     programs::{
-        CgroupAttachMode, CgroupSockAddr, LinkOrder, SchedClassifier, TcAttachType, TestRun as _,
-        TestRunOptions,
+        CgroupAttachMode, CgroupSockAddr, LinkOrder, SchedClassifier, TcAttachType, TcError,
+        TestRun as _, TestRunOptions,
         cgroup_sock_addr::CgroupSockAddrLinkId,
         tc::{self, NlOptions, SchedClassifierLinkId, TcAttachOptions},
     },
@@ -161,6 +162,13 @@ impl KernelDataplane {
             match tc::qdisc_add_clsact(&interface.name) {
                 Ok(()) => {}
                 Err(error) if is_already_there(&error) => {}
+                Err(error) => return Err(attach_error(name, &interface.name, &error)),
+            }
+            // Unlike links, filters outlive who made them: those of a daemon that was killed would
+            // go on judging by its policy, beside ours and after us.
+            match tc::qdisc_detach_program(&interface.name, direction, name) {
+                Ok(()) => {}
+                Err(TcError::IoError(error)) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) => return Err(attach_error(name, &interface.name, &error)),
             }
             TcAttachOptions::Netlink(NlOptions {

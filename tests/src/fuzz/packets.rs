@@ -469,8 +469,11 @@ impl<'a> Step<'a> {
             ..self.step.link
         };
         let mine = link.ingress && ENVIRONMENT.host_addresses.contains(&destination);
-        if mine || oracle::martian(destination, source) {
-            return; // from addresses that no reply has
+        let name = &ENVIRONMENT.interfaces[&link.slot];
+        let policy = &self.compiled.policy;
+        let forged = link.ingress && reference::spoofed(policy, &ENVIRONMENT, destination, name);
+        if mine || forged || oracle::martian(destination, source) {
+            return; // from addresses that no reply has there
         }
         let bytes = frame::frame(destination, source, tuple.protocol, &payload);
         let answer = self.judge(after, &link, &bytes);
