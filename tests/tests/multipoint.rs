@@ -94,3 +94,53 @@ fn a_host_speaks_to_itself_in_a_vrf() {
         .start();
     assert!(speaks_to_itself(&net), "with a glob for all interfaces");
 }
+
+#[test]
+fn what_ipsec_carries_is_judged_on_its_interface() {
+    let net = Pair::new();
+    let ends = [
+        (&net.host, "10.1.0.1", INNER_HOST, "10.1.0.2"),
+        (&net.peer, "10.1.0.2", INNER_PEER, "10.1.0.1"),
+    ];
+    let key = format!("0x{}", "0b".repeat(32));
+    for (end, local, inner, remote) in ends {
+        let device = "link add inner type xfrm dev eth0 if_id 1";
+        let words: Vec<&str> = device.split(' ').collect();
+        if let Err(complaint) = end.ask("ip", &words) {
+            skipped(&format!("no xfrm interface in this kernel: {complaint}"));
+            return;
+        }
+        for (src, dst, dir) in [(local, remote, "out"), (remote, local, "in")] {
+            let spi = if src == "10.1.0.1" { "0x101" } else { "0x102" };
+            let state = format!(
+                "xfrm state add src {src} dst {dst} proto esp spi {spi} reqid 1 mode tunnel \
+                 if_id 1 auth hmac(sha256) {key} enc ecb(cipher_null) "
+            );
+            let words: Vec<&str> = state.split(' ').filter(|word| !word.is_empty()).collect();
+            let words: Vec<&str> = words.into_iter().chain([""]).collect();
+            if let Err(complaint) = end.ask("ip", &words) {
+                skipped(&format!("no ESP in this kernel: {complaint}"));
+                return;
+            }
+            end.ip(&format!(
+                "xfrm policy add src 0.0.0.0/0 dst 0.0.0.0/0 dir {dir} if_id 1 \
+                 tmpl src {src} dst {dst} proto esp reqid 1 mode tunnel\n"
+            ));
+        }
+        end.addresses("inner", &[&format!("{inner}/24")]);
+        end.ip("link set inner up\n");
+        for port in [7000, 7001] {
+            traffic::udp_echo(end, traffic::any(port));
+        }
+    }
+    assert!(traffic::udp_answers_soon(&net.host, (INNER_PEER, 7001)));
+    let policy = POLICY.replace("proto/gre", "proto/50");
+    let _daemon = Setup::new(&net.host, "eth0,inner", &policy)
+        .with(&["--socket-hooks", "off"])
+        .start();
+    let answers = |from, to, port| traffic::udp_answers(from, None, (to, port));
+    assert!(!answers(&net.host, INNER_PEER, 7001), "out, denied");
+    assert!(!answers(&net.peer, INNER_HOST, 7001), "in, denied");
+    assert!(answers(&net.host, INNER_PEER, 7000), "out, allowed");
+    assert!(answers(&net.peer, INNER_HOST, 7000), "in, allowed");
+}

@@ -43,6 +43,7 @@ const IFLA_LINKINFO: u16 = 18;
 const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
+const IFLA_TUN_TYPE: u16 = 3;
 const IFLA_VLAN_ID: u16 = 1;
 const IFLA_VLAN_PROTOCOL: u16 = 5;
 /// 802.1ad, as IFLA_VLAN_PROTOCOL has it.
@@ -231,17 +232,28 @@ fn link(body: &[u8]) -> Option<Link> {
             _ => {}
         }
     }
+    let tun = (device == "tun").then(|| tun(data)).flatten();
     let vlan = (device == "vlan").then(|| vlan(data, lower.filter(|_| !elsewhere)));
     Some(Link {
         ifindex: word(body, 4)?,
         name: name?,
-        kind: half(body, 2)?,
+        kind: tun.or(half(body, 2))?,
         up: flags & IFF_UP != 0,
         loopback: flags & IFF_LOOPBACK != 0,
         device,
         master,
         vlan: vlan.flatten(),
     })
+}
+
+/// ARPHRD number of a tun or tap device, by what its packets are: TUNSETLINK gives it any other.
+fn tun(data: &[u8]) -> Option<u16> {
+    let (_, value) = attributes(data).find(|(kind, _)| *kind == IFLA_TUN_TYPE)?;
+    match value.first()? {
+        1 => Some(65534),
+        2 => Some(1),
+        _ => None,
+    }
 }
 
 /// From IFLA_INFO_DATA of a VLAN device.
@@ -384,6 +396,17 @@ mod tests {
         body[4] = 7;
         body[8] = 1;
         link(&[body, attributes.concat()].concat()).unwrap()
+    }
+
+    #[test]
+    fn a_tun_device_is_what_its_packets_are() {
+        let kind_of = |mode: u8| {
+            let kind = attribute(IFLA_INFO_KIND, b"tun\0");
+            let data = attribute(IFLA_INFO_DATA, &attribute(IFLA_TUN_TYPE, &[mode]));
+            let info = attribute(IFLA_LINKINFO, &[kind, data].concat());
+            newlink(&[attribute(IFLA_IFNAME, b"tun0\0"), info]).kind
+        };
+        assert_eq!((kind_of(1), kind_of(2), kind_of(9)), (65534, 1, 1));
     }
 
     #[test]
