@@ -4,6 +4,10 @@
 //! socket hooks in the modules here. No policy in this file.
 #![no_std]
 #![no_main]
+#![allow(
+    clippy::not_unsafe_ptr_arg_deref,
+    reason = "a global function's arguments are raw pointers in its BTF; only the programs here call it"
+)]
 #![feature(asm_experimental_arch)] // one atomic addition, see `maps::count_shared`
 
 mod ctx;
