@@ -57,6 +57,12 @@ impl Link {
         !NO_IP.contains(&self.kind)
     }
 
+    /// Whether only this host's packets to itself go through it: a loopback, or a VRF, whose other
+    /// packets go through its members.
+    pub fn is_local(&self) -> bool {
+        self.loopback || self.device == "vrf"
+    }
+
     /// Whether it switches frames between its ports.
     pub fn is_bridge(&self) -> bool {
         BRIDGES.contains(&self.device.as_str())

@@ -100,10 +100,10 @@ impl Links {
         self.hooks_reason.clone()
     }
 
-    /// Whether `link` is asked for. A glob never means a loopback: nobody wants `*` to cut a
-    /// host off from itself; nor a link that carries no IP.
+    /// Whether `link` is asked for. A glob never means a loopback or a VRF: nobody wants `*` to cut
+    /// a host off from itself; nor a link that carries no IP.
     fn wants(&self, link: &Link) -> bool {
-        let usual = !link.loopback && link.carries_ip();
+        let usual = !link.is_local() && link.carries_ip();
         self.patterns
             .iter()
             .any(|p| p.matches(&link.name) && (p.is_literal() || usual))
@@ -276,7 +276,7 @@ impl Links {
         let open: Vec<&str> = host
             .links
             .iter()
-            .filter(|l| l.up && !l.loopback && l.carries_ip())
+            .filter(|l| l.up && !l.is_local() && l.carries_ip())
             .filter(|l| !self.attached.contains_key(&l.ifindex))
             .map(|l| l.name.as_str())
             .collect();
@@ -441,6 +441,11 @@ mod tests {
         assert_eq!(links.sync(&dataplane, &all).len(), 1);
         assert_eq!(attached(&fake), [2]);
         links.sync_hooks(&dataplane, &all, false).unwrap();
+        assert_eq!(links.socket_hooks(), Some(SocketHooks::Refuse));
+        let mut vrf = host(&[(2, "eth0"), (4, "red")]);
+        vrf.links[1].device = "vrf".to_owned();
+        assert_eq!(links.sync(&dataplane, &vrf).len(), 1);
+        links.sync_hooks(&dataplane, &vrf, false).unwrap();
         assert_eq!(links.socket_hooks(), Some(SocketHooks::Refuse));
         let (fake, dataplane, mut links) = setup(&["lo"]);
         links.sync(&dataplane, &host(&[(1, "lo")]));
