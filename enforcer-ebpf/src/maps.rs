@@ -210,13 +210,16 @@ pub struct LruFlows;
 /// An entry in place.
 pub struct LruSlot(*mut FlowEntry);
 
+// Keys and values are copied to the stack: Linux 6.1 takes none from a pointer that is a global
+// function's argument, as the workspace is.
 impl FlowTable for LruFlows {
     type Slot = LruSlot;
 
     #[inline(always)]
     fn find(&self, key: &FlowKey) -> Option<LruSlot> {
         let entry = if key.is_v6() {
-            FLOWS6.get_ptr_mut(key)
+            let key = *key;
+            FLOWS6.get_ptr_mut(&key)
         } else {
             FLOWS4.get_ptr_mut(key.v4())
         };
@@ -225,24 +228,28 @@ impl FlowTable for LruFlows {
 
     #[inline(always)]
     fn insert(&self, key: &FlowKey, entry: &FlowEntry) -> bool {
+        let entry = *entry;
         if key.is_v6() {
-            FLOWS6.insert(key, entry, u64::from(BPF_ANY)).is_ok()
+            let key = *key;
+            FLOWS6.insert(&key, &entry, u64::from(BPF_ANY)).is_ok()
         } else {
-            FLOWS4.insert(key.v4(), entry, u64::from(BPF_ANY)).is_ok()
+            FLOWS4.insert(key.v4(), &entry, u64::from(BPF_ANY)).is_ok()
         }
     }
 
     #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentEntry> {
+        let key = *key;
         // SAFETY: an LRU may hand the element to another packet while it is copied; the worst is a
         // fragment judged by the ports of another allowed packet, of which the receiver has no
         // first fragment.
-        unsafe { FRAGMENTS.get(key) }.copied()
+        unsafe { FRAGMENTS.get(&key) }.copied()
     }
 
     #[inline(always)]
     fn insert_fragment(&self, key: &FragmentKey, entry: &FragmentEntry) -> bool {
-        FRAGMENTS.insert(key, entry, u64::from(BPF_ANY)).is_ok()
+        let (key, entry) = (*key, *entry);
+        FRAGMENTS.insert(&key, &entry, u64::from(BPF_ANY)).is_ok()
     }
 }
 
