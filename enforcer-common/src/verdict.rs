@@ -164,8 +164,15 @@ impl Hook {
     ];
 
     /// The hook with this number.
-    pub fn from_bits(bits: u8) -> Option<Self> {
-        Self::ALL.get(usize::from(bits)).copied()
+    #[inline(always)]
+    pub const fn from_bits(bits: u8) -> Option<Self> {
+        match bits {
+            0 => Some(Self::TcIngress),
+            1 => Some(Self::TcEgress),
+            2 => Some(Self::Connect),
+            3 => Some(Self::Sendmsg),
+            _ => None,
+        }
     }
 
     /// Stable snake_case name.

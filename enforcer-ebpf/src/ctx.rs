@@ -2,7 +2,10 @@
 
 use core::mem::MaybeUninit;
 
-use aya_ebpf::{helpers::generated::bpf_skb_load_bytes, programs::TcContext};
+use aya_ebpf::{
+    helpers::generated::{bpf_skb_load_bytes, bpf_skb_load_bytes_relative},
+    programs::TcContext,
+};
 use enforcer_common::{
     packet::{Bytes, Link},
     wire::{INTERFACE_L3, vlan_key},
@@ -77,4 +80,28 @@ pub fn link(ctx: &TcContext, ingress: bool, link: &mut Link) -> bool {
         looped,
     };
     elsewhere
+}
+
+/// `BPF_HDR_START_NET` (linux/bpf.h).
+const FROM_NETWORK_HEADER: u32 = 1;
+
+/// Whether a packet of a link without Ethernet header begins elsewhere than with its network
+/// header: multipoint GRE leaves the outer header in front, XFRM interfaces an Ethernet header.
+/// What would be read there is not what is delivered.
+#[inline(always)]
+pub fn misplaced(ctx: &TcContext) -> bool {
+    let mut network = [0u8; 20];
+    // SAFETY: the helper writes 20 bytes or zeroes them all and fails.
+    let status = unsafe {
+        bpf_skb_load_bytes_relative(
+            ctx.skb.skb.cast(),
+            0,
+            network.as_mut_ptr().cast(),
+            20,
+            FROM_NETWORK_HEADER,
+        )
+    };
+    let start: Option<[u8; 20]> = Skb(TcContext::new(ctx.skb.skb)).read(0);
+    // Too short for IP: the parser says so.
+    status == 0 && start.is_some_and(|start| start != network)
 }

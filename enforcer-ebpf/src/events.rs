@@ -50,8 +50,10 @@ pub fn account(ctx: &TcContext, work: &Work) {
     } else {
         if slot.pending != 0 && !output(slot) {
             let suppressed = slot.pending.wrapping_sub(slot.pending_lost);
+            // Of the hook that counted them.
+            let displaced = Hook::from_bits(slot.event.hook).unwrap_or(*hook);
             maps::count(
-                record_counter(*hook, Record::Displaced),
+                record_counter(displaced, Record::Displaced),
                 u64::from(suppressed),
             );
         }

@@ -156,6 +156,9 @@ pub extern "C" fn parse(skb: *mut __sk_buff, work: *mut Work) -> u32 {
     let Some(work) = (unsafe { work.as_mut() }) else {
         return Reason::Malformed as u32;
     };
+    if !work.scene.link.ethernet && ctx::misplaced(&TcContext::new(skb)) {
+        return Reason::Malformed as u32;
+    }
     let bytes = ctx::Skb(TcContext::new(skb));
     match packet::parse(&bytes, &work.scene.link, &mut work.packet) {
         Ok(()) => SOUND,
