@@ -56,20 +56,30 @@ fn an_address_is_not_taken_for_an_ethertype() {
     let server: UdpSocket = traffic::udp(&host, traffic::any(7000), traffic::QUIET);
     // 8.6.x.x, and 0x0806 is ARP.
     let (from, to) = ("8.6.0.1".parse().unwrap(), "10.5.0.1".parse().unwrap());
-    let mut packet = frame::ip(from, to, 17, &frame::udp(4000, 7000));
-    let words = packet[..20].chunks(2);
-    let sum: u32 = words.map(|w| u32::from(w[0]) << 8 | u32::from(w[1])).sum();
-    let checksum = !((sum & 0xffff) + (sum >> 16)) as u16;
-    packet[10..12].copy_from_slice(&checksum.to_be_bytes());
+    let to_port = |port| {
+        let mut packet = frame::ip(from, to, 17, &frame::udp(4000, port));
+        let words = packet[..20].chunks(2);
+        let sum: u32 = words.map(|w| u32::from(w[0]) << 8 | u32::from(w[1])).sum();
+        let checksum = !((sum & 0xffff) + (sum >> 16)) as u16;
+        packet[10..12].copy_from_slice(&checksum.to_be_bytes());
+        packet
+    };
+    let packet = to_port(7000);
     device.write_all(&packet).unwrap();
     assert!(
         server.recv_from(&mut [0; 64]).is_ok(),
         "without the enforcer"
     );
-    let policy = "version: 1\nsegments: {all: {members: [{cidr: 0.0.0.0/0}]}}\n";
+    let policy = "version: 1
+segments: {all: {members: [{cidr: 0.0.0.0/0}]}}
+rules: [{name: in, from: [any], to: [all], services: [udp/7001]}]
+";
     let _daemon = Setup::new(&host, "tun0", policy)
         .with(&["--socket-hooks", "off"])
         .start();
     device.write_all(&packet).unwrap();
-    assert!(server.recv_from(&mut [0; 64]).is_err(), "all is denied");
+    assert!(server.recv_from(&mut [0; 64]).is_err(), "it is denied");
+    let server: UdpSocket = traffic::udp(&host, traffic::any(7001), traffic::QUIET);
+    device.write_all(&to_port(7001)).unwrap();
+    assert!(server.recv_from(&mut [0; 64]).is_ok(), "this is allowed");
 }

@@ -38,7 +38,7 @@ segments:
   other: { members: [{cidr: 10.1.0.3/32}, {cidr: "fd01::3/128"}] }
 rules:
   - { name: ports, from: [any], to: [peer], services: [tcp/7000-7099, udp/7000-7099] }
-  - { name: portless, from: [any], to: [other], services: [ping, proto/udplite] }
+  - { name: portless, from: [any], to: [other], services: [ping, udplite/any] }
 "#;
 
 /// Where a denial is recorded when the calls are allowed to refuse.

@@ -266,11 +266,19 @@ impl Enricher {
         let comm = process.comm.split(|b| *b == 0).next().unwrap_or_default();
         Some(ProcessInfo {
             pid: process.pid,
-            comm: String::from_utf8_lossy(comm).into_owned(),
+            comm: printable(&String::from_utf8_lossy(comm)),
             uid: process.uid,
-            cgroup: self.cgroups.path(process.cgroup),
+            cgroup: printable(&self.cgroups.path(process.cgroup)),
         })
     }
+}
+
+/// What a process chose, without what a terminal would obey: JSON leaves DEL and U+0080 to U+009F
+/// as they are.
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
 }
 
 fn addresses(event: &Event) -> Option<(IpAddr, IpAddr)> {
@@ -542,6 +550,18 @@ pub(crate) mod tests {
 
     #[test]
     fn a_process_is_named_and_ipv6_read() {
+        let mut comm = [0; 16];
+        comm[..10].copy_from_slice("\u{9b}31m\u{7f}x\n\u{1b}c".as_bytes());
+        let sly = denial(&Event {
+            process: Process {
+                pid: 7,
+                comm,
+                ..event().process
+            },
+            ..event()
+        });
+        let words = "\u{fffd}31m\u{fffd}x\u{fffd}\u{fffd}c";
+        assert_eq!(sly.process.unwrap().comm, words);
         let mut comm = [0; 16];
         comm[..4].copy_from_slice(b"curl");
         let named = denial(&Event {
