@@ -68,7 +68,8 @@ impl Limits {
                 total: minutes(15),
             },
             Accel::Tcg => Self {
-                binary: minutes(10),
+                // Of the longest, each start of the daemon takes the verifier ten seconds.
+                binary: minutes(20),
                 // Ten minutes on two idle processors; others may be at work here.
                 total: minutes(60),
             },
