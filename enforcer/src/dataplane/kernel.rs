@@ -169,7 +169,16 @@ impl KernelDataplane {
             match tc::qdisc_detach_program(&interface.name, direction, name) {
                 Ok(()) => {}
                 Err(TcError::IoError(error)) if error.kind() == ErrorKind::NotFound => {}
-                Err(error) => return Err(attach_error(name, &interface.name, &error)),
+                // Where others have filters there, their names may not be readable: no reason not
+                // to enforce. An old filter of ours then judges as well, which only denies more.
+                Err(error) => {
+                    tracing::warn!(
+                        interface = %interface.name,
+                        hook = name,
+                        %error,
+                        "cannot look for programs that an earlier run left"
+                    );
+                }
             }
             TcAttachOptions::Netlink(NlOptions {
                 priority: 1,
