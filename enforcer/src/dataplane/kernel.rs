@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
-    io::ErrorKind,
     os::fd::{AsFd as _, BorrowedFd},
     time::Duration,
 };
@@ -12,10 +11,10 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf},
     programs::{
-        CgroupAttachMode, CgroupSockAddr, LinkOrder, SchedClassifier, TcAttachType, TcError,
-        TestRun as _, TestRunOptions,
+        CgroupAttachMode, CgroupSockAddr, LinkOrder, SchedClassifier, TcAttachType, TestRun as _,
+        TestRunOptions,
         cgroup_sock_addr::CgroupSockAddrLinkId,
-        tc::{self, NlOptions, SchedClassifierLinkId, TcAttachOptions},
+        tc::{SchedClassifierLinkId, TcAttachOptions},
     },
     util::KernelVersion,
 };
@@ -33,13 +32,11 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
-use super::errors::{
-    attach_error, io_error, is_already_there, is_gone, load_error, map_error, missing, syscall,
-};
+use super::errors::{attach_error, io_error, is_gone, load_error, map_error, missing, syscall};
 use super::query::{has_program, interface_name};
 use super::{
     Counters, Dataplane, DataplaneError, EventSource, Interface, LinkType, PacketCount,
-    RecordCount, SocketHooks, WallClock, cgroup, objects, sys,
+    RecordCount, SocketHooks, WallClock, cgroup, clsact, objects, sys,
 };
 use crate::compile::Image;
 
@@ -155,39 +152,14 @@ impl KernelDataplane {
         interface: &Interface,
     ) -> Result<SchedClassifierLinkId, DataplaneError> {
         let program = classifier(&mut self.ebpf, name)?;
-        // First in the chain: nothing before us may accept a packet on our behalf.
-        let options = if tcx() {
-            TcAttachOptions::TcxOrder(LinkOrder::first())
+        let attached = if tcx() {
+            // First in the chain: nothing before us may accept a packet on our behalf.
+            let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+            program.attach_with_options(&interface.name, direction, options)
         } else {
-            match tc::qdisc_add_clsact(&interface.name) {
-                Ok(()) => {}
-                Err(error) if is_already_there(&error) => {}
-                Err(error) => return Err(attach_error(name, &interface.name, &error)),
-            }
-            // Unlike links, filters outlive who made them: those of a daemon that was killed would
-            // go on judging by its policy, beside ours and after us.
-            match tc::qdisc_detach_program(&interface.name, direction, name) {
-                Ok(()) => {}
-                Err(TcError::IoError(error)) if error.kind() == ErrorKind::NotFound => {}
-                // Where others have filters there, their names may not be readable: no reason not
-                // to enforce. An old filter of ours then judges as well, which only denies more.
-                Err(error) => {
-                    tracing::warn!(
-                        interface = %interface.name,
-                        hook = name,
-                        %error,
-                        "cannot look for programs that an earlier run left"
-                    );
-                }
-            }
-            TcAttachOptions::Netlink(NlOptions {
-                priority: 1,
-                ..NlOptions::default()
-            })
+            clsact::attach(program, name, direction, &interface.name)?
         };
-        program
-            .attach_with_options(&interface.name, direction, options)
-            .map_err(|error| attach_error(name, &interface.name, &error))
+        attached.map_err(|error| attach_error(name, &interface.name, &error))
     }
 }
 

@@ -4,6 +4,7 @@
 //! Must not know: YAML, segment names, tokio, the control socket.
 
 pub mod cgroup;
+mod clsact;
 mod errors;
 pub mod kernel;
 mod objects;
