@@ -4,7 +4,7 @@
 
 use crate::{
     decide::{Decision, RENEWED, Time},
-    flow::{Admission, FlowSlot as _, FlowTable, SESSION, TIMED},
+    flow::{Change, FlowSlot as _, FlowTable, SESSION, TIMED},
     image::{VERDICT_SESSION, VERDICT_TIMELINE},
     judge::{Judgement, MIDSTREAM, OPEN, PASS, Plan, REJUDGE, REJUDGE_RELATED, Scene},
     verdict::{Outcome, Reason},
@@ -95,18 +95,24 @@ fn go_on<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Dec
     // An error about a session is no sign of life of its ends.
     let related = plan.step == REJUDGE_RELATED && timing & SESSION != 0;
     if !related && let Some(slot) = table.find(&plan.key) {
-        slot.admit(&Admission {
+        let goes_on = plan.step == REJUDGE;
+        slot.change(&Change {
+            flags: if goes_on { plan.flags } else { 0 },
+            admits: 1,
             generation: plan.generation,
             rule: decision.rule,
             timing,
             boot: if timing != 0 { scene.time.boot() } else { 0 },
-            begins: plan.found & SESSION == 0 || plan.words as u32 & RENEWED != 0,
+            begins: u32::from(plan.found & SESSION == 0 || plan.words as u32 & RENEWED != 0),
+            side: if goes_on && plan.ifindex != 0 {
+                plan.side
+            } else {
+                u32::MAX
+            },
+            ifindex: plan.ifindex,
         });
-        if plan.step == REJUDGE {
-            slot.touch(scene.clock.now, plan.flags);
-            if plan.ifindex != 0 {
-                slot.arrive(plan.side, plan.ifindex);
-            }
+        if goes_on {
+            slot.touch(scene.clock.now, plan.bytes);
         }
     }
     let settled = plan.stale == 0 && plan.due == 0;

@@ -27,17 +27,20 @@ pub trait FlowTable {
 pub trait FlowSlot {
     /// The entry's fields.
     fn load(&self) -> FlowEntry;
-    /// Renews the entry's age and adds state flags.
-    fn touch(&self, now: u64, flags: u32);
-    /// Marks the entry as judged again.
-    fn admit(&self, admission: &Admission);
-    /// Notes the interface that packets of an end come in at: `side` as in [`FlowEntry::arrived`].
-    fn arrive(&self, side: u32, ifindex: u32);
+    /// Renews the entry's age, and counts a packet of so many bytes.
+    fn touch(&self, now: u64, bytes: u32);
+    /// Changes the entry, unless it has become another flow's meanwhile.
+    fn change(&self, change: &Change);
 }
 
-/// What a judgement of a flow that goes on changes in its entry.
+/// What a packet of a flow that goes on changes in its entry.
 #[derive(Clone, Copy, Debug)]
-pub struct Admission {
+#[repr(C)]
+pub struct Change {
+    /// State flags to add.
+    pub flags: u32,
+    /// Whether the flow was judged again: only then the next five count.
+    pub admits: u32,
     /// Generation of the policy.
     pub generation: u32,
     /// The rule, or `u32::MAX`.
@@ -47,7 +50,46 @@ pub struct Admission {
     /// Boot second of the judgement; meaningful if timed.
     pub boot: u32,
     /// Whether a session begins.
-    pub begins: bool,
+    pub begins: u32,
+    /// Whose interface is noted, as in [`FlowEntry::arrived`]; above 1: nobody's.
+    pub side: u32,
+    /// The interface.
+    pub ifindex: u32,
+}
+
+impl Change {
+    /// Adds state flags and nothing else.
+    #[inline(always)]
+    pub const fn flags(flags: u32) -> Self {
+        Self {
+            flags,
+            admits: 0,
+            generation: 0,
+            rule: 0,
+            timing: 0,
+            boot: 0,
+            begins: 0,
+            side: u32::MAX,
+            ifindex: 0,
+        }
+    }
+
+    /// The entry as it is afterwards: for tables that hold whole entries.
+    pub const fn apply(&self, entry: &mut FlowEntry) {
+        entry.flags |= self.flags;
+        if self.admits != 0 {
+            entry.flags = entry.flags & !(TIMED | SESSION) | self.timing;
+            if self.begins != 0 {
+                entry.opened = self.boot;
+            }
+            entry.checked = self.boot;
+            entry.rule = self.rule;
+            entry.generation = self.generation;
+        }
+        if self.side <= 1 {
+            entry.arrived[self.side as usize & 1] = self.ifindex;
+        }
+    }
 }
 
 /// Jiffies now and per second.
@@ -70,6 +112,9 @@ pub const CLOSING: u32 = 1 << 2;
 pub const TIMED: u32 = 1 << 3;
 /// The rule bounds how long the flow lasts.
 pub const SESSION: u32 = 1 << 4;
+
+/// A table's own: the entry is not evicted while it is live.
+pub const PROTECTED: u32 = 1 << 8;
 
 /// Seconds that the later fragments of a packet may follow the first: receivers wait 30 (IPv4) or
 /// 60 (IPv6) for them.
@@ -180,22 +225,35 @@ pub(crate) fn is_multicast(tuple: &Tuple) -> bool {
 
 /// Whether an entry is young enough to speak for its flow.
 #[inline(always)]
-pub(crate) fn fresh(entry: &FlowEntry, protocol: u8, clock: &Clock) -> bool {
+pub fn fresh(entry: &FlowEntry, protocol: u8, clock: &Clock) -> bool {
     if entry.flags & SESSION != 0 {
         // Its rule says how long.
         return true;
     }
-    let seconds = match protocol {
-        6 if entry.flags & CLOSING != 0 => idle::TCP_CLOSING,
-        6 if entry.flags & REPLIED != 0 => idle::TCP_ESTABLISHED,
+    // Tables keep the low half.
+    u64::from(age(clock.now, entry.last_seen as u32))
+        <= bound(protocol, entry.flags) * u64::from(clock.hz)
+}
+
+/// Jiffies since `seen`, low halves: 0 if another CPU saw a packet after `now` was read.
+#[inline(always)]
+pub const fn age(now: u64, seen: u32) -> u32 {
+    let age = (now as u32).wrapping_sub(seen);
+    if age >> 31 != 0 { 0 } else { age }
+}
+
+/// Idle seconds after which an entry with these flags counts as absent, if no rule bounds it.
+#[inline(always)]
+pub const fn bound(protocol: u8, flags: u32) -> u64 {
+    match protocol {
+        6 if flags & CLOSING != 0 => idle::TCP_CLOSING,
+        6 if flags & REPLIED != 0 => idle::TCP_ESTABLISHED,
         6 => idle::TCP_HALF_OPEN,
-        17 | 132 | 136 if entry.flags & REPLIED != 0 => idle::PORTS,
+        17 | 132 | 136 if flags & REPLIED != 0 => idle::PORTS,
         17 | 132 | 136 => idle::PORTS_ONE_WAY,
         1 | 58 => idle::ICMP,
         _ => idle::OTHER,
-    };
-    // Another CPU may have touched the entry a tick after `now` was read.
-    clock.now.saturating_sub(entry.last_seen) <= seconds * u64::from(clock.hz)
+    }
 }
 
 /// The state flags that a packet of a flow brings.

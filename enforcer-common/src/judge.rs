@@ -18,8 +18,8 @@ use crate::{
         NOT_OWN, Query, REOPENS, REVERSED, Time, answer, answer_unreadable, generation,
     },
     flow::{
-        CLOSING, Clock, FlowSlot as _, FlowTable, OPENER_IS_LOW, REPLIED, SESSION, TIMED, follow,
-        fragment_entry, fragment_key, fresh, is_multicast, key_of, state_flags,
+        CLOSING, Change, Clock, FlowSlot as _, FlowTable, OPENER_IS_LOW, REPLIED, SESSION, TIMED,
+        follow, fragment_entry, fragment_key, fresh, is_multicast, key_of, state_flags,
     },
     image::{EMPTY, Words},
     packet::{Fragment, Kind, Link, Packet, Tuple, tcp},
@@ -97,7 +97,8 @@ pub struct Plan {
     pub(crate) found: u32,
     /// Generation of the image that was consulted.
     pub generation: u32,
-    reserved: u32,
+    /// The packet's length.
+    pub(crate) bytes: u32,
     /// What the image says to `ask`.
     pub(crate) words: u64,
     /// What it says to `reverse`.
@@ -131,7 +132,7 @@ impl Plan {
         due: 0,
         found: 0,
         generation: 0,
-        reserved: 0,
+        bytes: 0,
         words: Self::NO_POLICY,
         reverse_words: Self::NO_POLICY,
     };
@@ -286,6 +287,7 @@ pub fn plan<F: FlowTable, T: Time>(
     plan.stale = 0;
     plan.found = 0;
     plan.generation = generation;
+    plan.bytes = packet.length;
     plan.ifindex = if link.ingress { link.ifindex } else { 0 };
     let screen = screening(link);
     if packet.fragment as u32 != Fragment::Whole as u32 {
@@ -352,7 +354,10 @@ pub fn plan<F: FlowTable, T: Time>(
                 let arrived = entry.arrived[usize::from(from_low)];
                 let known = plan.ifindex == 0 || plan.ifindex == arrived;
                 if current && !due && known && !error {
-                    slot.touch(clock.now, plan.flags);
+                    slot.touch(clock.now, packet.length);
+                    if entry.flags & plan.flags != plan.flags {
+                        slot.change(&Change::flags(plan.flags));
+                    }
                     return plan.pass(Reason::Established, entry.rule);
                 }
                 plan.stale = u32::from(!current);

@@ -7,6 +7,8 @@
 //! - [`decide`]: image × flow → [`decide::Decision`]
 //! - [`flow`]: what an entry of the flow table means
 //! - [`judge`]: the judgement of a packet: flow table, then image
+//! - [`swift`]: its short way for packets of established flows
+//! - [`table`]: the flow table, in whatever memory
 //! - [`wire`]: map values and event records, byte for byte
 //!
 //! Must not know: any I/O, any clock (time is an argument), tokio, aya's programs, YAML.
@@ -22,10 +24,12 @@ pub mod judge;
 pub mod packet;
 #[cfg(feature = "user")]
 mod pod;
+pub mod swift;
+pub mod table;
 pub mod verdict;
 pub mod wire;
 
 /// Version of everything that crosses the boundary between kernel and userspace: map values,
 /// event records, the image format, counter indices. Raised by any change to them; a mismatch at
 /// load time is refused.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;

@@ -172,6 +172,8 @@ pub struct Packet {
     pub fragment: Fragment,
     /// Ethertype after all VLAN tags, 0 if not read.
     pub ethertype: u16,
+    /// Bytes of the frame.
+    pub length: u32,
 }
 
 /// What part of an IP packet a frame carries.
@@ -199,6 +201,7 @@ impl Packet {
         fragment_at: 0,
         fragment: Fragment::Whole,
         ethertype: 0,
+        length: 0,
     };
 }
 
@@ -257,6 +260,7 @@ fn v6_address(h: &[u8; 40], at: usize) -> [u32; 4] {
 #[inline(always)]
 pub fn parse<B: Bytes + ?Sized>(bytes: &B, link: &Link, packet: &mut Packet) -> Result<(), Reason> {
     packet.ifindex = link.ifindex;
+    packet.length = bytes.length();
     let mut offset = 0;
     let mut ethertype = link.protocol;
     if link.ethernet {

@@ -5,8 +5,7 @@
 )]
 
 use crate::wire::{
-    Control, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, FragmentEntry, FragmentKey,
-    Interface, Process,
+    Control, DeniedSlot, Event, FlowEntry, FlowKey, FragmentEntry, FragmentKey, Interface, Process,
 };
 
 macro_rules! pod {
@@ -19,7 +18,6 @@ macro_rules! pod {
 
 pod!(
     FlowKey,
-    FlowKey4,
     FlowEntry,
     FragmentKey,
     FragmentEntry,

@@ -5,8 +5,8 @@ use core::mem::{align_of, offset_of, size_of};
 
 use crate::verdict::{Hook, Outcome, Reason};
 
-/// The key of a flow, the same for both directions: two ends in a canonical order. Used as such
-/// for IPv6 (`FLOWS6`); IPv4 uses [`FlowKey4`].
+/// The key of a flow, the same for both directions: two ends in a canonical order. A table of
+/// IPv4 flows keeps four of its words, see [`FlowKey::pairs4`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
 pub struct FlowKey {
@@ -44,26 +44,66 @@ impl FlowKey {
         self.rest & 0x100 != 0
     }
 
-    /// The 16-byte key of an IPv4 flow.
+    /// The address of the low end, or of the high one.
     #[inline(always)]
-    pub const fn v4(&self) -> FlowKey4 {
-        FlowKey4 {
-            low: self.low[3],
-            high: self.high[3],
-            ports: self.ports,
-            rest: self.rest,
+    pub const fn end(&self, low: bool) -> [u32; 4] {
+        if low { self.low } else { self.high }
+    }
+
+    /// The words of an IPv4 key as a table compares them.
+    #[inline(always)]
+    pub const fn pairs4(&self) -> [u64; 2] {
+        [pair(self.low[3], self.high[3]), pair(self.ports, self.rest)]
+    }
+
+    /// The words of an IPv6 key as a table compares them.
+    #[inline(always)]
+    pub const fn pairs6(&self) -> [u64; 5] {
+        [
+            pair(self.low[0], self.low[1]),
+            pair(self.low[2], self.low[3]),
+            pair(self.high[0], self.high[1]),
+            pair(self.high[2], self.high[3]),
+            pair(self.ports, self.rest),
+        ]
+    }
+
+    /// The key of these words.
+    #[inline(always)]
+    pub const fn from_pairs4(pairs: [u64; 2]) -> Self {
+        Self {
+            low: [0, 0, 0, pairs[0] as u32],
+            high: [0, 0, 0, (pairs[0] >> 32) as u32],
+            ports: pairs[1] as u32,
+            rest: (pairs[1] >> 32) as u32,
+        }
+    }
+
+    /// The key of these words.
+    #[inline(always)]
+    pub const fn from_pairs6(p: [u64; 5]) -> Self {
+        Self {
+            low: [
+                p[0] as u32,
+                (p[0] >> 32) as u32,
+                p[1] as u32,
+                (p[1] >> 32) as u32,
+            ],
+            high: [
+                p[2] as u32,
+                (p[2] >> 32) as u32,
+                p[3] as u32,
+                (p[3] >> 32) as u32,
+            ],
+            ports: p[4] as u32,
+            rest: (p[4] >> 32) as u32,
         }
     }
 }
 
-/// The key of an IPv4 flow (`FLOWS4`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(C)]
-pub struct FlowKey4 {
-    low: u32,
-    high: u32,
-    ports: u32,
-    rest: u32,
+#[inline(always)]
+const fn pair(first: u32, second: u32) -> u64 {
+    first as u64 | (second as u64) << 32
 }
 
 /// A flow.
@@ -86,6 +126,20 @@ pub struct FlowEntry {
     pub checked: u32,
     /// Interface that packets of the high end, of the low end, last came in at; 0: none did.
     pub arrived: [u32; 2],
+}
+
+impl FlowEntry {
+    /// All zeros.
+    pub const EMPTY: Self = Self {
+        last_seen: 0,
+        generation: 0,
+        rule: 0,
+        flags: 0,
+        selector: 0,
+        opened: 0,
+        checked: 0,
+        arrived: [0; 2],
+    };
 }
 
 /// The key of a fragmented packet on its way through a hook.
@@ -166,6 +220,9 @@ pub struct Interface {
     /// Its number in the image's interface bitmaps, 1 to 1023; 0: in none.
     pub slot: u32,
 }
+
+/// Elements of `ETHERNET`; a power of two.
+pub const ETHERNET_LINKS: u32 = 4096;
 
 /// Packets start with the IP header (tun, GRE).
 pub const INTERFACE_L3: u32 = 1;
@@ -302,7 +359,6 @@ pub mod slot {
 
 const _: () = {
     assert!(size_of::<FlowKey>() == 40 && align_of::<FlowKey>() == 4);
-    assert!(size_of::<FlowKey4>() == 16 && align_of::<FlowKey4>() == 4);
     assert!(size_of::<FlowEntry>() == 40 && align_of::<FlowEntry>() == 8);
     assert!(offset_of!(FlowEntry, generation) == 8 && offset_of!(FlowEntry, flags) == 16);
     assert!(size_of::<FragmentKey>() == 40 && size_of::<FragmentEntry>() == 24);

@@ -23,7 +23,7 @@ fn bytes<T: Copy>(value: &T) -> &[u8] {
 
 #[test]
 fn abi_version() {
-    assert_eq!(ABI_VERSION, 2, "did the bytes below change?");
+    assert_eq!(ABI_VERSION, 3, "did the bytes below change?");
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn flow_keys() {
     assert!(key.is_v6());
     let key = FlowKey::new([0, 0, 0, 1], [0, 0, 0, 2], 3, 4, 17, false, 0);
     #[rustfmt::skip]
-    assert_eq!(bytes(&key.v4()), [1, 0, 0, 0, 2, 0, 0, 0, 4, 0, 3, 0, 17, 0, 0, 0]);
+    assert_eq!(key.pairs4(), [0x2_0000_0001, 0x11_0003_0004]);
     assert!(!key.is_v6());
 }
 

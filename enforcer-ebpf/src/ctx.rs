@@ -8,6 +8,7 @@ use aya_ebpf::{
 };
 use enforcer_common::{
     packet::{Bytes, Link},
+    swift::Window,
     wire::{INTERFACE_L3, vlan_key},
 };
 
@@ -41,6 +42,76 @@ impl Bytes for Skb {
     #[inline(always)]
     fn length(&self) -> u32 {
         self.0.skb.len()
+    }
+}
+
+/// The linear part of a frame that begins with an Ethernet header.
+pub struct Front {
+    data: *const u8,
+    end: *const u8,
+    length: u32,
+}
+
+impl Front {
+    /// `None` where the frame has a tag in its metadata, or is the host's own, looped back.
+    #[inline(always)]
+    pub fn of(ctx: &TcContext, ingress: bool) -> Option<Self> {
+        let skb = ctx.skb.skb;
+        // SAFETY: loads from the context, which the verifier checks field by field.
+        let (tagged, kind, length) = unsafe { ((*skb).vlan_present, (*skb).pkt_type, (*skb).len) };
+        if tagged != 0 || (ingress && kind == PACKET_LOOPBACK) {
+            return None;
+        }
+        Some(Self {
+            data: ctx.data() as *const u8,
+            end: ctx.data_end() as *const u8,
+            length,
+        })
+    }
+}
+
+/// A load at any alignment: the kernel takes the program only where the processor can.
+macro_rules! load {
+    ($size:literal, $from:expr) => {{
+        let value: u64;
+        // SAFETY: within what `holds` has checked, or the verifier refuses the program.
+        unsafe {
+            core::arch::asm!(
+                concat!("{value} = *(", $size, " *)({from} + 0)"),
+                value = lateout(reg) value,
+                from = in(reg) $from,
+                options(pure, readonly),
+            );
+        }
+        value
+    }};
+}
+
+impl Window for Front {
+    #[inline(always)]
+    fn holds(&self, bytes: u32) -> bool {
+        // SAFETY: no access; the verifier follows this comparison.
+        unsafe { self.data.add(bytes as usize) <= self.end }
+    }
+
+    #[inline(always)]
+    fn byte(&self, at: u32) -> u8 {
+        load!("u8", self.data.wrapping_add(at as usize)) as u8
+    }
+
+    #[inline(always)]
+    fn half(&self, at: u32) -> u16 {
+        u16::from_be(load!("u16", self.data.wrapping_add(at as usize)) as u16)
+    }
+
+    #[inline(always)]
+    fn word(&self, at: u32) -> u32 {
+        u32::from_be(load!("u32", self.data.wrapping_add(at as usize)) as u32)
+    }
+
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        self.length
     }
 }
 

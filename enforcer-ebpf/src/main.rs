@@ -12,6 +12,7 @@
 
 mod ctx;
 mod events;
+mod flows;
 mod maps;
 mod socket;
 
@@ -25,10 +26,11 @@ use aya_log_ebpf::info;
 use enforcer_common::{
     decide::{Decision, generation},
     flow::Clock,
-    judge, packet,
-    verdict::{Hook, Reason, Record, record_counter},
+    judge, packet, swift,
+    verdict::{Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::CONTROL_DEBUG,
 };
+use flows::{Flows, Swift};
 use maps::{KernelTime, Work};
 
 /// Packets coming into the host.
@@ -47,6 +49,13 @@ pub fn tc_egress(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn clock(_ctx: TcContext) -> i32 {
     now() as i32
+}
+
+/// Takes expired flows out of one bucket of each family, another one each time. Never attached.
+#[classifier]
+pub fn sweep(_ctx: TcContext) -> i32 {
+    flows::sweep(now(), maps::hz());
+    0
 }
 
 /// `connect(2)` on IPv4 sockets.
@@ -97,6 +106,14 @@ fn now() -> u64 {
 
 #[inline(always)]
 fn run(ctx: &TcContext, hook: Hook) -> i32 {
+    let ingress = matches!(hook, Hook::TcIngress);
+    if established(ctx.skb.skb, u32::from(ingress)) != 0 {
+        maps::count(
+            packet_counter(hook, Outcome::Allowed, Reason::Established),
+            1,
+        );
+        return TC_ACT_UNSPEC;
+    }
     // An array map of one element: the look-up cannot fail.
     let Some(work) = maps::work() else {
         return TC_ACT_SHOT;
@@ -122,6 +139,28 @@ fn run(ctx: &TcContext, hook: Hook) -> i32 {
     }
     account(skb, work);
     action(&work.decision)
+}
+
+/// The short way, see `enforcer_common::swift`. A function of its own for its stack.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn established(skb: *mut __sk_buff, ingress: u32) -> u32 {
+    let (ctx, ingress) = (TcContext::new(skb), ingress != 0);
+    // SAFETY: a load from the context.
+    let ifindex = unsafe { (*skb).ifindex };
+    if !maps::is_ethernet(ifindex) {
+        return 0;
+    }
+    let (Some(front), Some(image)) = (ctx::Front::of(&ctx, ingress), maps::live()) else {
+        return 0;
+    };
+    let clock = Clock {
+        now: now(),
+        hz: maps::hz(),
+    };
+    let generation = generation(&image);
+    let passes = swift::established(&front, &Swift, ingress, ifindex, generation, &clock);
+    u32::from(passes)
 }
 
 // The steps of a judgement. Global functions: the verifier goes through each once, on its own, and
@@ -190,7 +229,8 @@ pub extern "C" fn plan(work: *mut Work) -> u32 {
         ..
     } = work;
     if *form == SOUND {
-        judge::plan(generation, &maps::LruFlows, packet, scene, plan);
+        let flows = Flows { hz: scene.clock.hz };
+        judge::plan(generation, &flows, packet, scene, plan);
     } else {
         judge::plan_form(packet, &scene.link, Reason::from_bits(*form), plan);
     }
@@ -220,7 +260,10 @@ pub extern "C" fn conclude(work: *mut Work) -> u32 {
     let Some(work) = (unsafe { work.as_mut() }) else {
         return 0;
     };
-    let judgement = judge::conclude(&maps::LruFlows, &work.scene, &work.plan);
+    let flows = Flows {
+        hz: work.scene.clock.hz,
+    };
+    let judgement = judge::conclude(&flows, &work.scene, &work.plan);
     work.decision = judgement.decision;
     u32::from(judgement.insert_failed)
 }

@@ -1,21 +1,20 @@
 //! Every map, and the traits of the shared core on top of them.
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_F_RDONLY_PROG},
+    bindings::BPF_F_RDONLY_PROG,
     btf_maps::{Array, ArrayOfMaps, HashMap, LruHashMap, PerCpuArray, RingBuf},
     helpers::generated::bpf_ktime_get_boot_ns,
     macros::btf_map,
 };
 use enforcer_common::{
     decide::{self, Decision, Time},
-    flow::{Admission, FlowSlot, FlowTable, SESSION, TIMED},
     image::Words,
     judge::{Plan, Scene},
     packet::Packet,
     verdict::{COUNTERS as COUNTER_COUNT, Hook},
     wire::{
-        Control, DENIED_SLOTS, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, FragmentEntry,
-        FragmentKey, Interface, Process, VLAN_JUDGED_THERE, slot,
+        Control, DENIED_SLOTS, DeniedSlot, ETHERNET_LINKS, Event, FragmentEntry, FragmentKey,
+        Interface, Process, VLAN_JUDGED_THERE, slot,
     },
 };
 
@@ -31,8 +30,6 @@ type ImageMap = Array<[u32; IMAGE_WORDS], 1, { BPF_F_RDONLY_PROG as usize }>;
 
 /// In a second.
 const NANOSECONDS: u64 = 1_000_000_000;
-/// Flows of each family that the table holds.
-const FLOWS: usize = 1 << 17;
 /// Fragmented packets of which a first fragment passed. Nobody without the right to send can fill
 /// it, and a full one evicts: what follows an evicted one is denied.
 const FRAGMENTED: usize = 1 << 14;
@@ -48,11 +45,7 @@ static POLICY: ArrayOfMaps<ImageMap, { slot::COUNT as usize }> = ArrayOfMaps::ne
 #[btf_map]
 static CONTROL: Array<Control, 1> = Array::new();
 #[btf_map]
-static FLOWS4: LruHashMap<FlowKey4, FlowEntry, FLOWS> = LruHashMap::new();
-#[btf_map]
-static FLOWS6: LruHashMap<FlowKey, FlowEntry, FLOWS> = LruHashMap::new();
-#[btf_map]
-static FRAGMENTS: LruHashMap<FragmentKey, FragmentEntry, FRAGMENTED> = LruHashMap::new();
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentEntry, FRAGMENTED> = LruHashMap::new();
 #[btf_map]
 static VLANS: HashMap<u64, u32, VLAN_DEVICES> = HashMap::new();
 #[btf_map]
@@ -63,6 +56,10 @@ pub static EVENTS: RingBuf<Event, EVENT_BYTES> = RingBuf::new();
 static COUNTERS: PerCpuArray<u64, { COUNTER_COUNT as usize }> = PerCpuArray::new();
 #[btf_map]
 static INTERFACES: HashMap<u32, Interface, 4096> = HashMap::new();
+/// Per interface, by the low bits of its ifindex: the ifindex if its frames begin with an Ethernet
+/// header. A look-up costs a tenth of one in `INTERFACES`.
+#[btf_map]
+static ETHERNET: Array<u32, { ETHERNET_LINKS as usize }> = Array::new();
 #[btf_map]
 static SCRATCH: PerCpuArray<Work, 1> = PerCpuArray::new();
 #[btf_map]
@@ -105,6 +102,15 @@ pub fn control() -> Control {
     }
 }
 
+/// Ticks a second; 0 until the daemon wrote them.
+#[inline(always)]
+pub fn hz() -> u32 {
+    match CONTROL.get(0) {
+        Some(control) => control.hz,
+        None => 0,
+    }
+}
+
 /// An interface; Ethernet without a slot if it is not listed.
 #[inline(always)]
 pub fn interface(ifindex: u32) -> Interface {
@@ -112,6 +118,15 @@ pub fn interface(ifindex: u32) -> Interface {
     match unsafe { INTERFACES.get(&ifindex) } {
         Some(interface) => *interface,
         None => Interface { flags: 0, slot: 0 },
+    }
+}
+
+/// Whether an interface is known to have Ethernet frames.
+#[inline(always)]
+pub fn is_ethernet(ifindex: u32) -> bool {
+    match ETHERNET.get(ifindex & (ETHERNET_LINKS - 1)) {
+        Some(known) => *known == ifindex,
+        None => false,
     }
 }
 
@@ -202,100 +217,4 @@ pub fn work() -> Option<&'static mut Work> {
     let work = unsafe { &mut *work };
     work.packet = Packet::EMPTY;
     Some(work)
-}
-
-/// The kernel's LRU hashes as the flow table: one per family, so that IPv4 keys stay 16 bytes.
-pub struct LruFlows;
-
-/// An entry in place.
-pub struct LruSlot(*mut FlowEntry);
-
-// Keys and values are copied to the stack: Linux 6.1 takes none from a pointer that is a global
-// function's argument, as the workspace is.
-impl FlowTable for LruFlows {
-    type Slot = LruSlot;
-
-    #[inline(always)]
-    fn find(&self, key: &FlowKey) -> Option<LruSlot> {
-        let entry = if key.is_v6() {
-            let key = *key;
-            FLOWS6.get_ptr_mut(&key)
-        } else {
-            FLOWS4.get_ptr_mut(key.v4())
-        };
-        entry.map(LruSlot)
-    }
-
-    #[inline(always)]
-    fn insert(&self, key: &FlowKey, entry: &FlowEntry) -> bool {
-        let entry = *entry;
-        if key.is_v6() {
-            let key = *key;
-            FLOWS6.insert(&key, &entry, u64::from(BPF_ANY)).is_ok()
-        } else {
-            FLOWS4.insert(key.v4(), &entry, u64::from(BPF_ANY)).is_ok()
-        }
-    }
-
-    #[inline(always)]
-    fn fragment(&self, key: &FragmentKey) -> Option<FragmentEntry> {
-        let key = *key;
-        // SAFETY: an LRU may hand the element to another packet while it is copied; the worst is a
-        // fragment judged by the ports of another allowed packet, of which the receiver has no
-        // first fragment.
-        unsafe { FRAGMENTS.get(&key) }.copied()
-    }
-
-    #[inline(always)]
-    fn insert_fragment(&self, key: &FragmentKey, entry: &FragmentEntry) -> bool {
-        let (key, entry) = (*key, *entry);
-        FRAGMENTS.insert(&key, &entry, u64::from(BPF_ANY)).is_ok()
-    }
-}
-
-impl FlowSlot for LruSlot {
-    #[inline(always)]
-    fn load(&self) -> FlowEntry {
-        // SAFETY: a map value returned by the look-up of this run. An LRU may hand the element
-        // to another flow meanwhile; each field is one aligned load.
-        unsafe { *self.0 }
-    }
-
-    #[inline(always)]
-    fn touch(&self, now: u64, flags: u32) {
-        // SAFETY: as in `load`; aligned stores. Writing only what changes keeps the cache line
-        // shared between CPUs for flows faster than a tick. Two CPUs may race for `flags` and one
-        // lose its bit; the flow's next packet sets it again.
-        unsafe {
-            if (*self.0).last_seen != now {
-                (*self.0).last_seen = now;
-            }
-            if (*self.0).flags & flags != flags {
-                (*self.0).flags |= flags;
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn admit(&self, admission: &Admission) {
-        // SAFETY: as in `touch`.
-        unsafe {
-            let timing = TIMED | SESSION;
-            if (*self.0).flags & timing != admission.timing {
-                (*self.0).flags = (*self.0).flags & !timing | admission.timing;
-            }
-            if admission.begins {
-                (*self.0).opened = admission.boot;
-            }
-            (*self.0).checked = admission.boot;
-            (*self.0).rule = admission.rule;
-            (*self.0).generation = admission.generation;
-        }
-    }
-
-    #[inline(always)]
-    fn arrive(&self, side: u32, ifindex: u32) {
-        // SAFETY: as in `touch`.
-        unsafe { (*self.0).arrived[side as usize & 1] = ifindex };
-    }
 }

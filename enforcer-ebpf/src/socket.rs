@@ -18,14 +18,15 @@ use aya_ebpf::{
 };
 use enforcer_common::{
     decide::{Ask, Decision, FAILSAFE_REPLY, Query, answer, generation},
-    flow::{self, FlowTable as _},
+    flow,
     image::{Address, LOCAL_UNKNOWN, MAX_LOCAL, MAX_LOCAL_CLASSES, Words as _, header},
     packet::{Kind, Tuple},
     verdict::{Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::{CONTROL_SOCKET_REFUSE, Control, Event, Process},
 };
 
-use crate::maps::{self, EVENTS, Image, KernelTime, LruFlows, SOCKETS};
+use crate::flows::flow_known;
+use crate::maps::{self, EVENTS, Image, KernelTime, SOCKETS};
 
 const TCP: u32 = 6;
 const UDP: u32 = 17;
@@ -410,7 +411,7 @@ fn answers_a_flow(image: &Image, tuple: &mut Tuple) -> bool {
         return false;
     }
     if tuple.source != [0; 4] {
-        return scoped(tuple) || LruFlows.find(&flow::key_of(tuple, 0).0).is_some();
+        return scoped(tuple) || flow_known(&flow::key_of(tuple, 0).0) != 0;
     }
     let (_, count) = locals(image, tuple.v6);
     let mut i = 0;
@@ -419,7 +420,7 @@ fn answers_a_flow(image: &Image, tuple: &mut Tuple) -> bool {
             break;
         }
         tuple.source = local(image, tuple.v6, i);
-        if scoped(tuple) || LruFlows.find(&flow::key_of(tuple, 0).0).is_some() {
+        if scoped(tuple) || flow_known(&flow::key_of(tuple, 0).0) != 0 {
             // Returned from here: with a flag carried around the loop, Linux 6.1's verifier fails
             // to track back what the flag depends on (EFAULT).
             return true;

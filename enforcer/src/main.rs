@@ -6,6 +6,7 @@ use enforcer::{
     cli,
     dataplane::{
         Dataplane, DataplaneError,
+        flows::DEFAULT_FLOWS,
         kernel::{KernelDataplane, LoadOptions},
     },
 };
@@ -19,6 +20,7 @@ fn open(image_words: u32, debug: bool) -> Result<Box<dyn Dataplane>, DataplaneEr
     let options = LoadOptions {
         image_words: image_words as usize,
         debug,
+        flows: DEFAULT_FLOWS,
     };
     Ok(Box::new(KernelDataplane::load(&options)?))
 }

@@ -19,7 +19,7 @@ use enforcer::{
 };
 use enforcer_common::{
     decide::{Ask, At, Decision, Query, answer, decide, verdict_at},
-    flow::{Admission, Clock, FlowSlot, FlowTable},
+    flow::{Change, Clock, FlowSlot, FlowTable},
     image::{
         self, CLASS_FAILSAFE_SHIFT, CLASS_OWN, EMPTY, VERDICT_SESSION, Words, address_class,
         class_info, header, may_arrive, service_class,
@@ -191,9 +191,7 @@ impl FlowSlot for NoSlot {
 
     fn touch(&self, _: u64, _: u32) {}
 
-    fn admit(&self, _: &Admission) {}
-
-    fn arrive(&self, _: u32, _: u32) {}
+    fn change(&self, _: &Change) {}
 }
 
 fn compiled(policy: &Policy, env: &Environment) -> Image {

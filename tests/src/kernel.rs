@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use aya::{
-    maps::{HashMap, PerCpuArray, PerCpuValues},
+    maps::{Array, HashMap, PerCpuArray, PerCpuValues},
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use enforcer::{
@@ -21,8 +21,8 @@ use enforcer_common::{
     image::{SIZE_CLASSES, essential},
     verdict::{Hook, Outcome, Reason},
     wire::{
-        DENIED_SLOTS, DeniedSlot, Event, FlowEntry, FlowKey, FlowKey4, FragmentEntry, FragmentKey,
-        Interface,
+        DENIED_SLOTS, DeniedSlot, ETHERNET_LINKS, Event, FlowEntry, FlowKey, FragmentEntry,
+        FragmentKey, INTERFACE_L3, Interface,
     },
 };
 
@@ -59,8 +59,11 @@ fn packets(counters: &Counters, hook: Hook, outcomes: &[Outcome]) -> u64 {
     packets.map(|c| c.packets).sum()
 }
 
+/// Flows that the table of each family holds: fewer than a daemon's, for tests that fill it.
+pub const FLOWS: u32 = 1 << 14;
+
 /// A flow table, copied.
-pub type Flows<K> = std::collections::HashMap<K, FlowEntry>;
+pub type Flows = std::collections::HashMap<FlowKey, FlowEntry>;
 
 /// Keeps this thread on the CPU it is on, so that per-CPU aggregation sees all of its packets.
 pub fn pin() {
@@ -89,6 +92,7 @@ impl Programs {
         let options = LoadOptions {
             image_words: words,
             debug: false,
+            flows: FLOWS,
         };
         let mut dataplane = KernelDataplane::load(&options).expect("the programs load");
         let events = dataplane.take_events().expect("the first to ask");
@@ -235,16 +239,14 @@ impl Programs {
     }
 
     /// Both flow tables, IPv4 first.
-    pub fn flows(&mut self) -> (Flows<FlowKey4>, Flows<FlowKey>) {
-        fn all<K: aya::Pod + Eq + std::hash::Hash>(map: &aya::maps::Map) -> Flows<K> {
-            let flows: HashMap<_, K, FlowEntry> = map.try_into().unwrap();
-            flows.iter().map(Result::unwrap).collect()
-        }
-        let ebpf = self.dataplane.ebpf_mut();
-        (
-            all(ebpf.map("FLOWS4").unwrap()),
-            all(ebpf.map("FLOWS6").unwrap()),
-        )
+    pub fn flows(&mut self) -> (Flows, Flows) {
+        let flows = self.dataplane.flows().expect("the flow table can be read");
+        let flows = flows.into_iter().map(|flow| (flow.key, flow.entry));
+        let (v6, v4): (Vec<_>, Vec<_>) = flows.partition(|(key, _)| key.is_v6());
+        let (count4, count6) = (v4.len(), v6.len());
+        let (v4, v6): (Flows, Flows) = (v4.into_iter().collect(), v6.into_iter().collect());
+        assert_eq!((v4.len(), v6.len()), (count4, count6), "a key in two slots");
+        (v4, v6)
     }
 
     /// How the kernel sees the packets of an interface (`INTERFACE_*` bits).
@@ -253,6 +255,16 @@ impl Programs {
         let mut interfaces: HashMap<_, u32, Interface> = map.try_into().unwrap();
         interfaces
             .insert(ifindex, Interface { flags, slot }, 0)
+            .unwrap();
+        let map = self.dataplane.ebpf_mut().map_mut("ETHERNET").unwrap();
+        let mut ethernet: Array<_, u32> = map.try_into().unwrap();
+        let known = if flags & INTERFACE_L3 == 0 {
+            ifindex
+        } else {
+            0
+        };
+        ethernet
+            .set(ifindex & (ETHERNET_LINKS - 1), known, 0)
             .unwrap();
     }
 
@@ -270,15 +282,7 @@ impl Programs {
 
     /// Empties both flow tables.
     pub fn forget_flows(&mut self) {
-        fn empty<K: aya::Pod>(map: &mut aya::maps::Map) {
-            let mut flows: HashMap<_, K, FlowEntry> = map.try_into().unwrap();
-            let keys: Vec<K> = flows.keys().filter_map(Result::ok).collect();
-            for key in keys {
-                let _ = flows.remove(&key);
-            }
-        }
-        empty::<FlowKey4>(self.dataplane.ebpf_mut().map_mut("FLOWS4").unwrap());
-        empty::<FlowKey>(self.dataplane.ebpf_mut().map_mut("FLOWS6").unwrap());
+        self.dataplane.forget_flows().expect("flows are forgotten");
         let map = self.dataplane.ebpf_mut().map_mut("FRAGMENTS").unwrap();
         let mut fragments: HashMap<_, FragmentKey, FragmentEntry> = map.try_into().unwrap();
         let keys: Vec<_> = fragments.keys().filter_map(Result::ok).collect();

@@ -84,7 +84,7 @@ fn one_tcp_flow_step_by_step() {
     let entry = |programs: &mut Programs| -> Option<FlowEntry> {
         let (v4, v6) = programs.flows();
         assert!(v4.len() <= 1 && v6.is_empty());
-        v4.get(&key.v4()).copied()
+        v4.get(&key).copied()
     };
     let there = |flags| tcp((1, 4000), (2, 8080), flags);
     let back = |flags| tcp((2, 8080), (1, 4000), flags);

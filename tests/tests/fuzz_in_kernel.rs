@@ -142,7 +142,7 @@ fn the_kernel_judges_the_corpus_as_the_host_does() {
             let kernel = if key.is_v6() {
                 v6.get(key)
             } else {
-                v4.get(&key.v4())
+                v4.get(key)
             };
             let host = stamped(&entry.0.get());
             assert_eq!(

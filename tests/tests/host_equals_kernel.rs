@@ -305,7 +305,7 @@ fn damaged_frames_get_one_verdict() {
         let kernel = if key.is_v6() {
             v6.get(key)
         } else {
-            v4.get(&key.v4())
+            v4.get(key)
         };
         assert_eq!(
             kernel.map(stamped),

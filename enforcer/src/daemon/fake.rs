@@ -32,6 +32,7 @@ pub struct Fake {
     /// What happened to interfaces and VLANs, in order.
     pub log: Vec<String>,
     pub clock: Option<WallClock>,
+    pub sweeps: u32,
     pub refuse_clock: bool,
     /// Interfaces whose programs somebody takes off before the next look.
     pub stolen: Vec<u32>,
@@ -96,6 +97,11 @@ impl Dataplane for Handle {
         let before = fake.clock.map_or(0, |clock| clock.unix_floor);
         assert!(before <= clock.unix_floor, "a floor that sinks");
         fake.clock = Some(clock);
+        Ok(())
+    }
+
+    fn sweep(&mut self) -> Result<(), DataplaneError> {
+        self.lock().sweeps += 1;
         Ok(())
     }
 

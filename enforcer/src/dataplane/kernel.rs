@@ -22,8 +22,8 @@ use aya_log::EbpfLogger;
 use enforcer_common::{
     verdict::{COUNTERS, Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::{
-        CONTROL_DEBUG, CONTROL_SOCKET_REFUSE, Control, DeniedSlot, Event, INTERFACE_L3,
-        Interface as WireInterface, VLAN_JUDGED_THERE, slot,
+        CONTROL_DEBUG, CONTROL_SOCKET_REFUSE, Control, DeniedSlot, ETHERNET_LINKS, Event,
+        INTERFACE_L3, Interface as WireInterface, VLAN_JUDGED_THERE, slot,
     },
 };
 
@@ -36,7 +36,9 @@ use super::errors::{attach_error, io_error, is_gone, load_error, map_error, miss
 use super::query::{has_program, interface_name};
 use super::{
     Counters, Dataplane, DataplaneError, EventSource, Interface, LinkType, PacketCount,
-    RecordCount, SocketHooks, WallClock, cgroup, clsact, objects, sys,
+    RecordCount, SocketHooks, WallClock, cgroup, clsact,
+    flows::{self, Shape},
+    objects, sys,
 };
 use crate::compile::Image;
 
@@ -55,12 +57,15 @@ pub struct LoadOptions {
     pub image_words: usize,
     /// Rare debug messages of the programs through aya-log.
     pub debug: bool,
+    /// Flows of each family that the table is to hold; rounded up to a power of two.
+    pub flows: u32,
 }
 
 /// The loaded programs and everything attached. Dropping it detaches.
 pub struct KernelDataplane {
     ebpf: Ebpf,
     image_words: u32,
+    flow_buckets: u32,
     control: Control,
     attached: BTreeMap<u32, Attached>,
     /// Keys in `VLANS`.
@@ -87,10 +92,11 @@ impl KernelDataplane {
                 limit: enforcer_common::image::SIZE_CLASSES[2] as usize,
             });
         };
-        let mut ebpf = EbpfLoader::new()
-            .load(object)
-            .map_err(|e| load_error("object", &e))?;
-        for name in ["tc_ingress", "tc_egress", "clock"] {
+        let shape = Shape::new(options.flows)?;
+        let mut loader = EbpfLoader::new();
+        shape.configure(&mut loader);
+        let mut ebpf = loader.load(object).map_err(|e| load_error("object", &e))?;
+        for name in ["tc_ingress", "tc_egress", "clock", "sweep"] {
             classifier(&mut ebpf, name)?
                 .load()
                 .map_err(|e| load_error(name, &e))?;
@@ -116,6 +122,7 @@ impl KernelDataplane {
         let mut this = Self {
             ebpf,
             image_words,
+            flow_buckets: shape.buckets(),
             control,
             attached: BTreeMap::new(),
             vlans: BTreeSet::new(),
@@ -134,6 +141,14 @@ impl KernelDataplane {
         self.image_words
     }
 
+    pub(super) fn ebpf(&self) -> &Ebpf {
+        &self.ebpf
+    }
+
+    pub(super) fn flow_buckets(&self) -> u32 {
+        self.flow_buckets
+    }
+
     /// The loaded object, for tests that run programs and read maps themselves.
     pub fn ebpf_mut(&mut self) -> &mut Ebpf {
         &mut self.ebpf
@@ -143,6 +158,20 @@ impl KernelDataplane {
         let control = self.control;
         let mut map: Array<_, Control> = typed_mut(&mut self.ebpf, "CONTROL")?;
         map.set(0, control, 0).map_err(map_error("write CONTROL"))
+    }
+
+    /// Notes whether an interface's frames may go the short way. Where two share an element, the
+    /// other's go the long way.
+    fn set_ethernet(&mut self, ifindex: u32, ethernet: bool) -> Result<(), DataplaneError> {
+        let mut map: Array<_, u32> = typed_mut(&mut self.ebpf, "ETHERNET")?;
+        let index = ifindex & (ETHERNET_LINKS - 1);
+        let known = map.get(&index, 0).map_err(map_error("read ETHERNET"))?;
+        let new = match (ethernet, known == ifindex) {
+            (true, false) => ifindex,
+            (false, true) => 0,
+            _ => return Ok(()),
+        };
+        map.set(index, new, 0).map_err(map_error("write ETHERNET"))
     }
 
     fn attach_one(
@@ -200,6 +229,10 @@ impl Dataplane for KernelDataplane {
         self.write_control()
     }
 
+    fn sweep(&mut self) -> Result<(), DataplaneError> {
+        flows::sweep(&mut self.ebpf, self.flow_buckets)
+    }
+
     fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
         let slot = interface.slot;
         if let Some(attached) = self.attached.get(&interface.ifindex)
@@ -214,6 +247,7 @@ impl Dataplane for KernelDataplane {
         let mut map: HashMap<_, u32, WireInterface> = typed_mut(&mut self.ebpf, "INTERFACES")?;
         map.insert(interface.ifindex, WireInterface { flags, slot }, 0)
             .map_err(map_error("write INTERFACES"))?;
+        self.set_ethernet(interface.ifindex, flags & INTERFACE_L3 == 0)?;
         if let Some(attached) = self.attached.get_mut(&interface.ifindex) {
             attached.slot = slot;
             return Ok(());
@@ -254,7 +288,7 @@ impl Dataplane for KernelDataplane {
         }
         let mut map: HashMap<_, u32, WireInterface> = typed_mut(&mut self.ebpf, "INTERFACES")?;
         let _ = map.remove(&ifindex);
-        result
+        result.and(self.set_ethernet(ifindex, false))
     }
 
     fn set_vlans(&mut self, keys: &BTreeSet<u64>) -> Result<(), DataplaneError> {
@@ -469,7 +503,7 @@ fn measure_hz(ebpf: &mut Ebpf) -> Result<u32, DataplaneError> {
         .unwrap_or(250))
 }
 
-fn classifier<'a>(
+pub(super) fn classifier<'a>(
     ebpf: &'a mut Ebpf,
     name: &str,
 ) -> Result<&'a mut SchedClassifier, DataplaneError> {

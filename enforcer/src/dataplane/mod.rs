@@ -6,6 +6,7 @@
 pub mod cgroup;
 mod clsact;
 mod errors;
+pub mod flows;
 pub mod kernel;
 mod objects;
 mod query;
@@ -183,6 +184,13 @@ pub trait Dataplane: Send {
     /// # Errors
     /// [`DataplaneError::Syscall`].
     fn set_clock(&mut self, clock: WallClock) -> Result<(), DataplaneError>;
+
+    /// Takes expired flows out of the table. Before 2³¹ ticks have gone by since the last time (24
+    /// days at 1 000 Hz), or ages begin anew.
+    ///
+    /// # Errors
+    /// [`DataplaneError`].
+    fn sweep(&mut self) -> Result<(), DataplaneError>;
 
     /// Attaches `tc_ingress` and `tc_egress`; of an interface that has them only the slot is
     /// written anew.

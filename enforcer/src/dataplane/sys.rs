@@ -164,6 +164,51 @@ pub(super) fn sums(map: BorrowedFd<'_>, count: u32, cpus: usize) -> io::Result<V
     Ok(sums)
 }
 
+/// All `count` elements of an array map, of `words` words each (an even number), by few system
+/// calls.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn array(map: BorrowedFd<'_>, count: u32, words: usize) -> io::Result<Vec<u32>> {
+    let mut keys = vec![0u32; count as usize];
+    let mut values = vec![0u32; count as usize * words];
+    let mut read = 0;
+    // Where the kernel's last batch ended; it begins without one.
+    let mut next = 0u32;
+    while read < count {
+        let before = next;
+        let mut attr = BatchAttr {
+            in_batch: if read == 0 {
+                0
+            } else {
+                std::ptr::from_ref(&before) as u64
+            },
+            out_batch: std::ptr::from_mut(&mut next) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values
+                .get_mut(read as usize * words..)
+                .unwrap_or_default()
+                .as_mut_ptr() as u64,
+            count: count - read,
+            map_fd: map.as_raw_fd().unsigned_abs(),
+            elem_flags: 0,
+            flags: 0,
+        };
+        match bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) {
+            Ok(_) if attr.count != 0 => {}
+            Ok(_) => break,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                read += attr.count;
+                break;
+            }
+            Err(error) => return Err(error),
+        }
+        read += attr.count;
+    }
+    values.truncate(read as usize * words);
+    Ok(values)
+}
+
 /// Makes a map read-only for user space as well, for good.
 ///
 /// # Errors

@@ -21,7 +21,7 @@ use serde_json::Value;
 use crate::common::*;
 
 /// Flows of each family that the table holds.
-const TABLE: usize = 1 << 17;
+const TABLE: usize = enforcer_tests::kernel::FLOWS as usize;
 const RULE: &str = "  - { name: web, from: [a], to: [b], services: [tcp/8080, udp/7000] }";
 /// Offset of the source's last two bytes and of the source port, IPv4.
 const SOURCE: usize = 14 + 14;

@@ -3,7 +3,7 @@
 
 use enforcer_common::{
     verdict::{Outcome, Reason},
-    wire::{FlowKey, FlowKey4},
+    wire::FlowKey,
 };
 use enforcer_tests::{
     frame::{ACK, FIN, RST, SYN},
@@ -175,9 +175,9 @@ fn one_entry_serves_both_directions() {
             programs.forget_flows();
         }
     }
-    let key = |from: u32, to: u32, ports: (u16, u16)| -> FlowKey4 {
+    let key = |from: u32, to: u32, ports: (u16, u16)| -> FlowKey {
         let (from, to) = ([0, 0, 0, from], [0, 0, 0, to]);
-        FlowKey::new(from, to, ports.0, ports.1, 6, false, 0).v4()
+        FlowKey::new(from, to, ports.0, ports.1, 6, false, 0)
     };
     let (a, b) = ends(Family::V4);
     establish(&mut programs, (a, 4000), (b, 8080));

@@ -1,0 +1,148 @@
+//! The flow table from outside: its size and secrets before the programs are loaded, what is in it,
+//! and the sweep that takes out what expired.
+
+use std::{fs::File, io::Read as _, os::fd::AsFd as _};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::Map,
+    programs::{TestRun as _, TestRunOptions},
+};
+use enforcer_common::table::{self, Flow, SECRETS, SLOTS, SOURCE_SHARE, WORDS4, WORDS6};
+
+use super::{
+    DataplaneError,
+    errors::{load_error, missing, syscall},
+    kernel::{KernelDataplane, classifier},
+    sys,
+};
+
+/// Flows of each family, if nobody says otherwise: 8 MiB for IPv4, 16 MiB for IPv6.
+pub const DEFAULT_FLOWS: u32 = 1 << 17;
+/// Fewest and most: below, keys of one stripe of locks would share a bucket; above, a map has
+/// 4 GiB.
+const LIMITS: (u32, u32) = (1 << 10, 1 << 24);
+const MAPS: [(&str, usize); 2] = [("FLOWS4", WORDS4 as usize), ("FLOWS6", WORDS6 as usize)];
+
+/// What the programs are told of their table before they are loaded.
+pub(super) struct Shape {
+    buckets: u32,
+    mask: u32,
+    cap: u32,
+    secrets: [u64; SECRETS],
+}
+
+impl Shape {
+    /// A table of at least `flows` of each family, with fresh secrets.
+    pub(super) fn new(flows: u32) -> Result<Self, DataplaneError> {
+        let flows = flows.clamp(LIMITS.0, LIMITS.1).next_power_of_two();
+        let mut bytes = [0; SECRETS * 8];
+        File::open("/dev/urandom")
+            .and_then(|mut random| random.read_exact(&mut bytes))
+            .map_err(syscall("read /dev/urandom"))?;
+        let mut secrets = [0; SECRETS];
+        for (secret, bytes) in secrets.iter_mut().zip(bytes.chunks_exact(8)) {
+            *secret = bytes
+                .iter()
+                .fold(0, |all, byte| all << 8 | u64::from(*byte));
+        }
+        let buckets = flows / SLOTS;
+        Ok(Self {
+            buckets,
+            mask: buckets - 1,
+            cap: flows / SOURCE_SHARE,
+            secrets,
+        })
+    }
+
+    /// Writes it into the object.
+    pub(super) fn configure<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
+        for (map, _) in MAPS {
+            loader.map_max_entries(map, self.buckets);
+        }
+        loader.override_global("FLOW_MASK", &self.mask, true);
+        loader.override_global("FLOW_CAP", &self.cap, true);
+        loader.override_global("FLOW_SECRETS", &self.secrets, true);
+    }
+
+    /// Number of buckets of each family.
+    pub(super) fn buckets(&self) -> u32 {
+        self.buckets
+    }
+}
+
+impl KernelDataplane {
+    /// Every flow in the table, as it is while it is read.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    pub fn flows(&self) -> Result<Vec<Flow>, DataplaneError> {
+        let mut flows = Vec::new();
+        self.each(|_, _, words, slot_words| {
+            flows.extend(words.chunks_exact(slot_words).filter_map(table::flow));
+            Ok(())
+        })?;
+        Ok(flows)
+    }
+
+    fn each(
+        &self,
+        mut see: impl FnMut(&Map, u32, &[u32], usize) -> Result<(), DataplaneError>,
+    ) -> Result<(), DataplaneError> {
+        for (name, slot_words) in MAPS {
+            let Some(map @ Map::Array(data)) = self.ebpf().map(name) else {
+                return Err(missing(name));
+            };
+            let words = slot_words * SLOTS as usize;
+            let all = sys::array(data.fd().as_fd(), self.flow_buckets(), words)
+                .map_err(syscall("read the flow table"))?;
+            for (index, bucket) in (0..).zip(all.chunks_exact(words)) {
+                see(map, index, bucket, slot_words)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets every flow.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    #[cfg(feature = "testing")]
+    pub fn forget_flows(&mut self) -> Result<(), DataplaneError> {
+        let none = vec![0; WORDS6 as usize * SLOTS as usize];
+        self.each(|map, index, words, _| {
+            if let Map::Array(data) = map
+                && words.iter().any(|word| *word != 0)
+            {
+                let none = none.get(..words.len()).unwrap_or_default();
+                sys::update_words(data.fd().as_fd(), index, none)
+                    .map_err(syscall("empty the flow table"))?;
+            }
+            Ok(())
+        })?;
+        let Some(Map::Array(data)) = self.ebpf().map("FLOW_SOURCES") else {
+            return Err(missing("FLOW_SOURCES"));
+        };
+        let counts = sys::array(data.fd().as_fd(), 1 << 14, 1).map_err(syscall("read"))?;
+        for (index, count) in (0..).zip(counts) {
+            if count != 0 {
+                sys::update_words(data.fd().as_fd(), index, &[0]).map_err(syscall("write"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Goes through the whole table once and takes out what expired: tens of nanoseconds a bucket.
+pub(super) fn sweep(ebpf: &mut Ebpf, buckets: u32) -> Result<(), DataplaneError> {
+    let frame = [0u8; 64];
+    let options = TestRunOptions {
+        data_in: Some(&frame),
+        repeat: buckets,
+        ..TestRunOptions::new()
+    };
+    classifier(ebpf, "sweep")?
+        .test_run(options)
+        .map(drop)
+        .map_err(|e| load_error("sweep", &e))
+}
