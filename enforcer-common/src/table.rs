@@ -189,26 +189,27 @@ trait Family {
     fn pair(&self, index: u32) -> u64;
 }
 
-struct Key4([u64; 2]);
-struct Key6([u64; 5]);
+// By reference: two copies of a key would not fit the kernel's stack.
+struct Key4<'a>(&'a FlowKey);
+struct Key6<'a>(&'a FlowKey);
 
-impl Family for Key4 {
+impl Family for Key4<'_> {
     const V6: bool = false;
     const PAIRS: u32 = 2;
     const WORDS: u32 = WORDS4;
     #[inline(always)]
     fn pair(&self, index: u32) -> u64 {
-        self.0[index as usize]
+        self.0.pair4(index)
     }
 }
 
-impl Family for Key6 {
+impl Family for Key6<'_> {
     const V6: bool = true;
     const PAIRS: u32 = 5;
     const WORDS: u32 = WORDS6;
     #[inline(always)]
     fn pair(&self, index: u32) -> u64 {
-        self.0[index as usize]
+        self.0.pair6(index)
     }
 }
 
@@ -320,10 +321,47 @@ fn find_key<M: Memory, F: Family>(memory: &M, key: &F, found: &mut Found) -> boo
 #[inline(always)]
 pub fn find<M: Memory>(memory: &M, key: &FlowKey, found: &mut Found) -> bool {
     if key.is_v6() {
-        find_key(memory, &Key6(key.pairs6()), found)
+        find_key(memory, &Key6(key), found)
     } else {
-        find_key(memory, &Key4(key.pairs4()), found)
+        find_key(memory, &Key4(key), found)
     }
+}
+
+/// Whether there is an entry, for who leaves the judgement to others: without a second look at the
+/// version, so one that is being written may be missed or taken for whole.
+#[inline(always)]
+pub fn known<M: Memory>(memory: &M, key: &FlowKey) -> bool {
+    if key.is_v6() {
+        known_key(memory, &Key6(key))
+    } else {
+        known_key(memory, &Key4(key))
+    }
+}
+
+#[inline(always)]
+fn known_key<M: Memory, F: Family>(memory: &M, key: &F) -> bool {
+    let place = place(hash(memory, key), memory.mask(F::V6));
+    let mut which = 0;
+    while which < 2 {
+        let index = if which == 0 { place.home } else { place.second };
+        let Some(bucket) = memory.bucket(F::V6, index) else {
+            return false;
+        };
+        let mut slot = 0;
+        while slot < SLOTS {
+            let base = slot * F::WORDS;
+            let mut i = 0;
+            while i < F::PAIRS && bucket.pair(base + word::KEY + 2 * i) == key.pair(i) {
+                i += 1;
+            }
+            if i == F::PAIRS && bucket.get(base + F::BEHIND + behind::STATE) & LIVE != 0 {
+                return true;
+            }
+            slot += 1;
+        }
+        which += 1;
+    }
+    false
 }
 
 /// Renews an entry's age and adds to its counters. Should the slot have gone to another flow, that
@@ -331,9 +369,9 @@ pub fn find<M: Memory>(memory: &M, key: &FlowKey, found: &mut Found) -> bool {
 #[inline(always)]
 pub fn renew<M: Memory>(memory: &M, found: &Found, now: u64, bytes: u32) {
     if found.v6 != 0 {
-        renew_in::<M, Key6>(memory, found, now, bytes);
+        renew_in::<M, Key6<'_>>(memory, found, now, bytes);
     } else {
-        renew_in::<M, Key4>(memory, found, now, bytes);
+        renew_in::<M, Key4<'_>>(memory, found, now, bytes);
     }
 }
 
@@ -364,9 +402,9 @@ fn renew_in<M: Memory, F: Family>(memory: &M, found: &Found, now: u64, bytes: u3
 #[inline(always)]
 pub fn change<M: Memory>(memory: &M, found: &Found, change: &Change) {
     if found.v6 != 0 {
-        change_in::<M, Key6>(memory, found, change);
+        change_in::<M, Key6<'_>>(memory, found, change);
     } else {
-        change_in::<M, Key4>(memory, found, change);
+        change_in::<M, Key4<'_>>(memory, found, change);
     }
 }
 
@@ -456,9 +494,9 @@ fn guard<M: Memory>(memory: &M, key: &FlowKey, old: u32, new: u32) -> u32 {
 #[inline(always)]
 pub fn insert<M: Memory>(memory: &M, key: &FlowKey, entry: &FlowEntry, hz: u32) -> bool {
     if key.is_v6() {
-        insert_key(memory, &Key6(key.pairs6()), key, entry, hz)
+        insert_key(memory, &Key6(key), key, entry, hz)
     } else {
-        insert_key(memory, &Key4(key.pairs4()), key, entry, hz)
+        insert_key(memory, &Key4(key), key, entry, hz)
     }
 }
 
@@ -583,9 +621,9 @@ fn overwrite<M: Memory, F: Family>(
 #[inline(always)]
 pub fn sweep<M: Memory>(memory: &M, v6: bool, index: u32, now: u64, hz: u32) -> u32 {
     if v6 {
-        sweep_in::<M, Key6>(memory, index, now, hz)
+        sweep_in::<M, Key6<'_>>(memory, index, now, hz)
     } else {
-        sweep_in::<M, Key4>(memory, index, now, hz)
+        sweep_in::<M, Key4<'_>>(memory, index, now, hz)
     }
 }
 

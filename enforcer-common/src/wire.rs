@@ -6,9 +6,9 @@ use core::mem::{align_of, offset_of, size_of};
 use crate::verdict::{Hook, Outcome, Reason};
 
 /// The key of a flow, the same for both directions: two ends in a canonical order. A table of
-/// IPv4 flows keeps four of its words, see [`FlowKey::pairs4`].
+/// IPv4 flows keeps four of its words, see [`FlowKey::pair4`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct FlowKey {
     low: [u32; 4],
     high: [u32; 4],
@@ -50,22 +50,25 @@ impl FlowKey {
         if low { self.low } else { self.high }
     }
 
-    /// The words of an IPv4 key as a table compares them.
+    /// Two words of an IPv4 key as a table compares them, `index` below 2.
     #[inline(always)]
-    pub const fn pairs4(&self) -> [u64; 2] {
-        [pair(self.low[3], self.high[3]), pair(self.ports, self.rest)]
+    pub const fn pair4(&self, index: u32) -> u64 {
+        match index {
+            0 => pair(self.low[3], self.high[3]),
+            _ => pair(self.ports, self.rest),
+        }
     }
 
-    /// The words of an IPv6 key as a table compares them.
+    /// Two words of an IPv6 key as a table compares them, `index` below 5.
     #[inline(always)]
-    pub const fn pairs6(&self) -> [u64; 5] {
-        [
-            pair(self.low[0], self.low[1]),
-            pair(self.low[2], self.low[3]),
-            pair(self.high[0], self.high[1]),
-            pair(self.high[2], self.high[3]),
-            pair(self.ports, self.rest),
-        ]
+    pub const fn pair6(&self, index: u32) -> u64 {
+        match index {
+            0 => pair(self.low[0], self.low[1]),
+            1 => pair(self.low[2], self.low[3]),
+            2 => pair(self.high[0], self.high[1]),
+            3 => pair(self.high[2], self.high[3]),
+            _ => pair(self.ports, self.rest),
+        }
     }
 
     /// The key of these words.
@@ -358,7 +361,7 @@ pub mod slot {
 }
 
 const _: () = {
-    assert!(size_of::<FlowKey>() == 40 && align_of::<FlowKey>() == 4);
+    assert!(size_of::<FlowKey>() == 40 && align_of::<FlowKey>() == 8);
     assert!(size_of::<FlowEntry>() == 40 && align_of::<FlowEntry>() == 8);
     assert!(offset_of!(FlowEntry, generation) == 8 && offset_of!(FlowEntry, flags) == 16);
     assert!(size_of::<FragmentKey>() == 40 && size_of::<FragmentEntry>() == 24);

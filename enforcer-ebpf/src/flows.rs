@@ -229,16 +229,13 @@ pub extern "C" fn flow_find(key: *const FlowKey, found: *mut Found) -> u32 {
     }
 }
 
-/// Whether there is an entry.
+/// See [`table::known`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn flow_known(key: *const FlowKey) -> u32 {
     // SAFETY: as in `flow_find`.
     match unsafe { key.as_ref() } {
-        Some(key) => {
-            let mut found = Found::EMPTY;
-            u32::from(table::find(&Maps, key, &mut found))
-        }
+        Some(key) => u32::from(table::known(&Maps, key)),
         None => 0,
     }
 }
