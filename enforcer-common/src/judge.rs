@@ -21,7 +21,7 @@ use crate::{
         CLOSING, Change, Clock, FlowSlot as _, FlowTable, OPENER_IS_LOW, REPLIED, SESSION, TIMED,
         follow, fragment_entry, fragment_key, fresh, is_multicast, key_of, state_flags,
     },
-    image::{EMPTY, Words},
+    image::{EMPTY, VERDICT_SESSION, VERDICT_TIMELINE, Words},
     packet::{Fragment, Kind, Link, Packet, Tuple, tcp},
     verdict::{Outcome, Reason},
     wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
@@ -145,6 +145,14 @@ impl Plan {
     #[inline(always)]
     pub const fn asks(&self) -> bool {
         self.step != PASS
+    }
+
+    /// Whether the image alone decided, and would say the same at another time.
+    #[inline(always)]
+    pub const fn lasts(&self) -> bool {
+        let timed = VERDICT_TIMELINE | VERDICT_SESSION;
+        (self.step == OPEN || self.step == MIDSTREAM)
+            && (self.words as u32 | self.reverse_words as u32) & timed == 0
     }
 
     /// There is no image to ask: denied.

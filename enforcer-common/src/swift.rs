@@ -9,7 +9,7 @@ use crate::{
     flow::{
         CLOSING, Clock, FlowSlot as _, FlowTable, OPENER_IS_LOW, REPLIED, SESSION, TIMED, fresh,
     },
-    packet::{Link, tcp},
+    packet::{Kind, Link, Tuple, tcp},
     wire::FlowKey,
 };
 
@@ -23,6 +23,8 @@ pub trait Window {
     fn half(&self, at: u32) -> u16;
     /// Four bytes, big-endian.
     fn word(&self, at: u32) -> u32;
+    /// Eight bytes, big-endian.
+    fn long(&self, at: u32) -> u64;
     /// Length of the whole frame in bytes.
     fn length(&self) -> u32;
 }
@@ -44,6 +46,10 @@ impl Window for [u8] {
         u32::from(self.half(at)) << 16 | u32::from(self.half(at + 2))
     }
 
+    fn long(&self, at: u32) -> u64 {
+        u64::from(self.word(at)) << 32 | u64::from(self.word(at + 4))
+    }
+
     fn length(&self) -> u32 {
         self.len() as u32
     }
@@ -60,86 +66,134 @@ pub const fn may(link: &Link) -> bool {
     link.ethernet && link.vlan.is_none()
 }
 
-/// Whether the packet is of an established flow; if so, its entry is brought up to date. `false`
-/// says nothing. `generation` is the live image's.
-#[inline(always)]
-pub fn established<W: Window + ?Sized, F: FlowTable>(
-    window: &W,
-    table: &F,
-    ingress: bool,
-    ifindex: u32,
-    generation: u32,
-    clock: &Clock,
-) -> bool {
-    // The shortest: IPv4 and UDP.
-    if generation == 0 || !window.holds(ETHERNET + 28) {
-        return false;
-    }
-    match window.half(12) {
-        0x0800 => match ipv4(window) {
-            Some(packet) => passes(window, table, ingress, ifindex, generation, clock, &packet),
-            None => false,
-        },
-        0x86dd => match ipv6(window) {
-            Some(packet) => passes(window, table, ingress, ifindex, generation, clock, &packet),
-            None => false,
-        },
-        _ => false,
-    }
-}
-
-struct Plain {
+/// A packet whose headers hold nothing odd.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain {
+    /// Addresses and ports.
+    pub tuple: Tuple,
     key: FlowKey,
     from_low: bool,
-    protocol: u8,
 }
 
+/// What the flow table says of a plain packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Known {
+    /// It is of an established flow, whose entry is up to date now.
+    Established,
+    /// It has an entry that must be looked at.
+    Entry,
+    /// It has none.
+    Nothing,
+}
+
+/// Where and when: the hook's direction, the interface, the live image's generation, jiffies.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    /// Whether the packet comes into the host.
+    pub ingress: bool,
+    /// The interface.
+    pub ifindex: u32,
+    /// Generation of the live image, 0 if there is none.
+    pub generation: u32,
+    /// Jiffies.
+    pub clock: Clock,
+}
+
+/// Reads a packet, if it is plain.
 #[inline(always)]
-fn passes<W: Window + ?Sized, F: FlowTable>(
-    window: &W,
-    table: &F,
-    ingress: bool,
-    ifindex: u32,
-    generation: u32,
-    clock: &Clock,
-    packet: &Plain,
-) -> bool {
+pub fn read<W: Window + ?Sized>(window: &W) -> Option<Plain> {
+    // The shortest: IPv4 and UDP.
+    if !window.holds(ETHERNET + 28) {
+        return None;
+    }
+    match window.half(12) {
+        0x0800 => ipv4(window),
+        0x86dd => ipv6(window),
+        _ => None,
+    }
+}
+
+/// Looks a plain packet's flow up, and brings its entry up to date if it is established.
+#[inline(always)]
+pub fn look<F: FlowTable>(table: &F, packet: &Plain, moment: &Moment, length: u32) -> Known {
     let Some(slot) = table.find(&packet.key) else {
-        return false;
+        return Known::Nothing;
     };
+    let tuple = &packet.tuple;
     let entry = slot.load();
     let from_opener = (entry.flags & OPENER_IS_LOW != 0) == packet.from_low;
     let arrived = entry.arrived[usize::from(packet.from_low)];
     // The opener's packets need no answer; an answer has been noted before.
     let settled = from_opener || entry.flags & REPLIED != 0;
-    if entry.generation != generation
+    // With SYN, FIN or RST it opens or closes.
+    let flags = tuple.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN);
+    let goes_on = tuple.protocol != TCP || flags == tcp::ACK;
+    if entry.generation != moment.generation
+        || moment.generation == 0
         || entry.flags & (TIMED | SESSION | CLOSING) != 0
-        || (ingress && arrived != ifindex)
+        || (moment.ingress && arrived != moment.ifindex)
         || !settled
-        || !fresh(&entry, packet.protocol, clock)
+        || !goes_on
+        || !fresh(&entry, tuple.protocol, &moment.clock)
     {
-        return false;
+        return Known::Entry;
     }
-    slot.touch(clock.now, window.length());
-    true
+    slot.touch(moment.clock.now, length);
+    Known::Established
 }
 
-/// Whether the transport header at `at` of a packet that ends at `end` is one of a flow that goes
-/// on.
+/// Reads the transport header at `at` of a packet that ends at `end`: TCP flags; 0 for UDP.
 #[inline(always)]
-fn goes_on<W: Window + ?Sized>(window: &W, protocol: u8, at: u32, end: u32) -> bool {
+fn transport<W: Window + ?Sized>(window: &W, protocol: u8, at: u32, end: u32) -> Option<u8> {
     if end > window.length() {
-        return false;
+        return None;
     }
     if protocol == UDP {
-        return at + 8 <= end;
+        return (at + 8 <= end).then_some(0);
     }
     if protocol != TCP || !window.holds(at + 20) || at + 20 > end {
-        return false;
+        return None;
     }
     let header = u32::from(window.byte(at + 12) >> 4) * 4;
-    let flags = window.byte(at + 13) & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN);
-    header >= 20 && at + header <= end && flags == tcp::ACK
+    (header >= 20 && at + header <= end).then(|| window.byte(at + 13))
+}
+
+#[inline(always)]
+fn plain(
+    source: [u32; 4],
+    destination: [u32; 4],
+    ports: u32,
+    protocol: u8,
+    v6: bool,
+    tcp_flags: u8,
+    from_low: bool,
+) -> Plain {
+    let (from, to) = ((ports >> 16) as u16, ports as u16);
+    let key = if from_low {
+        FlowKey::new(source, destination, from, to, protocol, v6, 0)
+    } else {
+        FlowKey::new(destination, source, to, from, protocol, v6, 0)
+    };
+    let tuple = Tuple {
+        source,
+        destination,
+        source_port: from,
+        destination_port: to,
+        protocol,
+        v6,
+        kind: if protocol == TCP {
+            Kind::Tcp
+        } else {
+            Kind::Ports
+        },
+        tcp_flags,
+        selector: to,
+    };
+    Plain {
+        tuple,
+        key,
+        from_low,
+    }
 }
 
 #[inline(always)]
@@ -151,43 +205,25 @@ fn ipv4<W: Window + ?Sized>(window: &W) -> Option<Plain> {
         return None;
     }
     let protocol = window.byte(IP + 9);
-    if !goes_on(window, protocol, AT, IP + u32::from(window.half(IP + 2))) {
-        return None;
-    }
+    let end = IP + u32::from(window.half(IP + 2));
+    let flags = transport(window, protocol, AT, end)?;
     let (source, destination) = (window.word(IP + 12), window.word(IP + 16));
     // Multicast has no flows; link-local addresses have a scope.
     if destination >> 28 >= 0xe || source >> 16 == 0xa9fe || destination >> 16 == 0xa9fe {
         return None;
     }
     let ports = window.word(AT);
-    let (from, to) = ((ports >> 16) as u16, ports as u16);
-    let from_low = source < destination || (source == destination && from <= to);
-    let key = if from_low {
-        FlowKey::new(
-            [0, 0, 0, source],
-            [0, 0, 0, destination],
-            from,
-            to,
-            protocol,
-            false,
-            0,
-        )
-    } else {
-        FlowKey::new(
-            [0, 0, 0, destination],
-            [0, 0, 0, source],
-            to,
-            from,
-            protocol,
-            false,
-            0,
-        )
-    };
-    Some(Plain {
-        key,
-        from_low,
+    let from_low = source < destination || (source == destination && ports >> 16 <= ports & 0xffff);
+    let (source, destination) = ([0, 0, 0, source], [0, 0, 0, destination]);
+    Some(plain(
+        source,
+        destination,
+        ports,
         protocol,
-    })
+        false,
+        flags,
+        from_low,
+    ))
 }
 
 #[inline(always)]
@@ -198,40 +234,39 @@ fn ipv6<W: Window + ?Sized>(window: &W) -> Option<Plain> {
         return None;
     }
     let protocol = window.byte(IP + 6);
-    if !goes_on(window, protocol, AT, AT + u32::from(window.half(IP + 4))) {
-        return None;
-    }
-    let address = |at: u32| {
-        [
-            window.word(at),
-            window.word(at + 4),
-            window.word(at + 8),
-            window.word(at + 12),
-        ]
-    };
-    let (source, destination) = (address(IP + 8), address(IP + 24));
-    let odd = |a: &[u32; 4]| {
-        // Link-local; mapped.
-        a[0] >> 22 == 0xfe80 >> 6 || (a[0] == 0 && a[1] == 0)
-    };
-    if destination[0] >> 24 == 0xff || odd(&source) || odd(&destination) {
+    let end = AT + u32::from(window.half(IP + 4));
+    let flags = transport(window, protocol, AT, end)?;
+    let source = (window.long(IP + 8), window.long(IP + 16));
+    let destination = (window.long(IP + 24), window.long(IP + 32));
+    // Link-local addresses have a scope; mapped ones are no flow's; multicast has none.
+    let odd = |upper: u64| upper >> 54 == 0xfe80 >> 6 || upper == 0;
+    if destination.0 >> 56 == 0xff || odd(source.0) || odd(destination.0) {
         return None;
     }
     let ports = window.word(AT);
-    let (from, to) = ((ports >> 16) as u16, ports as u16);
-    let half = |a: &[u32; 4], at: usize| u64::from(a[at]) << 32 | u64::from(a[at + 1]);
-    let upper = (half(&source, 0), half(&destination, 0));
-    let lower = (half(&source, 2), half(&destination, 2));
-    let from_low = upper.0 < upper.1
-        || (upper.0 == upper.1 && (lower.0 < lower.1 || (lower.0 == lower.1 && from <= to)));
-    let key = if from_low {
-        FlowKey::new(source, destination, from, to, protocol, true, 0)
+    let from_low = if source.0 != destination.0 {
+        source.0 < destination.0
+    } else if source.1 != destination.1 {
+        source.1 < destination.1
     } else {
-        FlowKey::new(destination, source, to, from, protocol, true, 0)
+        ports >> 16 <= ports & 0xffff
     };
-    Some(Plain {
-        key,
-        from_low,
+    let words = |(upper, lower): (u64, u64)| {
+        [
+            (upper >> 32) as u32,
+            upper as u32,
+            (lower >> 32) as u32,
+            lower as u32,
+        ]
+    };
+    let (source, destination) = (words(source), words(destination));
+    Some(plain(
+        source,
+        destination,
+        ports,
         protocol,
-    })
+        true,
+        flags,
+        from_low,
+    ))
 }

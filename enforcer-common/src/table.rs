@@ -437,8 +437,11 @@ fn change_in<M: Memory, F: Family>(memory: &M, found: &Found, change: &Change) {
             bucket.set(at + behind::RULE, change.rule);
             bucket.set(at + behind::GENERATION, change.generation);
         }
-        if change.side <= 1 {
-            bucket.set(at + behind::ARRIVED + (change.side & 1), change.ifindex);
+        // Two offsets, not one that is computed: Linux 6.1 loses its bounds.
+        match change.side {
+            0 => bucket.set(at + behind::ARRIVED, change.ifindex),
+            1 => bucket.set(at + behind::ARRIVED + 1, change.ifindex),
+            _ => {}
         }
         bucket.publish(base + word::VERSION, next(version));
     }

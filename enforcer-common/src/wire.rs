@@ -305,8 +305,10 @@ pub struct Event {
     pub reason: u8,
     /// TCP flags.
     pub tcp_flags: u8,
+    /// Not 0: the image alone denied the packet, and would deny the next one like it.
+    pub lasting: u8,
     /// Always 0.
-    pub reserved: [u8; 6],
+    pub reserved: [u8; 5],
 }
 
 impl Event {
@@ -371,6 +373,6 @@ const _: () = {
     assert!(size_of::<Event>() == 136 && align_of::<Event>() == 8);
     assert!(offset_of!(Event, process) == 24 && offset_of!(Event, source) == 56);
     assert!(offset_of!(Event, rule) == 88 && offset_of!(Event, source_port) == 116);
-    assert!(offset_of!(Event, protocol) == 124 && offset_of!(Event, reserved) == 130);
+    assert!(offset_of!(Event, protocol) == 124 && offset_of!(Event, reserved) == 131);
     assert!(size_of::<DeniedSlot>() == 160 && offset_of!(DeniedSlot, event) == 24);
 };

@@ -128,7 +128,8 @@ fn event() -> Event {
         outcome: Outcome::WouldDeny as u8,
         reason: Reason::NoFlow as u8,
         tcp_flags: 0x12,
-        reserved: [0; 6],
+        lasting: 0,
+        reserved: [0; 5],
     }
 }
 

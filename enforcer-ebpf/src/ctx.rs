@@ -110,6 +110,11 @@ impl Window for Front {
     }
 
     #[inline(always)]
+    fn long(&self, at: u32) -> u64 {
+        u64::from_be(load!("u64", self.data.wrapping_add(at as usize)))
+    }
+
+    #[inline(always)]
     fn length(&self) -> u32 {
         self.length
     }

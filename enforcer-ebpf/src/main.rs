@@ -26,7 +26,8 @@ use aya_log_ebpf::info;
 use enforcer_common::{
     decide::{Decision, generation},
     flow::Clock,
-    judge, packet, swift,
+    judge, packet,
+    swift::{self, Known, Moment, Window as _},
     verdict::{Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::CONTROL_DEBUG,
 };
@@ -106,13 +107,9 @@ fn now() -> u64 {
 
 #[inline(always)]
 fn run(ctx: &TcContext, hook: Hook) -> i32 {
-    let ingress = matches!(hook, Hook::TcIngress);
-    if established(ctx.skb.skb, u32::from(ingress)) != 0 {
-        maps::count(
-            packet_counter(hook, Outcome::Allowed, Reason::Established),
-            1,
-        );
-        return TC_ACT_UNSPEC;
+    let known = short(ctx.skb.skb, hook as u32);
+    if known != LONG {
+        return known.cast_signed();
     }
     // An array map of one element: the look-up cannot fail.
     let Some(work) = maps::work() else {
@@ -141,26 +138,52 @@ fn run(ctx: &TcContext, hook: Hook) -> i32 {
     action(&work.decision)
 }
 
-/// The short way, see `enforcer_common::swift`. A function of its own for its stack.
+/// No action's number: the long way.
+const LONG: u32 = 0xffff;
+
+/// The short way, see `enforcer_common::swift`: the action for a packet of an established flow or
+/// one that was denied a moment ago. A function of its own for its stack.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn established(skb: *mut __sk_buff, ingress: u32) -> u32 {
-    let (ctx, ingress) = (TcContext::new(skb), ingress != 0);
+pub extern "C" fn short(skb: *mut __sk_buff, hook: u32) -> u32 {
+    let ctx = TcContext::new(skb);
+    let ingress = hook == Hook::TcIngress as u32;
+    let hook = if ingress {
+        Hook::TcIngress
+    } else {
+        Hook::TcEgress
+    };
     // SAFETY: a load from the context.
     let ifindex = unsafe { (*skb).ifindex };
     if !maps::is_ethernet(ifindex) {
-        return 0;
+        return LONG;
     }
     let (Some(front), Some(image)) = (ctx::Front::of(&ctx, ingress), maps::live()) else {
-        return 0;
+        return LONG;
     };
-    let clock = Clock {
-        now: now(),
-        hz: maps::hz(),
+    let Some(packet) = swift::read(&front) else {
+        return LONG;
     };
-    let generation = generation(&image);
-    let passes = swift::established(&front, &Swift, ingress, ifindex, generation, &clock);
-    u32::from(passes)
+    let moment = Moment {
+        ingress,
+        ifindex,
+        generation: generation(&image),
+        clock: Clock {
+            now: now(),
+            hz: maps::hz(),
+        },
+    };
+    match swift::look(&Swift, &packet, &moment, front.length()) {
+        Known::Established => {
+            maps::count(
+                packet_counter(hook, Outcome::Allowed, Reason::Established),
+                1,
+            );
+            TC_ACT_UNSPEC as u32
+        }
+        Known::Nothing if events::denied_again(&packet.tuple, hook, &moment) => TC_ACT_SHOT as u32,
+        Known::Nothing | Known::Entry => LONG,
+    }
 }
 
 // The steps of a judgement. Global functions: the verifier goes through each once, on its own, and

@@ -471,7 +471,8 @@ fn record(hook: Hook, tuple: &Tuple, decision: &Decision, generation: u32, cooki
         outcome: decision.outcome as u8,
         reason: decision.reason as u8,
         tcp_flags: 0,
-        reserved: [0; 6],
+        lasting: 0,
+        reserved: [0; 5],
     });
     entry.submit(0);
     Record::Emitted

@@ -212,9 +212,15 @@ impl Host {
         let short = (swift::may(&scene.link) && self.flows.entries.borrow().len() < 100)
             .then(|| self.flows.copy())
             .filter(|flows| {
-                let generation = decide::generation(self.image.words());
-                let (ingress, ifindex) = (scene.link.ingress, scene.link.ifindex);
-                swift::established(frame, flows, ingress, ifindex, generation, &scene.clock)
+                let moment = swift::Moment {
+                    ingress: scene.link.ingress,
+                    ifindex: scene.link.ifindex,
+                    generation: decide::generation(self.image.words()),
+                    clock: scene.clock,
+                };
+                swift::read(frame).is_some_and(|plain| {
+                    swift::look(flows, &plain, &moment, 0) == swift::Known::Established
+                })
             });
         let decision = see(&self.image, &self.flows, &scene, frame).decision;
         if let Some(flows) = short {

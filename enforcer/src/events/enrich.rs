@@ -384,7 +384,8 @@ pub(crate) mod tests {
             outcome: Outcome::Denied as u8,
             reason: Reason::DefaultDeny as u8,
             tcp_flags: 2,
-            reserved: [0; 6],
+            lasting: 0,
+            reserved: [0; 5],
         }
     }
 
