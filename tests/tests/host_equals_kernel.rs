@@ -280,6 +280,15 @@ fn damaged_frames_get_one_verdict() {
         }
         *seen.entry((got.outcome, got.reason)).or_default() += 1;
         judged += 1;
+        // The next packet like it may go a shorter way, to the same verdict.
+        let want = host.judge(ingress, &bytes);
+        let got = programs.judge(hook, &bytes);
+        assert_eq!(
+            (got.outcome, got.reason),
+            (want.outcome, want.reason),
+            "frame {judged} again: {bytes:02x?}"
+        );
+        programs.drain();
     }
     let mut seen: Vec<_> = seen.into_iter().collect();
     seen.sort_by_key(|(k, _)| (k.1 as u32, k.0 as u32));
