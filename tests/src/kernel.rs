@@ -85,6 +85,11 @@ pub struct Verdict {
 impl Programs {
     /// Loads the programs of the size class for `words` words.
     pub fn load(words: usize) -> Self {
+        Self::load_for(words, FLOWS)
+    }
+
+    /// The same with a table of this many flows of each family.
+    pub fn load_for(words: usize, flows: u32) -> Self {
         assert!(
             nix::unistd::geteuid().is_root(),
             "these tests load programs: run them as root"
@@ -92,7 +97,7 @@ impl Programs {
         let options = LoadOptions {
             image_words: words,
             debug: false,
-            flows: FLOWS,
+            flows,
         };
         let mut dataplane = KernelDataplane::load(&options).expect("the programs load");
         let events = dataplane.take_events().expect("the first to ask");
