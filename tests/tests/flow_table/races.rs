@@ -249,7 +249,7 @@ fn the_same_packets_on_two_cpus_are_one_flow() {
         });
         println!("{family:?}: {missed} missed");
         // A test run may be interrupted with a lock in its hands, which a packet never is.
-        assert!(missed * 2000 <= rounds, "{missed} of {rounds} flows");
+        assert!(missed <= rounds / 1000 + 3, "{missed} of {rounds} flows");
         // No key is in two slots.
         let (v4, v6) = programs.flows();
         assert!(v4.len() + v6.len() > rounds.min(FLOWS as usize) / 2);
