@@ -59,7 +59,8 @@ fn udp(from: (IpAddr, u16), to: (IpAddr, u16)) -> Vec<u8> {
 
 /// Hosts and ports of flows that come and go.
 fn coming(family: Family, number: usize) -> (IpAddr, u16) {
-    let host = 100 + (number / 701 % 5) as u8;
+    // Two openers' protected entries leave room in every bucket.
+    let host = 100 + (number / 701 % 2) as u8;
     (family.address(1, host), (number % 701) as u16)
 }
 
@@ -68,7 +69,7 @@ fn coming(family: Family, number: usize) -> (IpAddr, u16) {
 fn churn(program: &SchedClassifier, family: Family, rounds: usize) {
     let b = family.address(2, 2);
     for number in 0..rounds {
-        let a = coming(family, number);
+        let a = coming(family, number / 2);
         if number % 2 == 0 {
             assert!(passes(program, &udp(a, (b, 7000))));
         } else {
@@ -174,7 +175,7 @@ fn two_cpus_at_one_table_neither_mix_flows_nor_lose_them() {
         let (v4, v6) = programs.flows();
         let after = if family == Family::V4 { v4 } else { v6 };
         assert!(before.iter().all(|key| after.contains_key(key)));
-        assert!(after.len() > FLOWS as usize * 3 / 4, "{}", after.len());
+        assert!(after.len() > FLOWS as usize * 2 / 3, "{}", after.len());
         protected(&mut programs);
     }
 }
