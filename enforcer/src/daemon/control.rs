@@ -1,6 +1,10 @@
 //! The one task that changes anything: policy, interfaces, socket hooks.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::{Arc, PoisonError},
+    time::{Duration, Instant},
+};
 
 use tokio::{
     sync::{mpsc, watch as signal},
@@ -25,6 +29,10 @@ use super::{
 /// failed is tried again.
 const TICK: Duration = Duration::from_secs(1);
 
+/// Expired flows are taken out of the table this often: long before their ages begin anew, and so
+/// that no opener is charged for what has ended.
+const SWEEP: Duration = Duration::from_secs(3600);
+
 /// The task's state.
 pub struct Control {
     sources: Sources,
@@ -35,6 +43,7 @@ pub struct Control {
     clock: Clock,
     hooks_error: Option<String>,
     verify_error: Option<String>,
+    swept: Option<Instant>,
 }
 
 impl Control {
@@ -62,6 +71,7 @@ impl Control {
             clock: Clock::default(),
             hooks_error: None,
             verify_error: None,
+            swept: None,
         }
     }
 
@@ -145,8 +155,22 @@ impl Control {
                     watch.repair();
                     self.verify();
                     self.look();
+                    self.sweep();
                 }
             }
+        }
+    }
+
+    /// Takes expired flows out of the table when it is time.
+    fn sweep(&mut self) {
+        if self.swept.is_some_and(|swept| swept.elapsed() < SWEEP) {
+            return;
+        }
+        self.swept = Some(Instant::now());
+        let dataplane = self.shared.dataplane.lock();
+        let swept = dataplane.unwrap_or_else(PoisonError::into_inner).sweep();
+        if let Err(error) = swept {
+            tracing::error!(%error, "cannot take expired flows out of the table");
         }
     }
 
