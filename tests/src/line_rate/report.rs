@@ -195,22 +195,26 @@ impl Report {
 pub fn number(value: f64) -> String {
     let size = value.abs();
     if size >= 100.0 {
-        let whole = format!("{value:.0}");
-        let digits = whole.trim_start_matches('-');
-        let mut grouped = String::new();
-        for (at, digit) in digits.chars().enumerate() {
-            if at > 0 && (digits.len() - at) % 3 == 0 {
-                grouped.push(' ');
-            }
-            grouped.push(digit);
-        }
-        let sign = if whole.starts_with('-') { "-" } else { "" };
-        format!("{sign}{grouped}")
+        let sign = if value < 0.0 { "-" } else { "" };
+        format!("{sign}{}", whole(size.round() as u64))
     } else if size >= 10.0 {
         format!("{value:.1}")
     } else {
         format!("{value:.2}")
     }
+}
+
+/// A count, in groups of three digits.
+pub fn whole(count: u64) -> String {
+    let digits = count.to_string();
+    let mut grouped = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            grouped.push(' ');
+        }
+        grouped.push(digit);
+    }
+    grouped
 }
 
 #[cfg(test)]
@@ -249,5 +253,6 @@ mod tests {
     fn digits() {
         let got = [1234567.0, -1234.4, 123.4, 12.34, 1.234, 0.0].map(number);
         assert_eq!(got, ["1 234 567", "-1 234", "123", "12.3", "1.23", "0.00"]);
+        assert_eq!([10, 1_000].map(whole), ["10", "1 000"]);
     }
 }
