@@ -9,7 +9,7 @@ use enforcer_tests::line_rate::{bpf::Program, report::whole};
 use super::{
     Bench, TABLE,
     frames::{End, Family},
-    group,
+    group, names,
     prologue::{Draw, Index, Prologue},
     rounds::{Runner, measure},
     subject::Subject,
@@ -17,14 +17,13 @@ use super::{
 };
 
 /// Flows, and the ratio that they are for.
-const COUNTS: [(u32, Option<&str>); 3] = [
+const COUNTS: [(u32, Option<&str>); 4] = [
+    (1, None),
     (1_000, None),
     (32_000, Some("established_32k_vs_lru")),
     (512_000, Some("established_512k_vs_lru")),
 ];
 
-/// Packets of one measurement.
-const PACKETS: u32 = 100_000;
 /// Records that surely have room in the ring, in one run.
 const RECORDS: u32 = 4_000;
 
@@ -60,7 +59,7 @@ fn established(
     count: u32,
     ratio: Option<&str>,
 ) -> Result<()> {
-    let name = format!("{}: {} flows", family.name(), whole(count.into()));
+    let name = names::established(family.name(), count);
     let request = family.request();
     let reply = family.reply();
     // Each once from its opener, and once answered.
@@ -85,8 +84,9 @@ fn established(
     }
     let unit = units::lru_hit(40, count)?;
     // Small tables are in the caches when they are in use, and evicted by the others' turns.
-    let warm = count.min(2 * PACKETS);
-    let run = |program| Runner::new(program, &request, PACKETS).warm(warm);
+    let warm = count.min(2 * bench.packets);
+    let packets = bench.packets;
+    let run = |program| Runner::new(program, &request, packets).warm(warm);
     let [program, base, hit, unit_base] = measure(
         bench.rounds,
         [
@@ -100,8 +100,7 @@ fn established(
     let hit = hit.minus(&unit_base);
     bench.nanoseconds(group::FLOWS, &name, &cost);
     if family == Family::V4 {
-        let name = format!("LRU hash hit: {} keys", whole(count.into()));
-        bench.nanoseconds(group::FLOWS, &name, &hit);
+        bench.nanoseconds(group::FLOWS, &names::lru_hit(count), &hit);
         if let Some(ratio) = ratio {
             bench.ratio(ratio, &cost, &hit);
         }
@@ -125,7 +124,8 @@ fn new(bench: &mut Bench<'_>, subject: &Subject, family: Family) -> Result<()> {
         return Ok(());
     }
     let unit = units::lru_insert(40, TABLE)?;
-    let run = |program| Runner::new(program, &request, PACKETS);
+    let packets = bench.packets;
+    let run = |program| Runner::new(program, &request, packets);
     let [program, base, insert, unit_base] = measure(
         bench.rounds,
         [

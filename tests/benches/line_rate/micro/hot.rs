@@ -12,8 +12,6 @@ use super::{
     units,
 };
 
-const PACKETS: u32 = 100_000;
-
 /// Measures both families.
 pub fn run(bench: &mut Bench<'_>, subject: &Subject) -> Result<()> {
     let lru40 = units::lru_hit(40, 1)?;
@@ -26,10 +24,11 @@ pub fn run(bench: &mut Bench<'_>, subject: &Subject) -> Result<()> {
         let [first, later] = family.fragments();
         let denied = family.denied();
         let error = family.error();
-        let message = family.message();
+        let message = family.message_of_client();
         for frame in [&request, &family.reply(), &first] {
             subject.program.run(frame, 1)?;
         }
+        let packets = bench.packets;
         let cases = [
             ("established", Reason::Established, &request),
             ("later fragment", Reason::Established, &later),
@@ -37,31 +36,37 @@ pub fn run(bench: &mut Bench<'_>, subject: &Subject) -> Result<()> {
             ("verdict, no flow", Reason::RuleAllow, &message),
             ("denied, repeated", Reason::DefaultDeny, &denied),
         ];
+        let mut holds = vec![];
         for (what, reason, frame) in cases {
             let what = format!("{name}: {what}");
-            bench.holds(&what, subject, reason, &subject.program, frame, 1_000)?;
+            holds.push(bench.holds(&what, subject, reason, &subject.program, frame, 1_000)?);
         }
-        let run = |frame| Runner::new(&subject.program, frame, PACKETS);
+        let run = |frame| Runner::new(&subject.program, frame, packets);
         let frames = cases.map(|(_, _, frame)| run(frame));
         let [a, b, c, d, e] = frames;
         let [empty, a, b, c, d, e, hit40, base40, hit16, base16] = measure(
             bench.rounds,
             [
-                Runner::new(&empty, &request, PACKETS),
+                Runner::new(&empty, &request, packets),
                 a,
                 b,
                 c,
                 d,
                 e,
-                Runner::new(&lru40.subject, &request, PACKETS),
-                Runner::new(&lru40.baseline, &request, PACKETS),
-                Runner::new(&lru16.subject, &request, PACKETS),
-                Runner::new(&lru16.baseline, &request, PACKETS),
+                Runner::new(&lru40.subject, &request, packets),
+                Runner::new(&lru40.baseline, &request, packets),
+                Runner::new(&lru16.subject, &request, packets),
+                Runner::new(&lru16.baseline, &request, packets),
             ],
         )?;
         let costs = [a, b, c, d, e].map(|series| series.minus(&empty));
-        for ((what, ..), cost) in cases.iter().zip(&costs) {
-            bench.nanoseconds(group::HOT, &format!("{name}: {what}"), cost);
+        for (((what, ..), cost), holds) in cases.iter().zip(&costs).zip(&holds) {
+            if *holds {
+                bench.nanoseconds(group::HOT, &format!("{name}: {what}"), cost);
+            }
+        }
+        if holds.contains(&false) {
+            continue;
         }
         let hit = hit40.minus(&base40);
         let [hot, .., verdict, denied] = costs;

@@ -8,6 +8,7 @@
 mod flows;
 mod frames;
 mod hot;
+pub mod names;
 mod policies;
 mod prologue;
 mod rounds;
@@ -50,6 +51,8 @@ struct Bench<'a> {
     options: &'a Options,
     report: &'a mut Report,
     rounds: usize,
+    /// Packets of one measurement.
+    packets: u32,
     empty: Program,
 }
 
@@ -93,6 +96,7 @@ impl Bench<'_> {
 pub fn run(options: &Options, report: &mut Report) -> Result<()> {
     let mut bench = Bench {
         rounds: if options.quick { 9 } else { 31 },
+        packets: if options.quick { 50_000 } else { 200_000 },
         options,
         report,
         empty: units::empty()?,

@@ -6,12 +6,11 @@ use std::time::Instant;
 use anyhow::Result;
 use enforcer::compile::Image;
 use enforcer_common::verdict::Reason;
-use enforcer_tests::line_rate::report::whole;
 
 use super::{
     Bench, TABLE,
     frames::Family,
-    group,
+    group, names,
     policies::Size,
     prologue::Prologue,
     rounds::{Runner, measure},
@@ -19,7 +18,6 @@ use super::{
     units,
 };
 
-const PACKETS: u32 = 100_000;
 /// Members of the policies that differ in rules: a segment is never empty.
 const MEMBERS: usize = 1_000;
 
@@ -28,7 +26,7 @@ struct Axis<'a> {
     group: &'a str,
     base: Size,
     sizes: &'a [Size],
-    name: fn(Size) -> String,
+    name: fn(Size, &str) -> String,
     /// The ratio of the last size.
     ratio: Option<(&'a str, Size)>,
 }
@@ -53,7 +51,7 @@ pub fn run(bench: &mut Bench<'_>, base: &mut Subject) -> Result<()> {
         group: group::RULES,
         base: of_rules(10),
         sizes: &sizes,
-        name: |size| format!("{} rules", whole(size.rules as u64)),
+        name: |size, what| names::rules(size.rules as u32, what),
         ratio: Some(("decide_100k_rules_vs_10", of_rules(100_000))),
     };
     axis.run(bench, base, &mut others)?;
@@ -62,7 +60,7 @@ pub fn run(bench: &mut Bench<'_>, base: &mut Subject) -> Result<()> {
         group: group::MEMBERS,
         base: Size::BASE,
         sizes: &sizes,
-        name: |size| format!("IPv4: {} members", whole(size.members as u64)),
+        name: |size, what| names::members("IPv4", size.members as u32, what),
         ratio: Some(("decide_1m_members_vs_10", of_members(1_000_000, false))),
     };
     axis.run(bench, base, &mut others)?;
@@ -74,7 +72,7 @@ pub fn run(bench: &mut Bench<'_>, base: &mut Subject) -> Result<()> {
         group: group::MEMBERS,
         base: of_members(10, true),
         sizes: &sizes,
-        name: |size| format!("IPv6: {} members", whole(size.members as u64)),
+        name: |size, what| names::members("IPv6", size.members as u32, what),
         ratio: None,
     };
     axis.run(bench, base, &mut others)
@@ -88,20 +86,31 @@ impl Axis<'_> {
         others: &mut Vec<Subject>,
     ) -> Result<()> {
         base.apply(&image(self.base)?)?;
+        let mut last: Option<(Size, f64)> = None;
         for size in self.sizes {
+            // By the one before: a policy that takes longer than a run has is left out.
+            let expected = last.map_or(0.0, |(smaller, seconds)| {
+                let more = |by: fn(Size) -> usize| by(*size) as f64 / by(smaller) as f64;
+                seconds * more(|s| s.rules).max(more(|s| s.members))
+            });
+            let patience = bench.pick(15.0, 600.0);
+            if expected > patience {
+                let name = (self.name)(*size, "left out");
+                bench.report.note(format!(
+                    "{name}: compiling would take about {expected:.0} s here"
+                ));
+                continue;
+            }
             let start = Instant::now();
             let image = match image(*size) {
                 Ok(image) => image,
                 Err(error) => {
-                    let name = (self.name)(*size);
-                    bench.report.note(format!("{name}: left out, for {error}"));
+                    let name = (self.name)(*size, "left out");
+                    bench.report.note(format!("{name}: {error}"));
                     continue;
                 }
             };
-            let seconds = start.elapsed().as_secs_f64();
-            if seconds > 5.0 {
-                eprintln!("{}: compiled in {seconds:.0} s", (self.name)(*size));
-            }
+            last = Some((*size, start.elapsed().as_secs_f64()));
             let other = subject(&image, others)?;
             other.apply(&image)?;
             self.size(bench, *size, base, other)?;
@@ -116,9 +125,9 @@ impl Axis<'_> {
         base: &Subject,
         subject: &Subject,
     ) -> Result<()> {
-        let name = (self.name)(size);
+        let name = (self.name)(size, names::ONE);
         let family = if size.v6 { Family::V6 } else { Family::V4 };
-        let message = family.message();
+        let message = family.message_of_members();
         let request = family.between_members();
         let members = family.members(size.members);
         let new = family.new_members(size.members);
@@ -144,8 +153,9 @@ impl Axis<'_> {
             }
         }
         let lpm = units::lpm(size)?;
-        let run = |program| Runner::new(program, &message, PACKETS);
-        let open = |program| Runner::new(program, &request, PACKETS);
+        let packets = bench.packets;
+        let run = |program| Runner::new(program, &message, packets);
+        let open = |program| Runner::new(program, &request, packets);
         opens.program.run(&request, TABLE)?;
         let [
             empty,
@@ -177,13 +187,13 @@ impl Axis<'_> {
         let opens = opens.minus(&opens_base);
         let lpm = lpm.minus(&lpm_base);
         let lines = [
-            ("verdict, one pair", &hot),
-            ("verdict, random pairs", &random),
-            ("new flow, random pairs", &opens),
-            ("two LPM look-ups, random", &lpm),
+            (names::ONE, &hot),
+            (names::ANY, &random),
+            (names::OPENS, &opens),
+            (names::LPM, &lpm),
         ];
         for (what, series) in lines {
-            bench.nanoseconds(self.group, &format!("{name}: {what}"), series);
+            bench.nanoseconds(self.group, &(self.name)(size, what), series);
         }
         if let Some((ratio, of)) = self.ratio
             && of == size
