@@ -48,7 +48,7 @@ fn pair(
     frame: &[u8],
     draws: &[Draw],
 ) -> Result<[Prologue; 2]> {
-    let before = |target: &Program| Prologue::new(frame.len(), draws, target);
+    let before = |target: &Program| Prologue::new(frame, draws, target);
     Ok([before(&subject.program)?, before(&bench.empty)?])
 }
 

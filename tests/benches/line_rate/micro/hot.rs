@@ -76,6 +76,7 @@ pub fn run(bench: &mut Bench<'_>, subject: &Subject) -> Result<()> {
             bench.nanoseconds(group::HOT, "LRU hash hit, 16-byte key", &hit16);
             bench.ratio("established_hot_vs_lru", &hot, &hit);
             bench.ratio("denied_repeated_vs_lru", &denied, &hit);
+            bench.ratio("decide_vs_lru", &verdict, &hit);
             let decide = verdict.summary();
             bench
                 .report

@@ -16,6 +16,8 @@ mod sizes;
 mod subject;
 mod units;
 
+use std::time::Instant;
+
 use anyhow::Result;
 use enforcer_common::verdict::Reason;
 use enforcer_tests::line_rate::{
@@ -104,7 +106,15 @@ pub fn run(options: &Options, report: &mut Report) -> Result<()> {
     let image = subject::image(Size::BASE)?;
     let mut subject = Subject::load(image.words().len())?;
     subject.apply(&image)?;
-    hot::run(&mut bench, &subject)?;
-    flows::run(&mut bench, &mut subject)?;
-    sizes::run(&mut bench, &mut subject)
+    timed(group::HOT, || hot::run(&mut bench, &subject))?;
+    timed(group::FLOWS, || flows::run(&mut bench, &mut subject))?;
+    timed(group::RULES, || sizes::run(&mut bench, &mut subject))
+}
+
+/// Says how long it took, for those who wait.
+fn timed(what: &str, run: impl FnOnce() -> Result<()>) -> Result<()> {
+    let start = Instant::now();
+    run()?;
+    eprintln!("  {what}: {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
 }
