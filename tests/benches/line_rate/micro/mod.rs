@@ -39,7 +39,7 @@ pub mod group {
     /// One frame, again and again.
     pub const HOT: &str = "One flow";
     /// Established flows in random order.
-    pub const FLOWS: &str = "Many flows";
+    pub const FLOWS: &str = "Established flows in random order, by their number";
     /// Ever new ones.
     pub const NEW: &str = "Ever new flows";
     /// By rules.
@@ -108,7 +108,7 @@ pub fn run(options: &Options, report: &mut Report) -> Result<()> {
     subject.apply(&image)?;
     timed(group::HOT, || hot::run(&mut bench, &subject))?;
     timed(group::FLOWS, || flows::run(&mut bench, &mut subject))?;
-    timed(group::RULES, || sizes::run(&mut bench, &mut subject))
+    timed("Sizes", || sizes::run(&mut bench, &mut subject))
 }
 
 /// Says how long it took, for those who wait.
