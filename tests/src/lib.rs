@@ -16,6 +16,7 @@ pub mod fuzz;
 pub mod host;
 pub mod kernel;
 pub mod link;
+pub mod load;
 pub mod netns;
 pub mod nft;
 pub mod rival;
