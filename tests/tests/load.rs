@@ -16,7 +16,7 @@ use enforcer_tests::load::{
 
 #[test]
 fn experiment() {
-    sender::settle_on(0);
+    sender::settle();
     let segments: u32 = std::env::var("SEG").unwrap().parse().unwrap();
     let rounds: usize = std::env::var("ROUNDS").unwrap().parse().unwrap();
     let only = std::env::var("CASE").unwrap_or_default();
@@ -57,4 +57,19 @@ fn experiment() {
             );
         }
     }
+}
+
+#[test]
+fn flood_experiment() {
+    let options = if std::env::var("FULL").is_ok() {
+        enforcer_tests::load::flood::Options::full()
+    } else {
+        enforcer_tests::load::flood::Options::quick()
+    };
+    let start = std::time::Instant::now();
+    println!(
+        "{:?} {:?}",
+        enforcer_tests::load::flood::run(&options),
+        start.elapsed()
+    );
 }

@@ -1,5 +1,7 @@
 //! Load: policies of a size, offered traffic, and what may stand in its way.
 
+pub mod connection;
+pub mod flood;
 pub mod measure;
 pub mod nftables;
 pub mod policy;

@@ -11,6 +11,7 @@ use std::{
 
 use enforcer::policy::{SourceFile, model::Policy, parse};
 
+use super::flood::mixed;
 use crate::netns::Family;
 
 /// Segments on the right that one on the left may speak to.
@@ -114,11 +115,7 @@ impl Shape {
     /// The allowed flow of a number: segments take turns, in no order that a cache could follow,
     /// then hosts and source ports.
     pub fn allowed(self, family: Family, number: u64) -> Flow {
-        // A permutation of 64 bits (splitmix): the same number is the same flow.
-        let mut mixed = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^= mixed >> 31;
+        let mixed = mixed(number);
         let left = (mixed >> 32) as u32 % self.half;
         let right = self.partner(left, (mixed >> 16) as u32 % PARTNERS);
         // Number itself is in hosts and port, 28 bits of it: flows are not met again.

@@ -9,21 +9,36 @@ use std::{
 use nix::errno::Errno;
 
 use super::policy::Flow;
-use crate::{frame, netns::Netns, wire, wire::Packets};
+use crate::{frame, kernel, netns::Netns, wire, wire::Packets};
 
 /// Frames in one system call.
 const AT_ONCE: usize = 64;
 /// Bytes of a frame: the shortest that hold IPv6, UDP and an Ethernet header.
 const LENGTH: usize = 64;
 
-/// Keeps this thread on a CPU, and others from taking it in the midst of a measurement.
-pub fn settle_on(cpu: usize) {
-    let mut set = nix::sched::CpuSet::new();
-    set.set(cpu).unwrap();
-    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set).unwrap();
+/// Keeps this thread on the CPU that it is on, and others from taking it in the midst of a
+/// measurement.
+pub fn settle() {
+    kernel::pin();
     // SAFETY: plain numbers; of this thread alone.
     let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
     assert_eq!(result, 0, "{}", Errno::last());
+}
+
+/// Sends this thread to any other CPU than those that it was kept on, if there is one.
+pub fn leave_cpu() {
+    let this = nix::unistd::Pid::from_raw(0);
+    let kept = nix::sched::sched_getaffinity(this).unwrap();
+    let mut others = nix::sched::CpuSet::new();
+    for cpu in 0..nix::sched::CpuSet::count() {
+        if !kept.is_set(cpu).unwrap() {
+            others.set(cpu).unwrap();
+        }
+    }
+    // The kernel refuses a set without a CPU that is there.
+    let _ = nix::sched::sched_setaffinity(this, &others);
+    // SAFETY: plain numbers; of this thread alone.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 0) };
 }
 
 /// Frames that lie ready.

@@ -20,7 +20,7 @@ use enforcer::{
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::nftables;
+use super::{nftables, sender};
 use crate::{
     kernel,
     netns::Netns,
@@ -105,6 +105,7 @@ impl Enforcer {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let reader = thread::spawn(move || {
+            sender::leave_cpu();
             while !stopped.load(Ordering::Relaxed) {
                 let mut fds = [PollFd::new(events.fd(), PollFlags::POLLIN)];
                 let timeout = PollTimeout::try_from(Duration::from_millis(50)).unwrap();

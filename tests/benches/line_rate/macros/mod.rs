@@ -1,11 +1,192 @@
-//! Part of the bench; see the top of `main.rs`.
+//! Part of the bench; see the top of `main.rs`. Packets through a gateway between two hosts, with
+//! nothing, an empty program, the enforcer or nftables in the way; connections; floods.
+//!
+//! One CPU does all the work, from the sender's system call to the receiver's interface, which
+//! drops what comes: a packet's time is the whole path's, and rates are rates of one CPU. `share` is
+//! the rate as a share of the rate with nothing in the way.
 
-use anyhow::Result;
-use enforcer_tests::line_rate::report::Report;
+mod flood;
+
+use std::{thread, time::Duration};
+
+use anyhow::{Result, anyhow};
+use enforcer_tests::{
+    line_rate::{
+        report::Report,
+        stats::{Series, Summary},
+    },
+    load::{
+        connection,
+        measure::{CASES, Case, Fresh, Sample, Stage, Traffic, packets},
+        policy::Shape,
+        sender,
+        subject::{Empty, Enforcer, Nftables, Nothing, Subject},
+    },
+    netns::Family,
+};
 
 use crate::Options;
 
-/// Measures nothing yet.
-pub fn run(_options: &Options, _report: &mut Report) -> Result<()> {
-    Ok(())
+/// Segments of the policies: the ratios are of the larger one.
+const SMALL: u32 = 10;
+const LARGE: u32 = 1_000;
+
+/// The places of the subjects in a round.
+const NOTHING: usize = 0;
+const EMPTY: usize = 1;
+const ENFORCER: usize = 2;
+const NFTABLES: usize = 3;
+
+/// Measures both policies, connections and floods.
+pub fn run(options: &Options, report: &mut Report) -> Result<()> {
+    // On a thread of its own: it keeps to one CPU, and before others.
+    thread::scope(|scope| {
+        let work = scope.spawn(|| {
+            sender::settle();
+            if !options.quick {
+                wires(options, report, SMALL);
+            }
+            wires(options, report, LARGE);
+            flood::run(options, report);
+        });
+        work.join()
+            .map_err(|_| anyhow!("a step of the measurement failed, as said above"))
+    })
+}
+
+fn wires(options: &Options, report: &mut Report, segments: u32) {
+    let shape = Shape::new(segments);
+    let policy = shape.policy();
+    let subjects: [Box<dyn Subject>; 4] = [
+        Box::new(Nothing),
+        Box::new(Empty::load()),
+        Box::new(Enforcer::load(&policy)),
+        Box::new(Nftables::new(&policy)),
+    ];
+    let stages = subjects.map(Stage::new);
+    let mut fresh = Fresh::new();
+    for case in CASES {
+        one_case(options, report, segments, &stages, shape, case, &mut fresh);
+    }
+    connections(options, report, segments, &stages);
+}
+
+fn one_case(
+    options: &Options,
+    report: &mut Report,
+    segments: u32,
+    stages: &[Stage],
+    shape: Shape,
+    case: Case,
+    fresh: &mut Fresh,
+) {
+    let (rounds, windows) = if options.quick { (7, 4) } else { (21, 10) };
+    // A round's value is the median of some windows: one that another task fell into is left out.
+    let mut times = vec![Vec::new(); stages.len()];
+    let mut shares = vec![Vec::new(); stages.len()];
+    let mut delivered = vec![Vec::new(); stages.len()];
+    for _ in 0..rounds {
+        let samples = packets(stages, shape, case, windows, fresh);
+        let series = |at: usize, of: &dyn Fn(&Sample) -> f64| {
+            Series::new(samples[at].iter().map(of).collect())
+        };
+        let time = |at: usize| series(at, &|sample| sample.ns);
+        let rate = |at: usize| series(at, &|sample| sample.rate(case.traffic));
+        for at in 0..stages.len() {
+            times[at].push(time(at).median());
+            shares[at].push(rate(at).over(&rate(NOTHING)).median());
+            delivered[at].push(series(at, &|sample| sample.delivered).median());
+        }
+    }
+    let series =
+        |values: &[Vec<f64>]| -> Vec<Series> { values.iter().cloned().map(Series::new).collect() };
+    let (times, shares, delivered) = (series(&times), series(&shares), series(&delivered));
+    let added = |at: usize| times[at].minus(&times[NOTHING]);
+    let group = format!("veth, {segments} segments: {}", title(case));
+    let mut tell = |subject: usize, what: &str, unit: &str, summary: Summary| {
+        let name = format!("{}: {what}", stages[subject].name);
+        report.measured(&group, &name, unit, summary);
+    };
+    for subject in 0..stages.len() {
+        tell(subject, "time", "ns", times[subject].summary());
+        if subject != NOTHING {
+            tell(subject, "share", "", shares[subject].summary());
+            tell(subject, "added", "ns", added(subject).summary());
+        }
+    }
+    let over = |subject: usize, unit: usize| shares[subject].over(&shares[unit]).summary();
+    let ratio = |report: &mut Report, name: &str, summary: Summary| {
+        let small = if segments == LARGE { "" } else { "_small" };
+        let name = format!("veth_{}{name}{small}", case.name);
+        report.ratio(&name, summary.median, summary.spread);
+    };
+    ratio(report, "_vs_empty", over(ENFORCER, EMPTY));
+    ratio(report, "_vs_nft", over(ENFORCER, NFTABLES));
+    let added = added(ENFORCER).over(&added(NFTABLES)).summary();
+    ratio(report, "_added_vs_nft", added);
+    if (case.name, segments) == ("1k", LARGE) {
+        report.ratio("veth_added_vs_nft", added.median, added.spread);
+    }
+    // Losses would make a subject look fast, and passes would make it look thorough.
+    for (stage, delivered) in stages.iter().zip(&delivered) {
+        let share = delivered.median();
+        let expected = match (case.traffic, stage.name) {
+            (Traffic::Established(_) | Traffic::New, _) | (_, "nothing" | "empty") => 1.0,
+            (Traffic::DeniedAgain(_) | Traffic::DeniedNew, _) => 0.0,
+        };
+        if (share - expected).abs() > 0.001 {
+            report.note(format!(
+                "{group}: {} delivered {share:.3} of the packets, not {expected}",
+                stage.name
+            ));
+        }
+    }
+}
+
+fn title(case: Case) -> String {
+    let family = match case.family {
+        Family::V4 => "IPv4",
+        Family::V6 => "IPv6",
+    };
+    match case.traffic {
+        Traffic::Established(1) => format!("one flow, {family}"),
+        Traffic::Established(count) => format!("{count} flows, {family}"),
+        Traffic::New => format!("a new flow with each packet, {family}"),
+        Traffic::DeniedAgain(count) => format!("{count} denied flows, {family}"),
+        Traffic::DeniedNew => format!("a denied flow with each packet, {family}"),
+    }
+}
+
+fn connections(options: &Options, report: &mut Report, segments: u32, stages: &[Stage]) {
+    let (rounds, time) = if options.quick {
+        (3, Duration::from_millis(150))
+    } else {
+        (7, Duration::from_millis(700))
+    };
+    for whole in [true, false] {
+        let mut rates = vec![Vec::new(); stages.len()];
+        for round in 0..rounds {
+            for turn in 0..stages.len() {
+                let at = (turn + round) % stages.len();
+                let router = stages[at].router();
+                connection::merge(router, whole);
+                rates[at].push(connection::throughput(router, Family::V4, time));
+            }
+        }
+        let rates: Vec<Series> = rates.into_iter().map(Series::new).collect();
+        let how = if whole {
+            "merged segments"
+        } else {
+            "segments one by one"
+        };
+        let group = format!("veth, {segments} segments: one TCP connection, {how}");
+        for (at, stage) in stages.iter().enumerate() {
+            let rate = format!("{}: throughput", stage.name);
+            report.measured(&group, &rate, "Gbit/s", rates[at].summary());
+            if at != NOTHING {
+                let share = rates[at].over(&rates[NOTHING]).summary();
+                report.measured(&group, &format!("{}: share", stage.name), "", share);
+            }
+        }
+    }
 }
