@@ -20,14 +20,6 @@ const CHUNK: usize = 256 << 10;
 /// Until the window has opened.
 const WARM_UP: Duration = Duration::from_millis(100);
 
-/// Lets the sender's interface take packets as large as it can, or segments one by one, as they
-/// come from a wire whose receiver merges none.
-pub fn merge(router: &Router, whole: bool) {
-    let segments = if whole { 65_535 } else { 1 };
-    let line = format!("link set eth0 gso_max_segs {segments}\n");
-    router.wire.a.ip(&line);
-}
-
 /// Gigabits a second from the left to the right.
 pub fn throughput(router: &Router, family: Family, time: Duration) -> f64 {
     let flow = Router::real(family);

@@ -375,8 +375,10 @@ impl Flood {
                 tally.1 += options.established;
             }
         });
+        tally.0 += self.probe(KIND, options.established, false);
+        tally.1 += options.established;
         outcome.others = pending.share();
-        outcome.others_alive = f64::from(tally.0 as u32) / f64::from(tally.1 as u32);
+        outcome.others_alive = tally.0 as f64 / tally.1 as f64;
         outcome.paced[1] = rate;
     }
 

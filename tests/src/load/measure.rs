@@ -91,16 +91,6 @@ pub struct Sample {
     pub delivered: f64,
 }
 
-impl Sample {
-    /// Packets a second that came out, or for denied ones, that were dealt with.
-    pub fn rate(&self, traffic: Traffic) -> f64 {
-        match traffic {
-            Traffic::Established(_) | Traffic::New => 1e9 * self.delivered / self.ns,
-            Traffic::DeniedAgain(_) | Traffic::DeniedNew => 1e9 / self.ns,
-        }
-    }
-}
-
 /// Numbers of flows that were not used yet.
 pub struct Fresh(u64);
 
@@ -182,10 +172,4 @@ fn sample(router: &Router, shape: Shape, case: Case, numbers: std::ops::Range<u6
         ns,
         delivered: came as f64 / frames.len() as f64,
     }
-}
-
-/// The value in the middle.
-pub fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
