@@ -333,7 +333,7 @@ impl Flood {
             for (kind, idle) in kinds.clone().zip(options.idle) {
                 let every = idle * RATE;
                 if sent % every == 0 {
-                    let of_client = sent / every % 2 == 0;
+                    let of_client = (sent / every).is_multiple_of(2);
                     let (found, asked) = &mut tally[usize::from(kind)];
                     *found += self.probe(kind, options.established, of_client);
                     *asked += options.established;

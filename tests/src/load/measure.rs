@@ -9,7 +9,7 @@ use super::{
 use crate::netns::Family;
 
 /// Packets timed together: some two milliseconds, so that most windows meet no other task.
-const WINDOW: u64 = 2_000;
+const WINDOW: u64 = 1_000;
 /// Packets before them.
 const WARM_UP: u64 = 500;
 

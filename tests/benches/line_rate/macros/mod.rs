@@ -80,7 +80,7 @@ fn one_case(
     case: Case,
     fresh: &mut Fresh,
 ) {
-    let (rounds, windows) = if options.quick { (7, 4) } else { (21, 10) };
+    let (rounds, windows) = if options.quick { (9, 6) } else { (21, 20) };
     // A round's value is the quicker quartile of some windows: nothing makes a packet cheaper than
     // it is, and others on the machine make many dearer.
     let mut times = vec![Vec::new(); stages.len()];
@@ -114,8 +114,8 @@ fn one_case(
         let name = format!("{}: {what}", stages[subject].name);
         report.measured(&group, &name, unit, summary);
     };
-    for subject in 0..stages.len() {
-        tell(subject, "time", "ns", times[subject].summary());
+    for (subject, time) in times.iter().enumerate() {
+        tell(subject, "time", "ns", time.summary());
         if subject != NOTHING {
             tell(subject, "share", "", over(subject, NOTHING).summary());
             tell(subject, "added", "ns", added(subject).summary());
