@@ -32,6 +32,7 @@ mod control;
 mod machine;
 mod macros;
 mod micro;
+mod record;
 
 use std::{fs, path::PathBuf, process::ExitCode, time::Instant};
 
@@ -53,6 +54,16 @@ pub enum Part {
     Control,
 }
 
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Micro => "micro",
+            Self::Macro => "macro",
+            Self::Control => "control",
+        }
+    }
+}
+
 /// What to measure, and where to write it.
 #[derive(Debug, Parser)]
 #[command(about = "Measures the enforcer beside what the kernel has; as root")]
@@ -67,7 +78,7 @@ pub struct Options {
     #[arg(long)]
     pub only: Option<Part>,
     /// Write the tables and plots of docs/performance.md
-    #[arg(long)]
+    #[arg(long, conflicts_with = "only")]
     pub record: bool,
     /// Bounds to hold the ratios to, instead of the committed ones
     #[arg(long, value_name = "FILE")]
@@ -117,6 +128,7 @@ fn run(options: &Options) -> Result<bool> {
             continue;
         }
         let start = Instant::now();
+        report.section(part.name());
         run(options, &mut report).with_context(|| format!("the {part:?} part"))?;
         eprintln!("{part:?}: {:.0} s", start.elapsed().as_secs_f64());
     }
@@ -125,6 +137,9 @@ fn run(options: &Options) -> Result<bool> {
     if let Some(file) = &options.json {
         let json = format!("{:#}\n", report.json(&machine::describe()));
         fs::write(file, json).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    if options.record {
+        record::write(options, &report, &bounds)?;
     }
     let behind = bounds.behind(&report);
     for ratio in &behind {

@@ -5,5 +5,7 @@
 pub mod asm;
 pub mod bounds;
 pub mod bpf;
+pub mod markdown;
 pub mod report;
 pub mod stats;
+pub mod svg;

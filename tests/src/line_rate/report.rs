@@ -9,6 +9,8 @@ use super::stats::Summary;
 /// A figure with its unit.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Figure {
+    /// The part of the bench that it comes from.
+    pub section: String,
     /// The table that it stands in.
     pub group: String,
     /// Its line there.
@@ -46,9 +48,15 @@ pub struct Report {
     ratios: Vec<Ratio>,
     figures: Vec<Figure>,
     notes: Vec<String>,
+    section: String,
 }
 
 impl Report {
+    /// What follows comes from this part of the bench.
+    pub fn section(&mut self, name: &str) {
+        name.clone_into(&mut self.section);
+    }
+
     /// Adds a ratio. `spread` is the distance between quartiles as a share of the value
     /// ([`Summary::spread`]); 0 for what is measured once.
     pub fn ratio(&mut self, name: &str, value: f64, spread: f64) {
@@ -72,13 +80,16 @@ impl Report {
     /// Adds a figure of several rounds.
     pub fn measured(&mut self, group: &str, name: &str, unit: &str, summary: Summary) {
         let figure = Figure {
+            section: self.section.clone(),
             group: group.to_owned(),
             name: name.to_owned(),
             unit: unit.to_owned(),
             value: summary.median,
             spread: summary.spread,
         };
-        let same = |old: &&mut Figure| (&old.group, &old.name) == (&figure.group, &figure.name);
+        let same = |old: &&mut Figure| {
+            (&old.section, &old.group, &old.name) == (&figure.section, &figure.group, &figure.name)
+        };
         match self.figures.iter_mut().find(same) {
             Some(old) => *old = figure,
             None => self.figures.push(figure),
@@ -108,20 +119,20 @@ impl Report {
         &self.notes
     }
 
-    /// Names of groups, in the order of their first figures.
-    pub fn groups(&self) -> Vec<&str> {
-        let mut groups: Vec<&str> = Vec::new();
-        for figure in &self.figures {
-            if !groups.contains(&figure.group.as_str()) {
-                groups.push(&figure.group);
-            }
-        }
-        groups
+    /// The parts that have figures, in their order.
+    pub fn sections(&self) -> Vec<&str> {
+        distinct(self.figures.iter().map(|f| f.section.as_str()))
+    }
+
+    /// The groups of a section, in the order of their first figures.
+    pub fn groups(&self, section: &str) -> Vec<&str> {
+        let here = self.figures.iter().filter(|f| f.section == section);
+        distinct(here.map(|f| f.group.as_str()))
     }
 
     /// A figure's value.
-    pub fn value(&self, group: &str, name: &str) -> Option<f64> {
-        let figure = |f: &&Figure| f.group == group && f.name == name;
+    pub fn value(&self, section: &str, group: &str, name: &str) -> Option<f64> {
+        let figure = |f: &&Figure| f.section == section && f.group == group && f.name == name;
         Some(self.figures.iter().find(figure)?.value)
     }
 
@@ -138,7 +149,7 @@ impl Report {
             .figures
             .iter()
             .map(|f| {
-                json!({"group": f.group, "name": f.name, "unit": f.unit, "value": f.value,
+                json!({"section": f.section, "group": f.group, "name": f.name, "unit": f.unit, "value": f.value,
                        "spread": f.spread})
             })
             .collect();
@@ -168,9 +179,16 @@ impl Report {
                 )
             };
         }
-        for group in self.groups() {
-            let _ = writeln!(text, "\n{group}");
-            let here = || self.figures.iter().filter(|f| f.group == group);
+        let groups = self.sections().into_iter().flat_map(|section| {
+            let groups = self.groups(section).into_iter();
+            groups.map(move |group| (section, group))
+        });
+        for (section, group) in groups {
+            let _ = writeln!(text, "\n{section}: {group}");
+            let here = || {
+                let figures = self.figures.iter();
+                figures.filter(|f| f.section == section && f.group == group)
+            };
             let widest = width(&mut here().map(|f| f.name.chars().count()));
             for f in here() {
                 let value = number(f.value);
@@ -191,26 +209,41 @@ impl Report {
     }
 }
 
+/// Names once each, in the order in which they come first.
+pub fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let mut found = Vec::new();
+    for name in names {
+        if !found.contains(&name) {
+            found.push(name);
+        }
+    }
+    found
+}
+
 /// A number with as many digits as mean something.
 pub fn number(value: f64) -> String {
     let size = value.abs();
     if size >= 100.0 {
-        let whole = format!("{value:.0}");
-        let digits = whole.trim_start_matches('-');
-        let mut grouped = String::new();
-        for (at, digit) in digits.chars().enumerate() {
-            if at > 0 && (digits.len() - at) % 3 == 0 {
-                grouped.push(' ');
-            }
-            grouped.push(digit);
-        }
-        let sign = if whole.starts_with('-') { "-" } else { "" };
-        format!("{sign}{grouped}")
+        let sign = if value < 0.0 { "-" } else { "" };
+        format!("{sign}{}", whole(size.round() as u64))
     } else if size >= 10.0 {
         format!("{value:.1}")
     } else {
         format!("{value:.2}")
     }
+}
+
+/// A count, in groups of three digits.
+pub fn whole(count: u64) -> String {
+    let digits = count.to_string();
+    let mut grouped = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            grouped.push(' ');
+        }
+        grouped.push(digit);
+    }
+    grouped
 }
 
 #[cfg(test)]
@@ -232,6 +265,7 @@ mod tests {
     #[test]
     fn again_replaces() {
         let mut report = Report::default();
+        report.section("s");
         report.figure("g", "a", "ns", 1.0);
         report.figure("h", "a", "ns", 2.0);
         report.figure("g", "a", "ns", 3.0);
@@ -239,8 +273,8 @@ mod tests {
         report.ratio("r", 2.0, 0.0);
         report.note("n");
         report.note("n");
-        assert_eq!(report.groups(), ["g", "h"]);
-        assert_eq!(report.value("g", "a"), Some(3.0));
+        assert_eq!(report.groups("s"), ["g", "h"]);
+        assert_eq!(report.value("s", "g", "a"), Some(3.0));
         assert_eq!(report.ratios().len(), 1);
         assert_eq!(report.notes().len(), 1);
     }
@@ -249,5 +283,6 @@ mod tests {
     fn digits() {
         let got = [1234567.0, -1234.4, 123.4, 12.34, 1.234, 0.0].map(number);
         assert_eq!(got, ["1 234 567", "-1 234", "123", "12.3", "1.23", "0.00"]);
+        assert_eq!([10, 1_000].map(whole), ["10", "1 000"]);
     }
 }

@@ -111,18 +111,39 @@ impl Family {
         }
     }
 
-    /// A message between two members that the rules allow, and that opens no flow.
-    pub fn message(self) -> Vec<u8> {
+    /// A message from client to server that the rules allow, and that opens no flow.
+    pub fn message_of_client(self) -> Vec<u8> {
+        self.message(self.client(), self.server())
+    }
+
+    /// The same between two members.
+    pub fn message_of_members(self) -> Vec<u8> {
+        self.message(self.member(1), self.member(2))
+    }
+
+    fn message(self, source: IpAddr, destination: IpAddr) -> Vec<u8> {
         let (protocol, kind) = match self {
             Self::V4 => (1, MESSAGE),
             Self::V6 => (58, MESSAGE6),
         };
-        frame(self.member(1), self.member(2), protocol, &icmp(kind, 0, 0))
+        frame(source, destination, protocol, &icmp(kind, 0, 0))
     }
 
     /// A request between two members.
     pub fn between_members(self) -> Vec<u8> {
         let payload = udp(PORT, ALLOWED_PORT);
+        frame(self.member(1), self.member(2), 17, &payload)
+    }
+
+    /// What is answered.
+    pub fn reply_between_members(self) -> Vec<u8> {
+        let payload = udp(ALLOWED_PORT, PORT);
+        frame(self.member(2), self.member(1), 17, &payload)
+    }
+
+    /// What no rule allows between them.
+    pub fn denied_between_members(self) -> Vec<u8> {
+        let payload = udp(PORT, DENIED_PORT);
         frame(self.member(1), self.member(2), 17, &payload)
     }
 

@@ -10,7 +10,7 @@ use enforcer::{
     policy::model::Environment,
 };
 use enforcer_common::{
-    image::essential,
+    image::{SIZE_CLASSES, essential},
     verdict::{Hook, Reason},
 };
 use enforcer_tests::{
@@ -56,6 +56,12 @@ impl Subject {
             programs,
             program: Program::of(fd),
         })
+    }
+
+    /// Words of the smallest size class that has room for so many.
+    pub fn class(words: usize) -> usize {
+        let fits = SIZE_CLASSES.iter().map(|class| *class as usize);
+        fits.filter(|class| *class >= words).min().unwrap_or(words)
     }
 
     /// Words of an image that it takes.

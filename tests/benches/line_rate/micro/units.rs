@@ -195,10 +195,12 @@ fn lpm_program(size: policies::Size, map: Option<&Map>) -> io::Result<Program> {
         }
     }
     asm.exit_with(1);
-    for jump in missing {
-        asm.land(jump);
+    if !missing.is_empty() {
+        for jump in missing {
+            asm.land(jump);
+        }
+        asm.exit_with(0);
     }
-    asm.exit_with(0);
     Program::load(&asm.finish())
 }
 
