@@ -11,9 +11,9 @@ pub fn run(options: &crate::Options, report: &mut Report) {
     };
     flooding.real_time = std::env::var_os("ENFORCER_BENCH_REAL_TIME").is_some();
     let outcome = flood::run(&flooding);
-    let group = "flood of 65 536 new flows a second";
+    let group = "A flood of 65 536 new flows a second, shares of";
     for (seconds, share) in &outcome.alive {
-        let name = format!("packets that found their flow, one each {seconds} s");
+        let name = format!("packets of established flows that found them, one each {seconds} s");
         report.figure(group, &name, "", *share);
     }
     let shares = [
@@ -23,7 +23,7 @@ pub fn run(options: &crate::Options, report: &mut Report) {
             outcome.others,
         ),
         (
-            "packets that found their flow then, one each 1 s",
+            "packets that found their flow then, one each second",
             outcome.others_alive,
         ),
     ];

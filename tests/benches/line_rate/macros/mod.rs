@@ -2,8 +2,7 @@
 //! nothing, an empty program, the enforcer or nftables in the way; connections; floods.
 //!
 //! One CPU does all the work, from the sender's system call to the receiver's interface, which
-//! drops what comes: a packet's time is the whole path's, and rates are rates of one CPU. `share` is
-//! the rate as a share of the rate with nothing in the way.
+//! drops what comes: a packet's time is the whole path's, and rates are rates of one CPU.
 
 mod flood;
 
@@ -109,16 +108,26 @@ fn one_case(
         }
     };
     let added = |at: usize| times[at].minus(&times[NOTHING]);
-    let group = format!("veth, {segments} segments: {}", title(case));
-    let mut tell = |subject: usize, what: &str, unit: &str, summary: Summary| {
-        let name = format!("{}: {what}", stages[subject].name);
+    let title = title(case);
+    let mut tell = |what: &str, unit: &str, subject: usize, summary: Summary| {
+        let group = format!("{segments} segments: {what}");
+        let name = format!("{}: {title}", stages[subject].name);
         report.measured(&group, &name, unit, summary);
     };
     for (subject, time) in times.iter().enumerate() {
-        tell(subject, "time", "ns", time.summary());
+        // In millions a second, of those that came through or were dealt with.
+        let rate = Series::new(vec![1e3; rounds]).over(time);
+        let rate = if forwards {
+            rate.times(&delivered[subject])
+        } else {
+            rate
+        };
+        tell("packets", "M/s", subject, rate.summary());
         if subject != NOTHING {
-            tell(subject, "share", "", over(subject, NOTHING).summary());
-            tell(subject, "added", "ns", added(subject).summary());
+            let share = over(subject, NOTHING).summary();
+            tell("share of the packets with nothing", "share", subject, share);
+            let added = added(subject).summary();
+            tell("time of a packet above nothing", "ns", subject, added);
         }
     }
     let ratio = |report: &mut Report, name: &str, summary: Summary| {
@@ -140,7 +149,7 @@ fn one_case(
         let expected = if passes { 1.0 } else { 0.0 };
         if (share - expected).abs() > 0.001 {
             report.note(format!(
-                "{group}: {} delivered {share:.3} of the packets, not {expected}",
+                "{segments} segments, {title}: {} delivered {share:.3} of the packets, not {expected}",
                 stage.name
             ));
         }
@@ -149,16 +158,17 @@ fn one_case(
 
 fn title(case: Case) -> String {
     let family = match case.family {
-        Family::V4 => "IPv4",
-        Family::V6 => "IPv6",
+        Family::V4 => "",
+        Family::V6 => ", IPv6",
     };
-    match case.traffic {
-        Traffic::Established(1) => format!("one flow, {family}"),
-        Traffic::Established(count) => format!("{count} flows, {family}"),
-        Traffic::New => format!("a new flow with each packet, {family}"),
-        Traffic::DeniedAgain(count) => format!("{count} denied flows, {family}"),
-        Traffic::DeniedNew => format!("a denied flow with each packet, {family}"),
-    }
+    let traffic = match case.traffic {
+        Traffic::Established(1) => "one flow".to_owned(),
+        Traffic::Established(count) => format!("{count} flows"),
+        Traffic::New => "ever new flows".to_owned(),
+        Traffic::DeniedAgain(count) => format!("{count} denied flows"),
+        Traffic::DeniedNew => "ever new denied flows".to_owned(),
+    };
+    traffic + family
 }
 
 fn connections(options: &Options, report: &mut Report, segments: u32, stages: &[Stage]) {
@@ -176,13 +186,13 @@ fn connections(options: &Options, report: &mut Report, segments: u32, stages: &[
         }
     }
     let rates: Vec<Series> = rates.into_iter().map(Series::new).collect();
-    let group = format!("veth, {segments} segments: one TCP connection");
     for (at, stage) in stages.iter().enumerate() {
-        let rate = format!("{}: throughput", stage.name);
-        report.measured(&group, &rate, "Gbit/s", rates[at].summary());
+        let name = format!("{}: {segments} segments", stage.name);
+        report.measured("One TCP connection", &name, "Gbit/s", rates[at].summary());
         if at != NOTHING {
             let share = rates[at].over(&rates[NOTHING]).summary();
-            report.measured(&group, &format!("{}: share", stage.name), "", share);
+            let group = "One TCP connection: share of the throughput with nothing";
+            report.measured(group, &name, "share", share);
         }
     }
 }
