@@ -17,6 +17,7 @@ pub mod host;
 pub mod kernel;
 pub mod line_rate;
 pub mod link;
+pub mod load;
 pub mod netns;
 pub mod nft;
 pub mod rival;

@@ -32,6 +32,11 @@ impl Series {
         self.each(unit, |value, unit| value / unit)
     }
 
+    /// Round by round multiplied.
+    pub fn times(&self, factor: &Self) -> Self {
+        self.each(factor, |value, factor| value * factor)
+    }
+
     fn each(&self, other: &Self, what: impl Fn(f64, f64) -> f64) -> Self {
         assert_eq!(self.0.len(), other.0.len(), "rounds belong together");
         let pairs = self.0.iter().zip(&other.0);
