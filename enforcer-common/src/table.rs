@@ -299,27 +299,27 @@ fn find_in<B: Bucket, F: Family>(bucket: B, key: &F, found: &mut Found) -> bool 
 }
 
 #[inline(always)]
-fn find_key<M: Memory, F: Family>(memory: &M, key: &F, found: &mut Found) -> bool {
+fn find_key<M: Memory, F: Family>(memory: &M, key: &F, found: &mut Found) -> Option<M::Bucket> {
     let place = place(hash(memory, key), memory.mask(F::V6));
     found.v6 = F::V6 as u32;
     found.bucket = place.home;
     if let Some(bucket) = memory.bucket(F::V6, place.home)
         && find_in(bucket, key, found)
     {
-        return true;
+        return Some(bucket);
     }
     found.bucket = place.second;
     if let Some(bucket) = memory.bucket(F::V6, place.second)
         && find_in(bucket, key, found)
     {
-        return true;
+        return Some(bucket);
     }
-    false
+    None
 }
 
 /// Looks a flow up; `found` is written if it is there, whatever its age.
 #[inline(always)]
-pub fn find<M: Memory>(memory: &M, key: &FlowKey, found: &mut Found) -> bool {
+pub fn find<M: Memory>(memory: &M, key: &FlowKey, found: &mut Found) -> Option<M::Bucket> {
     if key.is_v6() {
         find_key(memory, &Key6(key), found)
     } else {
@@ -368,18 +368,18 @@ fn known_key<M: Memory, F: Family>(memory: &M, key: &F) -> bool {
 /// one lives a little longer.
 #[inline(always)]
 pub fn renew<M: Memory>(memory: &M, found: &Found, now: u64, bytes: u32) {
+    let Some(bucket) = memory.bucket(found.v6 != 0, found.bucket) else {
+        return;
+    };
     if found.v6 != 0 {
-        renew_in::<M, Key6<'_>>(memory, found, now, bytes);
+        renew_in::<_, Key6<'_>>(bucket, found, now, bytes);
     } else {
-        renew_in::<M, Key4<'_>>(memory, found, now, bytes);
+        renew_in::<_, Key4<'_>>(bucket, found, now, bytes);
     }
 }
 
 #[inline(always)]
-fn renew_in<M: Memory, F: Family>(memory: &M, found: &Found, now: u64, bytes: u32) {
-    let Some(bucket) = memory.bucket(F::V6, found.bucket) else {
-        return;
-    };
+fn renew_in<B: Bucket, F: Family>(bucket: B, found: &Found, now: u64, bytes: u32) {
     let base = found.base & (SLOTS - 1) * F::WORDS;
     // Only what changes: a store would take the line from other CPUs.
     if found.entry.last_seen as u32 != now as u32 {
@@ -729,8 +729,9 @@ pub struct Flows<M>(pub M);
 
 /// An entry of a table in some memory.
 #[derive(Clone, Copy, Debug)]
-pub struct Held<M> {
+pub struct Held<M: Memory> {
     memory: M,
+    bucket: M::Bucket,
     found: Found,
 }
 
@@ -739,8 +740,10 @@ impl<M: Memory + Clone> Flows<M> {
     #[inline(always)]
     pub fn find(&self, key: &FlowKey) -> Option<Held<M>> {
         let mut found = Found::EMPTY;
-        find(&self.0, key, &mut found).then(|| Held {
+        let bucket = find(&self.0, key, &mut found)?;
+        Some(Held {
             memory: self.0.clone(),
+            bucket,
             found,
         })
     }
@@ -754,7 +757,11 @@ impl<M: Memory> FlowSlot for Held<M> {
 
     #[inline(always)]
     fn touch(&self, now: u64, bytes: u32) {
-        renew(&self.memory, &self.found, now, bytes);
+        if self.found.v6 != 0 {
+            renew_in::<_, Key6<'_>>(self.bucket, &self.found, now, bytes);
+        } else {
+            renew_in::<_, Key4<'_>>(self.bucket, &self.found, now, bytes);
+        }
     }
 
     #[inline(always)]

@@ -160,16 +160,16 @@ impl KernelDataplane {
         map.set(0, control, 0).map_err(map_error("write CONTROL"))
     }
 
-    /// Notes whether an interface's frames may go the short way. Where two share an element, the
-    /// other's go the long way.
-    fn set_ethernet(&mut self, ifindex: u32, ethernet: bool) -> Result<(), DataplaneError> {
-        let mut map: Array<_, u32> = typed_mut(&mut self.ebpf, "ETHERNET")?;
+    /// Notes an interface, and its slot if its frames begin with an Ethernet header, where the
+    /// programs find it fast. Where two share an element, the other one is found in `INTERFACES`.
+    fn set_ethernet(&mut self, ifindex: u32, slot: Option<u32>) -> Result<(), DataplaneError> {
+        let mut map: Array<_, [u32; 2]> = typed_mut(&mut self.ebpf, "ETHERNET")?;
         let index = ifindex & (ETHERNET_LINKS - 1);
-        let known = map.get(&index, 0).map_err(map_error("read ETHERNET"))?;
-        let new = match (ethernet, known == ifindex) {
-            (true, false) => ifindex,
-            (false, true) => 0,
-            _ => return Ok(()),
+        let [known, _] = map.get(&index, 0).map_err(map_error("read ETHERNET"))?;
+        let new = match slot {
+            Some(slot) => [ifindex, slot],
+            None if known == ifindex => [0, 0],
+            None => return Ok(()),
         };
         map.set(index, new, 0).map_err(map_error("write ETHERNET"))
     }
@@ -247,7 +247,10 @@ impl Dataplane for KernelDataplane {
         let mut map: HashMap<_, u32, WireInterface> = typed_mut(&mut self.ebpf, "INTERFACES")?;
         map.insert(interface.ifindex, WireInterface { flags, slot }, 0)
             .map_err(map_error("write INTERFACES"))?;
-        self.set_ethernet(interface.ifindex, flags & INTERFACE_L3 == 0)?;
+        self.set_ethernet(
+            interface.ifindex,
+            (flags & INTERFACE_L3 == 0).then_some(slot),
+        )?;
         if let Some(attached) = self.attached.get_mut(&interface.ifindex) {
             attached.slot = slot;
             return Ok(());
@@ -288,7 +291,7 @@ impl Dataplane for KernelDataplane {
         }
         let mut map: HashMap<_, u32, WireInterface> = typed_mut(&mut self.ebpf, "INTERFACES")?;
         let _ = map.remove(&ifindex);
-        result.and(self.set_ethernet(ifindex, false))
+        result.and(self.set_ethernet(ifindex, None))
     }
 
     fn set_vlans(&mut self, keys: &BTreeSet<u64>) -> Result<(), DataplaneError> {

@@ -98,6 +98,7 @@ impl Enforcer {
         let options = LoadOptions {
             image_words: image.words().len(),
             debug: false,
+            flows: enforcer::dataplane::flows::DEFAULT_FLOWS,
         };
         let mut dataplane = KernelDataplane::load(&options).unwrap();
         dataplane.apply(&image).unwrap();
