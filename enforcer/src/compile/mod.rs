@@ -19,6 +19,7 @@ mod intervals;
 mod key;
 mod local;
 mod marks;
+mod matches;
 mod rows;
 mod services;
 mod settings;
@@ -190,7 +191,7 @@ fn compile_within(
     let services_at = services.write(&mut writer).map_err(early)?;
     writer.set(header::SERVICES, services_at);
 
-    let rows = rows::build(policy, &denial, &classes, &services, effort, &writer);
+    let rows = rows::build(policy, &classes, &services, effort, &writer);
     let mut rows = rows.map_err(|refused| match refused {
         Refused::Full(full, rows) => too_large(full, class_count, rows),
         Refused::Timeline(entries) => CompileError::Timeline { entries },

@@ -22,9 +22,10 @@ use super::{
 mod limits;
 
 /// The address half of an image, all other tables left out.
-fn address_image(v4: &Intervals, v6: &Intervals) -> Vec<u32> {
+fn address_image(v4: &Intervals<u128>, v6: &Intervals<u128>) -> Vec<u32> {
     let mut writer = Writer::new(image::largest() as usize);
-    let trie4 = v4::write(v4, &mut writer).unwrap();
+    let v4: Vec<(u32, u32)> = v4.iter().map(|(a, c)| (*a as u32, *c)).collect();
+    let trie4 = v4::write(&v4, &mut writer).unwrap();
     let (rest6, hosts6) = v6::split(v6);
     let root6 = v6::write(&rest6, &mut writer).unwrap();
     writer.set(header::V4_ROOT, trie4.root);
@@ -51,7 +52,7 @@ fn class6(words: &[u32], address: u128) -> u32 {
 }
 
 /// Every start and its neighbours, up to `top`.
-fn probes(intervals: &Intervals, top: u128) -> BTreeSet<u128> {
+fn probes(intervals: &Intervals<u128>, top: u128) -> BTreeSet<u128> {
     intervals
         .iter()
         .flat_map(|(s, _)| [s.saturating_sub(1), *s, s.saturating_add(1), s ^ 1 << 8])
@@ -61,7 +62,7 @@ fn probes(intervals: &Intervals, top: u128) -> BTreeSet<u128> {
 }
 
 /// Prefixes laid over one another, few classes so that neighbours often agree.
-fn painted(bits: u32, prefixes: &[(u128, u32, u32)]) -> Intervals {
+fn painted(bits: u32, prefixes: &[(u128, u32, u32)]) -> Intervals<u128> {
     let top = u128::MAX >> (128 - bits);
     let mut edges = BTreeSet::from([0]);
     for (address, host_bits, _) in prefixes {
@@ -71,7 +72,7 @@ fn painted(bits: u32, prefixes: &[(u128, u32, u32)]) -> Intervals {
             edges.insert(last + 1);
         }
     }
-    let mut intervals = Intervals::new();
+    let mut intervals = Intervals::<u128>::new();
     for edge in edges {
         let class = prefixes
             .iter()
@@ -171,9 +172,10 @@ proptest! {
         };
         // The whole universe of the strategies, and every boundary besides.
         let base = u128::from(Ipv4Addr::new(10, 0, 0, 0).to_bits());
-        for address in probes(&sweep.v4, u128::from(u32::MAX)).into_iter().chain(base..base + 1024) {
+        let v4: Vec<(u128, u32)> = sweep.v4.iter().map(|(a, c)| (u128::from(*a), *c)).collect();
+        for address in probes(&v4, u128::from(u32::MAX)).into_iter().chain(base..base + 1024) {
             let ip = Ipv4Addr::from_bits(u32::try_from(address).unwrap());
-            check(ip.into(), value_at(&sweep.v4, address))?;
+            check(ip.into(), value_at(&v4, address))?;
         }
         let base = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0).to_bits();
         for address in probes(&sweep.v6, u128::MAX).into_iter().chain(base..base + 1024) {
@@ -352,6 +354,7 @@ fn ranges_cost_nodes_and_scattered_hosts_do_not() {
         }
     }
     let mut writer = Writer::new(image::largest() as usize);
+    let shared: Vec<(u32, u32)> = shared.iter().map(|(a, c)| (*a as u32, *c)).collect();
     let trie = v4::write(&shared, &mut writer).unwrap();
     assert!(trie.hosts.is_empty());
     let words = writer.finish().len();

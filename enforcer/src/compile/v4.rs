@@ -44,31 +44,31 @@ struct Block {
 
 /// Moves through the intervals in ascending order of address.
 struct Cursor<'a> {
-    intervals: &'a [(u128, u32)],
+    intervals: &'a [(u32, u32)],
 }
 
 impl<'a> Cursor<'a> {
     /// The intervals that reach into the block, the first of which may start before it.
-    fn within(&mut self, block: Block) -> &'a [(u128, u32)] {
+    fn within(&mut self, block: Block) -> &'a [(u32, u32)] {
         while let [_, second, ..] = self.intervals
-            && second.0 <= u128::from(block.first)
+            && second.0 <= block.first
         {
             self.intervals = &self.intervals[1..];
         }
         let reach = self
             .intervals
             .iter()
-            .take_while(|(start, _)| *start <= u128::from(block.last))
+            .take_while(|(start, _)| *start <= block.last)
             .count();
         &self.intervals[..reach]
     }
 }
 
-fn pattern(intervals: &[(u128, u32)], block: Block) -> Pattern {
+fn pattern(intervals: &[(u32, u32)], block: Block) -> Pattern {
     intervals
         .iter()
         .map(|(start, class)| {
-            let offset = start.saturating_sub(u128::from(block.first));
+            let offset = start.saturating_sub(block.first);
             (u8::try_from(offset).unwrap_or(u8::MAX), *class)
         })
         .collect()
@@ -129,7 +129,7 @@ enum Found {
 
 /// Goes through the whole address space in ascending order.
 fn for_each_block(
-    intervals: &Intervals,
+    intervals: &Intervals<u32>,
     mut act: impl FnMut(Found) -> Result<(), Full>,
 ) -> Result<(), Full> {
     let mut cursor = Cursor { intervals };
@@ -158,7 +158,7 @@ fn for_each_block(
 }
 
 /// Builds and writes the trie.
-pub(super) fn write(intervals: &Intervals, writer: &mut Writer) -> Result<Trie, Full> {
+pub(super) fn write(intervals: &Intervals<u32>, writer: &mut Writer) -> Result<Trie, Full> {
     let mut plans: HashMap<Pattern, Plan> = HashMap::new();
     for_each_block(intervals, |found| {
         if let Found::Mixed(pattern, _) = found {

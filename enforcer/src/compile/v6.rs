@@ -14,7 +14,7 @@ const RUN: u128 = 4;
 const NIBBLES: u32 = 32;
 
 /// Splits single hosts off: short runs between two intervals of one class.
-pub(super) fn split(all: &Intervals) -> (Intervals, Vec<(u128, u32)>) {
+pub(super) fn split(all: &Intervals<u128>) -> (Intervals<u128>, Vec<(u128, u32)>) {
     let mut rest = Intervals::new();
     let mut hosts = Vec::new();
     let mut at = 0;
@@ -47,7 +47,7 @@ pub(super) fn split(all: &Intervals) -> (Intervals, Vec<(u128, u32)>) {
 }
 
 /// Writes the trie; returns the entry where look-ups start.
-pub(super) fn write(intervals: &Intervals, writer: &mut Writer) -> Result<u32, Full> {
+pub(super) fn write(intervals: &Intervals<u128>, writer: &mut Writer) -> Result<u32, Full> {
     let class = |address| value_at(intervals, address).unwrap_or(0);
     // Starts inside the block: where the class changes.
     entry(intervals.get(1..).unwrap_or(&[]), &class, 0, 0, writer)
