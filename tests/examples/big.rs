@@ -6,11 +6,11 @@
     reason = "a tool for measuring"
 )]
 
-use std::{fs, path::Path, time::Instant};
+use std::{fs, path::Path, sync::Arc, time::Instant};
 
 use enforcer::{
     compile::{self, Options},
-    policy::{self, model::Environment},
+    policy::{Cache, model::Environment},
 };
 use enforcer_tests::big::{self, Shape};
 
@@ -32,9 +32,14 @@ fn main() {
         }
         return;
     }
-    for _ in 0..2 {
+    let mut files = Arc::new(files);
+    let mut cache = Cache::default();
+    for round in 0..3 {
         let start = Instant::now();
-        let policy = policy::parse(&files).unwrap_or_else(|e| panic!("{e:?}"));
+        let policy = cache
+            .parse(&files)
+            .unwrap_or_else(|e| panic!("{e:?}"))
+            .policy;
         let parsed = start.elapsed();
         println!("parse {parsed:?}; {}", memory());
         let image = compile::compile(&policy, &Environment::default(), &Options::default());
@@ -43,6 +48,10 @@ fn main() {
             Ok(image) => println!("{:?} hash {:016x}", image.stats(), image.hash()),
             Err(error) => println!("{error}"),
         }
+        // One file is another one.
+        let mut changed = (*files).clone();
+        changed[0].text += &format!("# {round}\n");
+        files = Arc::new(changed);
     }
 }
 

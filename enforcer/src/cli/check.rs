@@ -1,6 +1,6 @@
 //! `enforcer check`
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use serde::Serialize;
 
@@ -130,7 +130,7 @@ fn check(args: &Args) -> Result<Checked, Rejected> {
 
 fn check_settings(path: &SettingsPath) -> Result<Checked, Rejected> {
     let texts = Texts {
-        policy: Vec::new(),
+        policy: Arc::default(),
         settings: files::load_settings(path).map_err(Rejected::Files)?,
     };
     let (settings, warnings) =

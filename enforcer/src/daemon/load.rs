@@ -4,7 +4,7 @@
 use crate::{
     compile::{self, CompileError, Image},
     policy::{
-        self, Diagnostic, SourceFile, diag,
+        self, Cache, Diagnostic, SourceFile, diag,
         model::{Environment, Policy},
         reference,
     },
@@ -26,6 +26,8 @@ pub struct Loaded {
     pub warnings: Vec<Diagnostic>,
     /// Generation 1; see [`Image::with_generation`].
     pub image: Image,
+    /// For the next time.
+    pub cache: Cache,
 }
 
 /// Why a path gives no such policy.
@@ -129,7 +131,19 @@ pub fn settings(texts: &Texts) -> Result<(Settings, Vec<Diagnostic>), Vec<Diagno
 /// # Errors
 /// [`Rejected`], but [`Rejected::Files`].
 pub fn compile(texts: Texts, environment: &Environment) -> Result<Loaded, Rejected> {
-    let outcome = policy::parse_with_warnings(&texts.policy);
+    compile_again(texts, environment, &mut Cache::default())
+}
+
+/// [`compile`] for one who has compiled other versions of the same files.
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_again(
+    texts: Texts,
+    environment: &Environment,
+    cache: &mut Cache,
+) -> Result<Loaded, Rejected> {
+    let outcome = cache.parse(&texts.policy);
     let (settings, mut warnings) = match settings(&texts) {
         Ok(settings) => settings,
         Err(mut diagnostics) => {
@@ -157,6 +171,7 @@ pub fn compile(texts: Texts, environment: &Environment) -> Result<Loaded, Reject
         settings,
         warnings,
         image,
+        cache: cache.clone(),
     })
 }
 
@@ -172,7 +187,7 @@ mod tests {
             text: text.to_owned(),
         };
         Texts {
-            policy: vec![file("p.yaml", policy)],
+            policy: vec![file("p.yaml", policy)].into(),
             settings: settings.map(|text| file("/etc/enforcer.yaml", text)),
         }
     }

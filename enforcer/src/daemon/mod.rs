@@ -176,7 +176,14 @@ pub async fn run(
         None => None,
     };
 
-    let mut control = Control::new(sources, Arc::clone(&shared), loaded.texts, links, host);
+    let mut control = Control::new(
+        sources,
+        Arc::clone(&shared),
+        loaded.texts,
+        loaded.cache,
+        links,
+        host,
+    );
     control.start()?;
     let live = shared.live();
     tracing::info!(

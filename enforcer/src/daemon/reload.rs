@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -16,7 +16,7 @@ use crate::{
     compile::{self, CompileError, Image},
     dataplane::DataplaneError,
     policy::{
-        Severity,
+        Cache, Severity,
         model::{Environment, Policy},
     },
     settings::Settings,
@@ -45,6 +45,8 @@ pub struct Reloads {
     shared: Arc<Shared>,
     /// What was tried last, good or bad; `None` when reading it failed.
     tried: Option<Texts>,
+    /// What the files said then.
+    cache: Arc<Mutex<Cache>>,
     generation: u32,
     /// What the live image was compiled for, as far as it depends on it.
     environment: Environment,
@@ -121,6 +123,7 @@ impl Reloads {
         sources: Sources,
         shared: Arc<Shared>,
         texts: Texts,
+        cache: Cache,
         environment: &Environment,
     ) -> Self {
         let live = shared.live();
@@ -130,6 +133,7 @@ impl Reloads {
             sources,
             shared,
             tried: Some(texts),
+            cache: Arc::new(Mutex::new(cache)),
             generation,
             environment,
             stale: None,
@@ -203,9 +207,9 @@ impl Reloads {
         if let Some(wanted) = self.wanted.take() {
             let sources = self.sources.clone();
             let tried = self.tried.clone().filter(|_| !wanted.always);
-            let environment = now.clone();
+            let (environment, cache) = (now.clone(), Arc::clone(&self.cache));
             self.start(wanted.cause, wanted.asks, now, move || {
-                from_files(&sources, tried.as_ref(), &environment)
+                from_files(&sources, tried.as_ref(), &environment, &cache)
             });
             return;
         }
@@ -400,11 +404,17 @@ impl Reloads {
 /// What finished work has to say.
 pub struct Done(Result<Output, String>);
 
-fn from_files(sources: &Sources, tried: Option<&Texts>, environment: &Environment) -> Output {
+fn from_files(
+    sources: &Sources,
+    tried: Option<&Texts>,
+    environment: &Environment,
+    cache: &Mutex<Cache>,
+) -> Output {
     match files::read_all(sources) {
         Ok(texts) if Some(&texts) == tried => Output::SameFiles,
         Ok(texts) => {
-            let result = load::compile(texts.clone(), environment);
+            let mut cache = cache.lock().unwrap_or_else(PoisonError::into_inner);
+            let result = load::compile_again(texts.clone(), environment, &mut cache);
             Output::Files(Some(texts), Box::new(result))
         }
         Err(error) => Output::Files(None, Box::new(Err(Rejected::Files(error)))),
@@ -467,7 +477,7 @@ mod tests {
             text: text.to_owned(),
         };
         let texts = Texts {
-            policy: vec![file("p.yaml", POLICY)],
+            policy: vec![file("p.yaml", POLICY)].into(),
             settings: Some(file("enforcer.yaml", settings)),
         };
         let loaded = load::compile(texts.clone(), &Environment::default()).unwrap();
@@ -486,7 +496,8 @@ mod tests {
             segments: PathBuf::from("p.yaml"),
             settings: None,
         };
-        Reloads::new(sources, Arc::new(shared), texts, &Environment::default())
+        let (shared, cache) = (Arc::new(shared), Cache::default());
+        Reloads::new(sources, shared, texts, cache, &Environment::default())
     }
 
     fn host(interfaces: &[(u32, &str)], addresses: &[&str]) -> Environment {

@@ -405,7 +405,8 @@ pub(crate) mod tests {
                 range: AddrRange::from(net),
                 except: Vec::new(),
                 origin: origin(line),
-            }],
+            }]
+            .into(),
             mode: Mode::Enforce,
             protect,
             interfaces: vec![],

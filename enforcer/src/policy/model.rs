@@ -169,7 +169,7 @@ pub struct Segment {
     /// Free text, possibly empty.
     pub description: String,
     /// An address is in the segment when any member matches it.
-    pub members: Vec<Member>,
+    pub members: Arc<[Member]>,
     /// Already defaulted.
     pub mode: Mode,
     /// Already defaulted.

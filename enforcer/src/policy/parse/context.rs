@@ -47,7 +47,7 @@ impl File {
 }
 
 /// What was found so far.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Findings {
     list: Vec<(usize, Diagnostic)>,
     errors: usize,
@@ -64,6 +64,15 @@ impl Findings {
         if *count <= MAX_SHOWN {
             self.list.push((file.index, diagnostic));
         }
+    }
+
+    /// Takes in what was found in a part of the file.
+    pub fn absorb(&mut self, file: &File, part: &Self) {
+        let (errors, warnings) = (self.errors + part.errors, self.warnings + part.warnings);
+        for (_, found) in &part.list {
+            self.push(file, found.clone());
+        }
+        (self.errors, self.warnings) = (errors, warnings);
     }
 
     /// Whether more errors would not be shown, so that help for them is wasted effort.
@@ -116,7 +125,7 @@ impl Findings {
         let mut seen: BTreeMap<&str, Span> = BTreeMap::new();
         let mut unique = Vec::new();
         for (key, value) in entries {
-            if let Some(first) = seen.get(key.text.as_str()) {
+            if let Some(first) = seen.get(&*key.text) {
                 let message = format!("{} is written twice", shown(&key.text));
                 let note = format!("first written at {}:{}", file.name, first.line);
                 self.push(file, file.error("E0102", key.span, message).note(note));
@@ -144,7 +153,7 @@ impl Findings {
             meant: Vec::new(),
         };
         for (key, value) in self.entries(file, node, what)? {
-            let text = key.text.as_str();
+            let text = &*key.text;
             if known.contains(&text) {
                 fields.entries.insert(text, value);
             } else if later.contains(&text) {
@@ -191,7 +200,7 @@ impl Findings {
                 let item = if what == "`members`" {
                     format!("{{cidr: {text}}}")
                 } else {
-                    text.clone()
+                    text.to_string()
                 };
                 found.help = Some(format!("write {}", shown(&format!("[{item}]"))));
             }

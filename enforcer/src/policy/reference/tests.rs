@@ -36,7 +36,7 @@ fn segment(name: &str, mode: Mode, protect: Protect, members: Vec<Member>) -> Se
     Segment {
         name: name.to_owned(),
         description: String::new(),
-        members,
+        members: members.into(),
         mode,
         protect,
         interfaces: vec![],
