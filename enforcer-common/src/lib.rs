@@ -28,4 +28,4 @@ pub mod wire;
 /// Version of everything that crosses the boundary between kernel and userspace: map values,
 /// event records, the image format, counter indices. Raised by any change to them; a mismatch at
 /// load time is refused.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;

@@ -31,8 +31,7 @@ pub(super) struct Exception {
 }
 
 /// Words of an exception in the image.
-pub(super) const EXCEPTION_WORDS: usize =
-    (image::EXCEPTION_BUCKET_WORDS / image::EXCEPTION_BUCKET_SLOTS) as usize;
+const EXCEPTION_WORDS: usize = image::EXCEPTION_WORDS as usize;
 
 /// The rows, and which of them belongs to which pair of behaviours.
 pub(super) struct Rows {

@@ -1,17 +1,19 @@
-//! IPv4 intervals → a 16-8-8 trie, and single hosts for the host table.
+//! IPv4 intervals → a trie of 16 bits, then 8 or 4 at a time, and single hosts for the host table.
 
 use std::collections::HashMap;
 
-use enforcer_common::image::{BYTE_NODE_WORDS, LEAF, V4_ROOT_WORDS};
+use enforcer_common::image::{
+    BYTE_NODE_WORDS, LEAF, NIBBLE_NODE_WORDS, V4_NODE_BITS, V4_ROOT_WORDS,
+};
 
 use super::{
     intervals::Intervals,
     writer::{Full, Writer},
 };
 
-/// Words that one host costs in the host table: two, at a load of about two thirds.
-const HOST_WORDS: usize = 3;
-/// Addresses of a /24, words of a node.
+/// Words that one host costs in the host table, in halves: two and a half.
+const HOST_HALVES: usize = 5;
+/// Addresses of a /24.
 const BLOCK: u32 = BYTE_NODE_WORDS;
 
 /// The trie's offset, and the hosts that are to be found in the host table instead.
@@ -33,6 +35,8 @@ struct Plan {
     hosts: Vec<(u8, u32)>,
     /// How many there are.
     host_count: usize,
+    /// Words of the trie for a /24 of the pattern.
+    node_words: usize,
 }
 
 /// A stretch of the address space, first and last.
@@ -100,6 +104,7 @@ impl Plan {
             background: background.1,
             hosts: Vec::new(),
             host_count,
+            node_words: node_words(&flat.iter().map(|class| LEAF | class).collect::<Vec<_>>()),
         };
         if plan.as_hosts() {
             plan.hosts.reserve_exact(host_count);
@@ -113,8 +118,46 @@ impl Plan {
 
     /// Whether hosts cost less than a node, which all /24s of the pattern share.
     fn as_hosts(&self) -> bool {
-        self.host_count * HOST_WORDS * self.shared <= BLOCK as usize
+        self.host_count * HOST_HALVES * self.shared <= self.node_words * 2
     }
+}
+
+/// Words of nodes for these children of a byte.
+fn node_words(children: &[u32]) -> usize {
+    let narrow = NIBBLE_NODE_WORDS as usize;
+    let mixed = children.chunks(narrow).filter(|part| !is_leaf(part));
+    let nodes = (mixed.count() + 1) * narrow;
+    nodes.min(BYTE_NODE_WORDS as usize)
+}
+
+/// Whether a node of these children would say the same for all of them. (Where all are one node,
+/// it would not: that node looks at further bits.)
+fn is_leaf(children: &[u32]) -> bool {
+    let same = children.windows(2).all(|two| two[0] == two[1]);
+    same && children.first().is_none_or(|first| first & LEAF != 0)
+}
+
+/// The entry for a node of these children of a byte: where few parts of it differ inside, a narrow
+/// node of narrow nodes takes less room, and a look-up one load more.
+fn node(children: &[u32], writer: &mut Writer) -> Result<u32, Full> {
+    let described = |offset: u32, bits: u32| {
+        if offset & LEAF == 0 {
+            offset | bits << V4_NODE_BITS
+        } else {
+            offset
+        }
+    };
+    let wide = BYTE_NODE_WORDS as usize;
+    if node_words(children) == wide {
+        return Ok(described(writer.byte_node(children)?, 8));
+    }
+    let parts = children.chunks(NIBBLE_NODE_WORDS as usize);
+    let parts = parts.map(|part| match part {
+        [first, ..] if is_leaf(part) => Ok(*first),
+        part => Ok(described(writer.byte_node(part)?, 4)),
+    });
+    let parts = parts.collect::<Result<Vec<u32>, Full>>()?;
+    Ok(described(writer.byte_node(&parts)?, 4))
 }
 
 /// A part of the address space, as the trie sees it.
@@ -185,12 +228,12 @@ pub(super) fn write(intervals: &Intervals<u32>, writer: &mut Writer) -> Result<T
                 }
                 _ => {
                     let leaves: Vec<u32> = flatten(&pattern).iter().map(|c| LEAF | c).collect();
-                    high.push(writer.byte_node(&leaves)?);
+                    high.push(node(&leaves, writer)?);
                 }
             },
         }
         if high.len() == BLOCK as usize {
-            entries.push(writer.byte_node(&high)?);
+            entries.push(node(&high, writer)?);
             high.clear();
         }
         Ok(())
