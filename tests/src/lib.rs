@@ -16,6 +16,7 @@ pub mod frame;
 pub mod fuzz;
 pub mod host;
 pub mod kernel;
+pub mod line_rate;
 pub mod link;
 pub mod netns;
 pub mod nft;
