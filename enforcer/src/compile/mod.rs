@@ -30,10 +30,14 @@ mod tests;
 mod timelines;
 mod v4;
 mod v6;
+mod validate;
 mod writer;
+
+use std::net::IpAddr;
 
 pub use image::{Image, ImageError, Stats};
 pub use settings::{Failsafe, Options};
+pub use validate::validate;
 
 use enforcer_common::{
     decide::verdict_word,
@@ -112,6 +116,21 @@ pub enum CompileError {
     InterfaceSlot {
         /// Its slot.
         slot: u32,
+    },
+    /// The image says of a flow what the policy does not.
+    #[error(
+        "the compiled policy does not say what was written of {from} -> {to}, protocol {protocol}, \
+         port or type {selector}: that is a fault of the enforcer or of this machine's memory"
+    )]
+    Disagrees {
+        /// Source.
+        from: IpAddr,
+        /// Destination.
+        to: IpAddr,
+        /// IP protocol number.
+        protocol: u8,
+        /// Destination port, or type and code.
+        selector: u16,
     },
     /// The keys of a hash table found no place under any seed that was tried.
     #[error("the hash tables of the policy image could not be built")]

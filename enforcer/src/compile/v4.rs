@@ -90,12 +90,17 @@ fn flatten(pattern: &[(u8, u32)]) -> Vec<u32> {
 impl Plan {
     fn new(pattern: &[(u8, u32)]) -> Self {
         let flat = flatten(pattern);
-        let mut sorted = flat.clone();
-        sorted.sort_unstable();
+        let ends = pattern.iter().skip(1).map(|(start, _)| u32::from(*start));
+        let runs = pattern.iter().zip(ends.chain([BLOCK]));
+        let mut runs: Vec<(u32, usize)> = runs
+            .map(|((start, class), end)| (*class, (end - u32::from(*start)) as usize))
+            .collect();
+        runs.sort_unstable();
         let mut background = (0, 0);
-        for run in sorted.chunk_by(|a, b| a == b) {
-            if run.len() > background.0 {
-                background = (run.len(), run[0]);
+        for of_class in runs.chunk_by(|a, b| a.0 == b.0) {
+            let count = of_class.iter().map(|(_, length)| length).sum();
+            if count > background.0 {
+                background = (count, of_class[0].0);
             }
         }
         let host_count = flat.len() - background.0;

@@ -12,6 +12,7 @@ pub mod links;
 pub mod load;
 pub mod netlink;
 pub mod preflight;
+pub mod progress;
 pub mod reload;
 pub mod slots;
 pub mod state;
@@ -127,7 +128,9 @@ pub async fn run(
         settings: config.settings.clone(),
     };
     let (from, environment) = (sources.clone(), host.environment.clone());
-    let loading = spawn_blocking(move || load::load(&from, &environment));
+    let loading = spawn_blocking(move || {
+        progress::logged(|progress| load::load(&from, &environment, progress))
+    });
     let loaded = tokio::select! {
         // A compiler at work does not hold up the end.
         () = control::stopped(&mut stop) => return Ok(()),

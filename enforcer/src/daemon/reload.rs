@@ -13,7 +13,7 @@ use tokio::{
 
 use crate::{
     api::types::{Reloaded, Time},
-    compile::{self, CompileError, Image},
+    compile::{CompileError, Image},
     dataplane::DataplaneError,
     policy::{
         Cache, Severity,
@@ -26,6 +26,7 @@ use super::{
     control::log_warnings,
     files::{self, Sources, Texts},
     load::{self, Loaded, Rejected},
+    progress,
     state::{Live, Shared},
 };
 
@@ -225,8 +226,9 @@ impl Reloads {
             // Not the files: they may be broken, or waiting for somebody's word.
             let environment = relevant.clone();
             self.start(cause, Vec::new(), &relevant, move || {
-                let options = live.settings.options();
-                let image = compile::compile(&live.policy, &environment, &options);
+                let image = progress::logged(|progress| {
+                    load::image(&live.policy, &live.settings, &environment, progress)
+                });
                 Output::Host(live, image)
             });
         }
@@ -414,7 +416,9 @@ fn from_files(
         Ok(texts) if Some(&texts) == tried => Output::SameFiles,
         Ok(texts) => {
             let mut cache = cache.lock().unwrap_or_else(PoisonError::into_inner);
-            let result = load::compile_again(texts.clone(), environment, &mut cache);
+            let result = progress::logged(|progress| {
+                load::compile_again(texts.clone(), environment, &mut cache, progress)
+            });
             Output::Files(Some(texts), Box::new(result))
         }
         Err(error) => Output::Files(None, Box::new(Err(Rejected::Files(error)))),
