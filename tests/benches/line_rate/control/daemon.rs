@@ -2,9 +2,9 @@
 
 use std::{
     fs,
-    net::{SocketAddr, UdpSocket},
+    net::SocketAddr,
     path::Path,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -81,7 +81,19 @@ fn measure(
         fs::write(setup.segments().join(&file.name), &file.text)?;
     }
     let stop = AtomicBool::new(false);
+    let seen = Seen {
+        origin: Instant::now(),
+        last: AtomicU64::new(0),
+    };
     thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut bytes = [0; 16];
+            while !stop.load(Ordering::Relaxed) {
+                if receiver.recv(&mut bytes).is_ok() {
+                    seen.note();
+                }
+            }
+        });
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 // Errors about earlier ones come back here.
@@ -89,7 +101,7 @@ fn measure(
                 thread::sleep(EACH);
             }
         });
-        let measured = probed(name, setup, &receiver, rounds, report);
+        let measured = probed(name, setup, &seen, rounds, report);
         stop.store(true, Ordering::Relaxed);
         measured
     })
@@ -98,15 +110,15 @@ fn measure(
 fn probed(
     name: &str,
     setup: Setup<'_>,
-    receiver: &UdpSocket,
+    seen: &Seen,
     rounds: usize,
     report: &mut Report,
 ) -> Result<Measured> {
-    arrival(receiver).context("before the start")?;
+    seen.after(seen.origin).context("before the start")?;
     let start = Instant::now();
     let daemon = setup.start();
     let up = start.elapsed();
-    let silent = silence(receiver, start)?;
+    let silent = seen.until(start)?;
     let group = "Daemon";
     report.figure(
         group,
@@ -125,23 +137,20 @@ fn probed(
     report.figure(group, &format!("{name}: resident"), "MiB", resident);
     report.figure(
         group,
-        &format!("{name}: kernel's maps"),
+        &format!("{name}: kernel's maps but the image"),
         "MiB",
         maps(&process)?,
     );
 
     let mut changes = Vec::new();
-    let mut peak: f64 = 0.0;
     for _ in 0..rounds {
         let with = PROBE.replace("fd03::/64\"\n", &format!("fd03::/64\"\n{MEMBER}"));
         let edited = Instant::now();
         daemon.setup.write(&with);
-        changes.push(arrival(receiver)?.duration_since(edited).as_secs_f64() * 1e3);
-        // The old image is dropped after the grace period: now both are there, or nearly.
-        peak = peak.max(maps(&process)?);
+        changes.push(seen.after(edited)?.duration_since(edited).as_secs_f64() * 1e3);
         let edited = Instant::now();
         daemon.setup.write(PROBE);
-        silence(receiver, edited)?;
+        seen.until(edited)?;
     }
     let change = Series::new(changes);
     report.measured(
@@ -157,40 +166,48 @@ fn probed(
         "MiB",
         after,
     );
-    report.figure(
-        group,
-        &format!("{name}: kernel's maps at a swap"),
-        "MiB",
-        peak,
-    );
     Ok(Measured { resident, change })
 }
 
-/// When the next datagram comes.
-fn arrival(receiver: &UdpSocket) -> Result<Instant> {
-    let start = Instant::now();
-    let mut bytes = [0; 16];
-    while start.elapsed() < LONG {
-        if receiver.recv(&mut bytes).is_ok() {
-            return Ok(Instant::now());
-        }
-    }
-    bail!("nothing came")
+/// When the last datagram came.
+struct Seen {
+    origin: Instant,
+    /// Nanoseconds.
+    last: AtomicU64,
 }
 
-/// Seconds from `start` to the last datagram, once a fifth of a second has passed without one.
-fn silence(receiver: &UdpSocket, start: Instant) -> Result<f64> {
-    let mut last = start;
-    let mut bytes = [0; 16];
-    while last.elapsed() < Duration::from_millis(200) {
-        if receiver.recv(&mut bytes).is_ok() {
-            last = Instant::now();
-        }
-        if start.elapsed() > LONG {
-            bail!("datagrams go on");
-        }
+impl Seen {
+    fn note(&self) {
+        let now = u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.last.store(now, Ordering::Relaxed);
     }
-    Ok(last.duration_since(start).as_secs_f64())
+
+    fn last(&self) -> Instant {
+        self.origin + Duration::from_nanos(self.last.load(Ordering::Relaxed))
+    }
+
+    /// When one has come after `start`: the first, as far as two are [`EACH`] apart.
+    fn after(&self, start: Instant) -> Result<Instant> {
+        while start.elapsed() < LONG {
+            let last = self.last();
+            if last > start {
+                return Ok(last);
+            }
+            thread::sleep(EACH / 4);
+        }
+        bail!("nothing came")
+    }
+
+    /// Seconds from `start` to the last one, once a fifth of a second has passed without any.
+    fn until(&self, start: Instant) -> Result<f64> {
+        while self.last().max(start).elapsed() < Duration::from_millis(200) {
+            if start.elapsed() > LONG {
+                bail!("datagrams go on");
+            }
+            thread::sleep(EACH);
+        }
+        Ok(self.last().saturating_duration_since(start).as_secs_f64())
+    }
 }
 
 /// The daemon's directory in /proc.
@@ -207,8 +224,8 @@ fn resident(process: &str) -> Result<f64> {
     Ok(kib / 1024.0)
 }
 
-/// Memory of the maps that the daemon holds, as the kernel counts it. Those that only programs or
-/// other maps hold are not seen: the image in force is one, so it is counted by its size.
+/// Memory of the maps that the daemon holds, as the kernel counts it. The image is held by another
+/// map alone; it takes its size class, and twice that while it is swapped.
 fn maps(process: &str) -> Result<f64> {
     let mut seen = std::collections::BTreeMap::new();
     for entry in fs::read_dir(Path::new(process).join("fdinfo"))? {
