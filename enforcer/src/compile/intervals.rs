@@ -3,8 +3,6 @@
 //! One sweep per family over the sorted boundaries. It tells a follower which segment is entered
 //! or left, and asks for a number at each stretch; it stores no sets itself.
 
-use std::thread;
-
 use crate::policy::model::{AddrRange, Environment, Policy};
 
 use super::{Failsafe, Stop, bits::Bits, marks};
@@ -220,23 +218,13 @@ pub(super) fn sweep(
     let members: usize = policy.segments.iter().map(|s| s.members.len()).sum();
     let fours = || points(policy, env, failsafes, four, &multicast4);
     let sixes = || points(policy, env, failsafes, six, &multicast6);
-    let (v4, v6) = if members < THREADS_PAY {
-        (fours(), sixes())
-    } else {
-        thread::scope(|scope| {
-            let other = scope.spawn(sixes);
-            (fours(), other.join().unwrap_or_else(|_| sixes()))
-        })
-    };
+    let (v4, v6) = super::both(members >= super::THREADS_PAY, fours, sixes);
     let sets = policy.segments.len() + 3 + failsafes.len();
     Ok(Sweep {
         v4: follow(v4, sets, follower)?,
         v6: follow(v6, sets, follower)?,
     })
 }
-
-/// Members below which a thread costs more than it wins.
-const THREADS_PAY: usize = 10_000;
 
 /// Walks the points of one family; leaves the follower in no set.
 fn follow<N: Number>(

@@ -33,7 +33,7 @@ mod v6;
 mod validate;
 mod writer;
 
-use std::net::IpAddr;
+use std::{net::IpAddr, thread};
 
 pub use image::{Image, ImageError, Stats};
 pub use settings::{Failsafe, Options};
@@ -210,7 +210,13 @@ fn compile_within(
     let services_at = services.write(&mut writer).map_err(early)?;
     writer.set(header::SERVICES, services_at);
 
-    let rows = rows::build(policy, &classes, &services, effort, &writer);
+    let taken = writer.words().len() + pairs;
+    let members: usize = policy.segments.iter().map(|s| s.members.len()).sum();
+    let (rows, tries) = both(
+        members >= THREADS_PAY,
+        || rows::build(policy, &classes, &services, effort, taken, limit),
+        || Tries::write(sweep, &mut writer),
+    );
     let mut rows = rows.map_err(|refused| match refused {
         Refused::Full(full, rows) => too_large(full, class_count, rows),
         Refused::Timeline(entries) => CompileError::Timeline { entries },
@@ -218,6 +224,7 @@ fn compile_within(
     })?;
     let row_count = rows.count();
     let late = |full: Full| too_large(full, class_count, row_count);
+    let tries = tries.map_err(late)?;
     rows.write_timelines(&mut writer).map_err(late)?;
     let rows_at = writer.append_aligned(&rows.words).map_err(late)?;
     let matrix = rows.matrix(&classes);
@@ -230,17 +237,10 @@ fn compile_within(
     drop(classes);
     let exceptions = rows.into_exceptions();
 
-    let trie4 = v4::write(&sweep.v4, &mut writer).map_err(late)?;
-    let (rest6, hosts6) = v6::split(&sweep.v6);
-    let (rest6, nets6) = v6::nets(&rest6);
-    let root6 = v6::write(&rest6, &mut writer).map_err(late)?;
-    writer.set(header::V4_ROOT, trie4.root);
-    writer.set(header::V6_ROOT, root6);
-
     let tables = Tables {
-        hosts4: &trie4.hosts,
-        hosts6: &hosts6,
-        nets6: &nets6,
+        hosts4: &tries.hosts4,
+        hosts6: &tries.hosts6,
+        nets6: &tries.nets6,
         exceptions: &exceptions,
     };
     writer.reserve(tables.size()).map_err(late)?;
@@ -264,9 +264,9 @@ fn compile_within(
         (header::SERVICE_CLASSES, services.count),
         (header::ROW_COUNT, row_count),
         (header::EXCEPTION_COUNT, exceptions.len()),
-        (header::V4_HOST_COUNT, trie4.hosts.len()),
-        (header::V6_HOST_COUNT, hosts6.len()),
-        (header::V6_NET_COUNT, nets6.len()),
+        (header::V4_HOST_COUNT, tries.hosts4.len()),
+        (header::V6_HOST_COUNT, tries.hosts6.len()),
+        (header::V6_NET_COUNT, tries.nets6.len()),
     ] {
         writer.set(index, word(count));
     }
@@ -289,7 +289,54 @@ fn write_sessions(policy: &Policy, writer: &mut Writer) -> Result<(), Full> {
     Ok(())
 }
 
-/// The bucketed tables of an image.
+/// What the tries leave to tables.
+struct Tries {
+    hosts4: Vec<(u32, u32)>,
+    hosts6: Vec<(u128, u32)>,
+    nets6: Vec<(u64, u32)>,
+}
+
+impl Tries {
+    /// Writes the tries of both families.
+    fn write(sweep: intervals::Sweep, writer: &mut Writer) -> Result<Self, Full> {
+        let trie4 = v4::write(&sweep.v4, writer)?;
+        let (rest6, hosts6) = v6::split(&sweep.v6);
+        drop(sweep);
+        let (rest6, nets6) = v6::nets(&rest6);
+        let root6 = v6::write(&rest6, writer)?;
+        writer.set(header::V4_ROOT, trie4.root);
+        writer.set(header::V6_ROOT, root6);
+        Ok(Self {
+            hosts4: trie4.hosts,
+            hosts6,
+            nets6,
+        })
+    }
+}
+
+/// Members below which a thread costs more than it wins.
+const THREADS_PAY: usize = 10_000;
+
+/// Does both, at the same time where that is worth it.
+fn both<A: Send, B>(
+    worth: bool,
+    one: impl FnOnce() -> A + Send,
+    other: impl FnOnce() -> B,
+) -> (A, B) {
+    if !worth {
+        return (one(), other());
+    }
+    thread::scope(|scope| {
+        let one = scope.spawn(one);
+        let other = other();
+        match one.join() {
+            Ok(one) => (one, other),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+/// The hash tables of an image.
 struct Tables<'a> {
     hosts4: &'a [(u32, u32)],
     hosts6: &'a [(u128, u32)],

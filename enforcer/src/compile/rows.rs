@@ -121,16 +121,16 @@ struct Judge {
 }
 
 /// Builds the row of every pair of behaviours. Where rules expire, it looks at a service class under
-/// a rule `effort` times in all. Where `writer` has no room for rows, exceptions and
-/// the matrix, it stops at the first excess and says how many rows there were.
+/// a rule `effort` times in all. Where they do not fit beside the words that are `taken`,
+/// it stops at the first excess and says how many rows there were.
 pub(super) fn build(
     policy: &Policy,
     classes: &Classes,
     services: &Services,
     effort: u64,
-    writer: &Writer,
+    taken: usize,
+    limit: usize,
 ) -> Result<Rows, Refused> {
-    let taken = writer.words().len() + classes.classes.len() * classes.classes.len();
     let facts: Vec<Fact> = policy.rules.iter().map(Fact::of).collect();
     let mut matches =
         Matches::new(classes, &facts, policy.defaults.mode).map_err(|_| Refused::Effort)?;
@@ -138,7 +138,7 @@ pub(super) fn build(
         policy,
         services,
         facts: &facts,
-        room: writer.limit().saturating_sub(taken),
+        room: limit.saturating_sub(taken),
         key: Key::new(services),
         known: Interner::default(),
         row_of_key: Vec::new(),

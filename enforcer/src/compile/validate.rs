@@ -260,7 +260,7 @@ mod tests {
     #[test]
     fn an_image_of_another_policy_is_not() {
         let text = "version: 1\nsegments:\n  a: { members: [{cidr: 10.0.0.0/24}] }\n\
-                    rules:\n  - {name: r, from: [a], to: [any], services: [tcp/1-9, gre]}\n";
+                    rules:\n  - {name: r, from: [a], to: [any], services: [tcp/1-9, proto/gre]}\n";
         let file = crate::policy::SourceFile {
             name: "a.yaml".to_owned(),
             text: text.to_owned(),
