@@ -21,9 +21,9 @@ use crate::policy::{
 use super::{CompileError, Image};
 
 /// Rules asked in all, about: the reference interpreter asks each of them about each flow.
-const EFFORT: usize = 1 << 20;
+const EFFORT: usize = 1 << 19;
 /// Flows at least and at most.
-const FLOWS: (usize, usize) = (32, 500);
+const FLOWS: (usize, usize) = (16, 500);
 /// Draws for an address of the family wanted.
 const DRAWS: usize = 8;
 

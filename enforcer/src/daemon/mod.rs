@@ -43,7 +43,7 @@ use crate::{
         types::Time,
     },
     compile::Image,
-    dataplane::{Dataplane, DataplaneError, SocketHooks, cgroup::cgroup2_root},
+    dataplane::{Dataplane, DataplaneError, SocketHooks, cgroup::cgroup2_root, release_memory},
     events::{
         Generations,
         cgroups::Cgroups,
@@ -165,6 +165,8 @@ pub async fn run(
         },
     ));
     let detach = Detach(Some(Arc::clone(&shared.dataplane)));
+    // What the parser and the compiler have left behind; nobody waits for it.
+    drop(spawn_blocking(release_memory));
 
     let reader = match events {
         Some(source) => {

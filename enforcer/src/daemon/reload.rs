@@ -14,7 +14,7 @@ use tokio::{
 use crate::{
     api::types::{Reloaded, Time},
     compile::{CompileError, Image},
-    dataplane::DataplaneError,
+    dataplane::{DataplaneError, release_memory},
     policy::{
         Cache, Severity,
         model::{Environment, Policy},
@@ -305,6 +305,8 @@ impl Reloads {
             self.environment = live.relevant(&running.environment);
         }
         self.shared.note(|board| board.last_error = error);
+        // Nobody waits for it.
+        drop(spawn_blocking(release_memory));
         let answer = result.map_err(|failure| failure.render());
         for ask in running.asks {
             // The client may have left.

@@ -15,7 +15,7 @@ use super::files::{Sources, is_policy_name};
 use crate::poll::Readable;
 
 /// A change is reported when nothing more has happened for this long: a save is several events.
-const QUIET: Duration = Duration::from_millis(30);
+const QUIET: Duration = Duration::from_millis(20);
 /// … but a directory that never comes to rest is reported at this interval.
 const LONGEST: Duration = Duration::from_secs(1);
 

@@ -435,7 +435,8 @@ pub(crate) mod tests {
                 expires: None,
                 session: None,
                 origin: origin(20),
-            }],
+            }]
+            .into(),
             tests: Vec::new(),
         }
     }

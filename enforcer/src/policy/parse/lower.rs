@@ -135,7 +135,7 @@ impl<'a> Lowering<'a> {
             defaults,
             segments,
             groups,
-            rules,
+            rules: rules.into(),
             tests,
         }
     }

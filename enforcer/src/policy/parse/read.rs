@@ -14,7 +14,7 @@ use super::{
     raw::{self, Node, Refusal},
     segments,
 };
-use crate::policy::diag::Diagnostic;
+use crate::policy::{diag::Diagnostic, model::Rules};
 
 /// What one file says, before names of other files are looked up.
 #[derive(Debug)]
@@ -40,6 +40,7 @@ impl Reading {
 pub struct Cache {
     sources: Arc<Vec<SourceFile>>,
     readings: Vec<Arc<Reading>>,
+    rules: Rules,
 }
 
 impl Cache {
@@ -61,7 +62,14 @@ impl Cache {
             (**text == source.text).then(|| Arc::clone(reading))
         });
         self.sources = Arc::clone(sources);
-        lower::lower(&self.readings)
+        let mut outcome = lower::lower(&self.readings)?;
+        let rules = &mut outcome.policy.rules;
+        if *rules == self.rules {
+            rules.clone_from(&self.rules);
+        } else {
+            self.rules.clone_from(rules);
+        }
+        Ok(outcome)
     }
 }
 
