@@ -134,10 +134,12 @@ pub(super) fn condense(name: &Arc<str>, root: &mut Node) {
         };
         for (_, segment) in segments {
             each_value(segment, "members", |node| {
-                let items = match &node.value {
-                    Value::Seq(items) if !items.is_empty() => items,
-                    _ => return,
+                let Value::Seq(items) = &node.value else {
+                    return;
                 };
+                if items.is_empty() {
+                    return;
+                }
                 let mut findings = Findings::default();
                 let members = items
                     .iter()
