@@ -97,7 +97,7 @@ impl Bench<'_> {
 /// Measures all of it.
 pub fn run(options: &Options, report: &mut Report) -> Result<()> {
     let mut bench = Bench {
-        rounds: if options.quick { 9 } else { 21 },
+        rounds: if options.quick { 9 } else { 31 },
         packets: if options.quick { 50_000 } else { 100_000 },
         options,
         report,
