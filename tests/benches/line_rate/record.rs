@@ -56,14 +56,13 @@ fn machine_table(options: &Options) -> String {
     let mut text = "| | |\n|---|---|\n".to_owned();
     if let Value::Object(fields) = machine::describe() {
         for (name, value) in fields {
-            let value = match value {
-                Value::String(text) => text,
-                Value::Array(all) => all
-                    .iter()
-                    .filter_map(Value::as_str)
-                    .collect::<Vec<_>>()
-                    .join(", "),
-                other => other.to_string(),
+            let value = if let Value::Array(all) = &value {
+                let all: Vec<&str> = all.iter().filter_map(Value::as_str).collect();
+                all.join(", ")
+            } else {
+                value
+                    .as_str()
+                    .map_or_else(|| value.to_string(), str::to_owned)
             };
             text += &format!("| {name} | {value} |\n");
         }
@@ -122,7 +121,7 @@ fn flows(report: &Report) -> String {
             "kernel's LRU hash alone",
             group::FLOWS,
             &counts,
-            names::lru_hit,
+            |n| names::lru_hit(40, n),
         )),
     ];
     for (name, costs) in PEERS {

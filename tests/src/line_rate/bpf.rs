@@ -185,11 +185,7 @@ impl Program {
     /// # Errors
     /// The kernel's.
     pub fn run(&self, frame: &[u8], times: u32) -> io::Result<Ran> {
-        let mut attr = Attr::default();
-        attr[0] = halves(number(self.as_fd()), 0);
-        attr[1] = halves(frame.len() as u32, 0);
-        attr[2] = frame.as_ptr() as u64;
-        attr[4] = halves(times, 0);
+        let mut attr = self.attr(frame, times);
         let before = cpu_time()?;
         bpf(PROG_TEST_RUN, &mut attr)?;
         let took = cpu_time()?.saturating_sub(before);
@@ -197,6 +193,28 @@ impl Program {
             action: ((attr[0] >> 32) as u32).cast_signed(),
             ns: took.as_nanos() as f64 / f64::from(times),
         })
+    }
+
+    /// Runs it once, and returns the frame as it left it.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn rewrite(&self, frame: &[u8]) -> io::Result<Vec<u8>> {
+        let mut out = vec![0u8; frame.len()];
+        let mut attr = self.attr(frame, 1);
+        attr[1] = halves(frame.len() as u32, out.len() as u32);
+        attr[3] = out.as_mut_ptr() as u64;
+        bpf(PROG_TEST_RUN, &mut attr)?;
+        Ok(out)
+    }
+
+    fn attr(&self, frame: &[u8], times: u32) -> Attr {
+        let mut attr = Attr::default();
+        attr[0] = halves(number(self.as_fd()), 0);
+        attr[1] = halves(frame.len() as u32, 0);
+        attr[2] = frame.as_ptr() as u64;
+        attr[4] = halves(times, 0);
+        attr
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::{
     bounds::{Bound, Bounds},
-    report::{Report, number},
+    report::{Figure, Report, distinct, number},
 };
 
 /// A document without a place to write to.
@@ -74,25 +74,77 @@ fn percent(share: f64) -> String {
     }
 }
 
-/// The tables of a section, a heading each. Where all names are like `subject: what`, subjects are
-/// lines and whats are columns.
+/// The tables of a section, a heading each. Figures called `subject: what` make a table of subjects
+/// and whats, if several subjects share a what; the others follow in a list.
 pub fn figures(report: &Report, section: &str) -> String {
     let mut text = String::new();
     for group in report.groups(section) {
-        let figures: Vec<_> = report
-            .figures()
-            .iter()
-            .filter(|f| f.section == section && f.group == group)
-            .collect();
+        let here = report.figures().iter();
+        let here = here.filter(|f| f.section == section && f.group == group);
+        let (crossed, listed): (Vec<&Figure>, Vec<&Figure>) =
+            here.partition(|f| f.name.contains(BETWEEN));
+        let table = crossed_table(&crossed);
+        let listed = match table {
+            Some(_) => listed,
+            None => crossed.into_iter().chain(listed).collect(),
+        };
         let _ = writeln!(text, "\n### {group}\n");
-        text.push_str("| | | spread |\n|---|---|---|\n");
-        for f in figures {
+        if let Some(table) = table {
+            text += &table;
+            if !listed.is_empty() {
+                text.push('\n');
+            }
+        }
+        if !listed.is_empty() {
+            text.push_str("| | | spread |\n|---|---|---|\n");
+        }
+        for f in listed {
             let value = number(f.value);
             let spread = percent(f.spread);
             let _ = writeln!(text, "| {} | {value} {} | {spread} |", f.name, f.unit);
         }
     }
     text
+}
+
+/// Between a subject and what is measured of it.
+const BETWEEN: &str = ": ";
+
+fn crossed_table(figures: &[&Figure]) -> Option<String> {
+    let halves = |f: &Figure| {
+        let (row, column) = f.name.rsplit_once(BETWEEN)?;
+        Some((row.to_owned(), column.to_owned()))
+    };
+    let names: Vec<(String, String)> = figures.iter().filter_map(|f| halves(f)).collect();
+    let rows = distinct(names.iter().map(|(row, _)| row.as_str()));
+    let columns = distinct(names.iter().map(|(_, column)| column.as_str()));
+    let unit = &figures.first()?.unit;
+    if columns.len() == names.len() || figures.iter().any(|f| f.unit != *unit) {
+        return None;
+    }
+    let mut text = format!("| {unit} |");
+    for column in &columns {
+        let _ = write!(text, " {column} |");
+    }
+    let _ = writeln!(text, "\n|---|{}", "---|".repeat(columns.len()));
+    for row in rows {
+        let _ = write!(text, "| {row} |");
+        for column in &columns {
+            let name = format!("{row}{BETWEEN}{column}");
+            let cell = figures.iter().find(|f| f.name == name).map(|f| {
+                let spread = percent(f.spread);
+                let value = number(f.value);
+                if spread.is_empty() {
+                    value
+                } else {
+                    format!("{value} ± {spread}")
+                }
+            });
+            let _ = write!(text, " {} |", cell.unwrap_or_default());
+        }
+        text.push('\n');
+    }
+    Some(text)
 }
 
 /// What a reader must know.
@@ -107,6 +159,7 @@ pub fn notes(report: &Report) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::line_rate::stats::Summary;
 
     #[test]
     fn between_the_marks() {
@@ -146,5 +199,27 @@ mod tests {
         let want =
             "\n### One flow\n\n| | | spread |\n|---|---|---|\n| established | 12.3 ns |  |\n";
         assert_eq!(figures(&report, "micro"), want);
+    }
+
+    #[test]
+    fn subjects_that_share_a_what_make_a_table() {
+        let mut report = Report::default();
+        let spread = Summary {
+            median: 1.5,
+            spread: 0.1,
+        };
+        report.measured("g", "IPv4: new", "ns", spread);
+        report.figure("g", "unit", "ns", 3.0);
+        report.figure("g", "IPv6: new", "ns", 4.0);
+        report.figure("g", "IPv4: old", "ns", 5.0);
+        let want = "\n### g\n\n| ns | new | old |\n|---|---|---|\n\
+                    | IPv4 | 1.50 ± 10 % | 5.00 |\n| IPv6 | 4.00 |  |\n\n\
+                    | | | spread |\n|---|---|---|\n| unit | 3.00 ns |  |\n";
+        assert_eq!(figures(&report, ""), want);
+        // Nothing shared, nothing to cross.
+        let mut report = Report::default();
+        report.figure("g", "a: b", "ns", 1.0);
+        report.figure("g", "c: d", "ns", 1.0);
+        assert!(figures(&report, "").contains("| a: b | 1.00 ns |  |\n| c: d |"));
     }
 }

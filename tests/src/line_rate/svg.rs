@@ -16,10 +16,10 @@ pub struct Line {
 }
 
 const WIDTH: f64 = 720.0;
-const HEIGHT: f64 = 360.0;
+const HEIGHT: f64 = 380.0;
 const LEFT: f64 = 64.0;
 const RIGHT: f64 = 200.0;
-const TOP: f64 = 40.0;
+const TOP: f64 = 60.0;
 const BOTTOM: f64 = 48.0;
 /// Told apart also by those who see few colours.
 const COLOURS: [&str; 6] = [
@@ -68,7 +68,7 @@ pub fn plot(title: &str, x: &str, y: &str, lines: &[Line]) -> String {
          font-family=\"sans-serif\" font-size=\"12\">\n\
          <rect width=\"{WIDTH}\" height=\"{HEIGHT}\" fill=\"#ffffff\"/>\n"
     );
-    text(&mut svg, (LEFT, 22.0), "start", "#000000", title);
+    text(&mut svg, (LEFT, 20.0), "start", "#000000", title);
     if points().next().is_none() {
         svg.push_str("</svg>\n");
         return svg;
@@ -104,7 +104,7 @@ pub fn plot(title: &str, x: &str, y: &str, lines: &[Line]) -> String {
     }
     let middle = (LEFT + right) / 2.0;
     text(&mut svg, (middle, HEIGHT - 12.0), "middle", "#000000", x);
-    text(&mut svg, (6.0, TOP - 6.0), "start", "#000000", y);
+    text(&mut svg, (6.0, TOP - 16.0), "start", "#000000", y);
     // Names in the order of the lines' ends, kept from covering one another.
     let mut names: Vec<(f64, &str, &str)> = vec![];
     for (line, colour) in lines.iter().zip(COLOURS.iter().cycle()) {

@@ -135,6 +135,18 @@ impl Family {
         frame(self.member(1), self.member(2), 17, &payload)
     }
 
+    /// What is answered.
+    pub fn reply_between_members(self) -> Vec<u8> {
+        let payload = udp(ALLOWED_PORT, PORT);
+        frame(self.member(2), self.member(1), 17, &payload)
+    }
+
+    /// What no rule allows between them.
+    pub fn denied_between_members(self) -> Vec<u8> {
+        let payload = udp(PORT, DENIED_PORT);
+        frame(self.member(1), self.member(2), 17, &payload)
+    }
+
     fn port(self, end: End) -> i16 {
         let first = match self {
             Self::V4 => 34,

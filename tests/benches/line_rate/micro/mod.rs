@@ -16,6 +16,8 @@ mod sizes;
 mod subject;
 mod units;
 
+use std::time::Instant;
+
 use anyhow::Result;
 use enforcer_common::verdict::Reason;
 use enforcer_tests::line_rate::{
@@ -37,7 +39,7 @@ pub mod group {
     /// One frame, again and again.
     pub const HOT: &str = "One flow";
     /// Established flows in random order.
-    pub const FLOWS: &str = "Many flows";
+    pub const FLOWS: &str = "Established flows in random order, by their number";
     /// Ever new ones.
     pub const NEW: &str = "Ever new flows";
     /// By rules.
@@ -96,7 +98,7 @@ impl Bench<'_> {
 pub fn run(options: &Options, report: &mut Report) -> Result<()> {
     let mut bench = Bench {
         rounds: if options.quick { 9 } else { 31 },
-        packets: if options.quick { 50_000 } else { 200_000 },
+        packets: if options.quick { 50_000 } else { 100_000 },
         options,
         report,
         empty: units::empty()?,
@@ -104,7 +106,15 @@ pub fn run(options: &Options, report: &mut Report) -> Result<()> {
     let image = subject::image(Size::BASE)?;
     let mut subject = Subject::load(image.words().len())?;
     subject.apply(&image)?;
-    hot::run(&mut bench, &subject)?;
-    flows::run(&mut bench, &mut subject)?;
-    sizes::run(&mut bench, &mut subject)
+    timed(group::HOT, || hot::run(&mut bench, &subject))?;
+    timed(group::FLOWS, || flows::run(&mut bench, &mut subject))?;
+    timed("Sizes", || sizes::run(&mut bench, &mut subject))
+}
+
+/// Says how long it took, for those who wait.
+fn timed(what: &str, run: impl FnOnce() -> Result<()>) -> Result<()> {
+    let start = Instant::now();
+    run()?;
+    eprintln!("  {what}: {:.0} s", start.elapsed().as_secs_f64());
+    Ok(())
 }

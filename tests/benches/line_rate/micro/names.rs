@@ -13,16 +13,12 @@ pub const LPM: &str = "two LPM look-ups, random";
 
 /// Established flows of a family.
 pub fn established(family: &str, count: u32) -> String {
-    format!("{family}: {} flow{}", whole(count.into()), plural(count))
+    format!("{family}: {}", whole(count.into()))
 }
 
-/// The unit beside them.
-pub fn lru_hit(count: u32) -> String {
-    format!("LRU hash hit: {} key{}", whole(count.into()), plural(count))
-}
-
-fn plural(count: u32) -> &'static str {
-    if count == 1 { "" } else { "s" }
+/// The unit beside them, with keys of so many bytes.
+pub fn lru_hit(key: u32, count: u32) -> String {
+    format!("LRU hash hit, {key}-byte key: {}", whole(count.into()))
 }
 
 /// Something with so many rules.
@@ -32,5 +28,5 @@ pub fn rules(count: u32, what: &str) -> String {
 
 /// Something with so many members.
 pub fn members(family: &str, count: u32, what: &str) -> String {
-    format!("{family}: {} members: {what}", whole(count.into()))
+    format!("{family}, {} members: {what}", whole(count.into()))
 }

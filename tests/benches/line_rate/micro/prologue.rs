@@ -4,8 +4,7 @@
 //! A tail call, so the program behind it is the very one that is deployed. Checksums are left
 //! wrong: nothing behind reads them.
 
-use std::io;
-use std::os::fd::AsFd as _;
+use std::{collections::BTreeSet, io, os::fd::AsFd as _};
 
 use enforcer_tests::line_rate::{
     asm::{Asm, Helper, Op, Reg, Size},
@@ -46,7 +45,7 @@ pub struct Draw {
 }
 
 /// What a prologue returns when it could not call on.
-pub const NOT_CALLED: i32 = -99;
+const NOT_CALLED: i32 = -99;
 
 /// `struct __sk_buff`.
 const DATA: i16 = 76;
@@ -59,8 +58,11 @@ pub struct Prologue {
 }
 
 impl Prologue {
-    /// One for frames of at least `length` bytes, in front of `target`.
-    pub fn new(length: usize, draws: &[Draw], target: &Program) -> io::Result<Self> {
+    /// One for a frame, in front of `target`.
+    ///
+    /// # Errors
+    /// Also when it does not do what it is for.
+    pub fn new(frame: &[u8], draws: &[Draw], target: &Program) -> anyhow::Result<Self> {
         let targets = Map::new(MapKind::ProgArray, 4, 4, 1)?;
         let fd = std::os::fd::AsRawFd::as_raw_fd(&target.as_fd());
         targets.update(&0u32.to_ne_bytes(), &fd.to_ne_bytes())?;
@@ -70,7 +72,7 @@ impl Prologue {
         asm.load(Size::B4, Reg::R7, Reg::R6, DATA);
         asm.load(Size::B4, Reg::R8, Reg::R6, DATA_END);
         asm.reg(Op::Mov, Reg::R1, Reg::R7);
-        asm.imm(Op::Add, Reg::R1, length as i32);
+        asm.imm(Op::Add, Reg::R1, frame.len() as i32);
         let short = asm.if_above(Reg::R1, Reg::R8);
         for draw in draws {
             maps.extend(number(&mut asm, draw.index)?);
@@ -92,10 +94,33 @@ impl Prologue {
         asm.land(short);
         asm.exit_with(NOT_CALLED);
         maps.push(targets);
-        Ok(Self {
+        let this = Self {
             program: Program::load(&asm.finish())?,
             _maps: maps,
-        })
+        };
+        this.check(frame, draws)?;
+        Ok(this)
+    }
+
+    /// It calls on, and the packets differ: else a hot flow would be taken for many.
+    fn check(&self, frame: &[u8], draws: &[Draw]) -> anyhow::Result<()> {
+        const RUNS: usize = 16;
+        let action = self.program.run(frame, 1)?.action;
+        anyhow::ensure!(action != NOT_CALLED, "a prologue did not call on");
+        let seen: io::Result<BTreeSet<_>> =
+            (0..RUNS).map(|_| self.program.rewrite(frame)).collect();
+        let widest = draws.iter().map(|draw| match draw.index {
+            Index::Random(below) | Index::Turn(below) => below,
+        });
+        // Sixteen draws of ten numbers are never all the same, and of a thousand mostly differ.
+        let least = match widest.max() {
+            Some(1_000..) => RUNS / 2,
+            Some(10..) => 2,
+            Some(_) | None => 1,
+        };
+        let seen = seen?.len();
+        anyhow::ensure!(seen >= least, "a prologue makes {seen} packets of {RUNS}");
+        Ok(())
     }
 }
 

@@ -88,8 +88,10 @@ impl Axis<'_> {
         base.apply(&image(self.base)?)?;
         let mut last: Option<(Size, f64)> = None;
         for size in self.sizes {
-            // By the one before: a policy that takes longer than a run has is left out.
-            let expected = last.map_or(0.0, |(smaller, seconds)| {
+            // By the one before, if that took long enough to judge by: a policy that takes longer
+            // than a run has is left out.
+            let expected = last.filter(|(_, seconds)| *seconds > 0.1);
+            let expected = expected.map_or(0.0, |(smaller, seconds)| {
                 let more = |by: fn(Size) -> usize| by(*size) as f64 / by(smaller) as f64;
                 seconds * more(|s| s.rules).max(more(|s| s.members))
             });
@@ -125,39 +127,51 @@ impl Axis<'_> {
         base: &Subject,
         subject: &Subject,
     ) -> Result<()> {
-        let name = (self.name)(size, names::ONE);
         let family = if size.v6 { Family::V6 } else { Family::V4 };
         let message = family.message_of_members();
         let request = family.between_members();
         let members = family.members(size.members);
         let new = family.new_members(size.members);
-        let any = Prologue::new(message.len(), &members, &subject.program)?;
-        let any_base = Prologue::new(message.len(), &members, &bench.empty)?;
-        let opens = Prologue::new(request.len(), &new, &subject.program)?;
-        let opens_base = Prologue::new(request.len(), &new, &bench.empty)?;
-        let allowed = Reason::RuleAllow;
+        let denied = family.denied_between_members();
+        for frame in [&request, &family.reply_between_members()] {
+            subject.program.run(frame, 1)?;
+        }
+        let any = Prologue::new(&message, &members, &subject.program)?;
+        let any_base = Prologue::new(&message, &members, &bench.empty)?;
+        let opens = Prologue::new(&request, &new, &subject.program)?;
+        let opens_base = Prologue::new(&request, &new, &bench.empty)?;
         let checks = [
-            (&subject.program, &message),
-            (&base.program, &message),
-            (&any.program, &message),
+            (base, &base.program, &message, Reason::RuleAllow),
+            (subject, &subject.program, &message, Reason::RuleAllow),
+            (subject, &any.program, &message, Reason::RuleAllow),
+            (subject, &subject.program, &request, Reason::Established),
+            (subject, &subject.program, &denied, Reason::DefaultDeny),
         ];
-        for (program, frame) in checks {
-            // The base counts for itself.
-            let of = if std::ptr::eq(program, &base.program) {
-                base
-            } else {
-                subject
-            };
-            if !bench.holds(&name, of, allowed, program, frame, 10_000)? {
+        for (of, program, frame, reason) in checks {
+            let what = (self.name)(size, reason.name());
+            if !bench.holds(&what, of, reason, program, frame, 2_000)? {
                 return Ok(());
             }
         }
+        // Few members have not enough pairs and ports for ever new flows.
+        let what = (self.name)(size, names::OPENS);
+        let opening = size.members >= 1_000
+            && bench.holds(
+                &what,
+                subject,
+                Reason::RuleAllow,
+                &opens.program,
+                &request,
+                2_000,
+            )?;
         let lpm = units::lpm(size)?;
         let packets = bench.packets;
         let run = |program| Runner::new(program, &message, packets);
         let open = |program| Runner::new(program, &request, packets);
         opens.program.run(&request, TABLE)?;
         let [
+            established,
+            refused,
             empty,
             from,
             here,
@@ -170,6 +184,8 @@ impl Axis<'_> {
         ] = measure(
             bench.rounds,
             [
+                open(&subject.program),
+                Runner::new(&subject.program, &denied, packets),
                 run(&bench.empty),
                 run(&base.program),
                 run(&subject.program),
@@ -181,18 +197,25 @@ impl Axis<'_> {
                 run(&lpm.baseline),
             ],
         )?;
+        let established = established.minus(&empty);
+        let refused = refused.minus(&empty);
         let from = from.minus(&empty);
         let hot = here.minus(&empty);
         let random = any.minus(&any_base);
         let opens = opens.minus(&opens_base);
         let lpm = lpm.minus(&lpm_base);
         let lines = [
+            ("established, one flow", &established),
+            ("denied, one flow", &refused),
             (names::ONE, &hot),
             (names::ANY, &random),
             (names::OPENS, &opens),
             (names::LPM, &lpm),
         ];
         for (what, series) in lines {
+            if what == names::OPENS && !opening {
+                continue;
+            }
             bench.nanoseconds(self.group, &(self.name)(size, what), series);
         }
         if let Some((ratio, of)) = self.ratio
