@@ -8,6 +8,7 @@
     reason = "a test helper that fails is a failed test"
 )]
 
+pub mod big;
 pub mod calls;
 pub mod child;
 pub mod daemon;

@@ -11,7 +11,10 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use crate::{clock::Steps, policy::Diagnostic};
+use crate::{
+    clock::Steps,
+    policy::{Cache, Diagnostic},
+};
 
 use super::{
     RunError,
@@ -47,12 +50,13 @@ pub struct Control {
 }
 
 impl Control {
-    /// `texts` are those of the live policy, compiled for `host`, whose interfaces `links` has
+    /// `texts` are those of the live policy, `cache` is what they said; it was compiled for `host`, whose interfaces `links` has
     /// named.
     pub fn new(
         sources: Sources,
         shared: Arc<Shared>,
         texts: Texts,
+        cache: Cache,
         links: Links,
         host: Host,
     ) -> Self {
@@ -60,6 +64,7 @@ impl Control {
             sources.clone(),
             Arc::clone(&shared),
             texts,
+            cache,
             &host.environment,
         );
         Self {

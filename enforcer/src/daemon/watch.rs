@@ -15,7 +15,7 @@ use super::files::{Sources, is_policy_name};
 use crate::poll::Readable;
 
 /// A change is reported when nothing more has happened for this long: a save is several events.
-const QUIET: Duration = Duration::from_millis(100);
+const QUIET: Duration = Duration::from_millis(20);
 /// … but a directory that never comes to rest is reported at this interval.
 const LONGEST: Duration = Duration::from_secs(1);
 
@@ -233,7 +233,7 @@ mod tests {
         fs::write(&file, "2").unwrap();
         let start = Instant::now();
         // As select! does while another arm is busy.
-        let each = Duration::from_millis(20);
+        let each = Duration::from_millis(5);
         while tokio::time::timeout(each, watch.changed()).await.is_err() {
             assert!(start.elapsed() < Duration::from_secs(2));
         }

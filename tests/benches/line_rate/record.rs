@@ -121,7 +121,7 @@ fn flows(report: &Report) -> String {
             "kernel's LRU hash alone",
             group::FLOWS,
             &counts,
-            names::lru_hit,
+            |n| names::lru_hit(40, n),
         )),
     ];
     for (name, costs) in PEERS {

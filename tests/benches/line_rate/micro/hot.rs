@@ -17,7 +17,6 @@ pub fn run(bench: &mut Bench<'_>, subject: &Subject) -> Result<()> {
     let lru40 = units::lru_hit(40, 1)?;
     let lru16 = units::lru_hit(16, 1)?;
     let empty = bench.empty.again()?;
-    let mut established = vec![];
     for family in Family::BOTH {
         let name = family.name();
         let request = family.request();
@@ -44,7 +43,7 @@ pub fn run(bench: &mut Bench<'_>, subject: &Subject) -> Result<()> {
         let run = |frame| Runner::new(&subject.program, frame, packets);
         let frames = cases.map(|(_, _, frame)| run(frame));
         let [a, b, c, d, e] = frames;
-        let [empty, a, b, c, d, e, hit40, base40, hit16, base16] = measure(
+        let [base, a, b, c, d, e, hit40, base40, hit16, base16] = measure(
             bench.rounds,
             [
                 Runner::new(&empty, &request, packets),
@@ -59,7 +58,7 @@ pub fn run(bench: &mut Bench<'_>, subject: &Subject) -> Result<()> {
                 Runner::new(&lru16.baseline, &request, packets),
             ],
         )?;
-        let costs = [a, b, c, d, e].map(|series| series.minus(&empty));
+        let costs = [a, b, c, d, e].map(|series| series.minus(&base));
         for (((what, ..), cost), holds) in cases.iter().zip(&costs).zip(&holds) {
             if *holds {
                 bench.nanoseconds(group::HOT, &format!("{name}: {what}"), cost);
@@ -82,10 +81,22 @@ pub fn run(bench: &mut Bench<'_>, subject: &Subject) -> Result<()> {
                 .report
                 .ratio("decide_ns", decide.median, decide.spread);
         }
-        established.push(hot);
     }
-    if let [v4, v6] = &established[..] {
-        bench.ratio("ipv6_vs_ipv4_established", v6, v4);
-    }
+    // Both families in the same rounds, for the ratio.
+    let [v4, v6] = Family::BOTH.map(Family::request);
+    let packets = bench.packets;
+    let [base, v4, v6] = measure(
+        bench.rounds,
+        [
+            Runner::new(&empty, &v4, packets),
+            Runner::new(&subject.program, &v4, packets),
+            Runner::new(&subject.program, &v6, packets),
+        ],
+    )?;
+    bench.ratio(
+        "ipv6_vs_ipv4_established",
+        &v6.minus(&base),
+        &v4.minus(&base),
+    );
     Ok(())
 }

@@ -98,7 +98,7 @@ impl Bench<'_> {
 pub fn run(options: &Options, report: &mut Report) -> Result<()> {
     let mut bench = Bench {
         rounds: if options.quick { 9 } else { 31 },
-        packets: if options.quick { 50_000 } else { 200_000 },
+        packets: if options.quick { 50_000 } else { 100_000 },
         options,
         report,
         empty: units::empty()?,

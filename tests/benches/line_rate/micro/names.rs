@@ -16,9 +16,9 @@ pub fn established(family: &str, count: u32) -> String {
     format!("{family}: {}", whole(count.into()))
 }
 
-/// The unit beside them.
-pub fn lru_hit(count: u32) -> String {
-    format!("LRU hash hit: {}", whole(count.into()))
+/// The unit beside them, with keys of so many bytes.
+pub fn lru_hit(key: u32, count: u32) -> String {
+    format!("LRU hash hit, {key}-byte key: {}", whole(count.into()))
 }
 
 /// Something with so many rules.

@@ -115,7 +115,7 @@ fn segment(name: String, members: Vec<Member>) -> Segment {
     Segment {
         name,
         description: String::new(),
-        members,
+        members: members.into(),
         mode: Mode::Enforce,
         protect: Protect::Both,
         interfaces: vec![],

@@ -109,11 +109,16 @@ impl Prologue {
         anyhow::ensure!(action != NOT_CALLED, "a prologue did not call on");
         let seen: io::Result<BTreeSet<_>> =
             (0..RUNS).map(|_| self.program.rewrite(frame)).collect();
-        let several = draws.iter().any(|draw| match draw.index {
-            Index::Random(below) | Index::Turn(below) => below > 8,
+        let widest = draws.iter().map(|draw| match draw.index {
+            Index::Random(below) | Index::Turn(below) => below,
         });
-        // Of ten numbers, sixteen draws are never all the same.
-        let (seen, least) = (seen?.len(), if several { 2 } else { 1 });
+        // Sixteen draws of ten numbers are never all the same, and of a thousand mostly differ.
+        let least = match widest.max() {
+            Some(1_000..) => RUNS / 2,
+            Some(10..) => 2,
+            Some(_) | None => 1,
+        };
+        let seen = seen?.len();
         anyhow::ensure!(seen >= least, "a prologue makes {seen} packets of {RUNS}");
         Ok(())
     }

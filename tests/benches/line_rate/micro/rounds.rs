@@ -6,16 +6,19 @@ use enforcer_tests::line_rate::{
     stats::{self, Lane, Series},
 };
 
+/// Packets of a window: about a millisecond, within which seldom anything else gets the CPU.
+const WINDOW: u32 = 5_000;
+
 /// A program, a frame, and how often.
 pub struct Runner<'a> {
     program: &'a Program,
     frame: &'a [u8],
-    /// Packets of one measurement, in so many runs.
+    /// Packets of one measurement, in so many windows.
     packets: u32,
-    runs: u32,
+    windows: u32,
     /// Packets before it that do not count, for the caches.
     warm: u32,
-    /// Called between runs.
+    /// Called before each window.
     between: Option<Box<dyn FnMut() + 'a>>,
 }
 
@@ -26,7 +29,7 @@ impl<'a> Runner<'a> {
             program,
             frame,
             packets,
-            runs: 1,
+            windows: (packets / WINDOW).max(1),
             warm: packets / 10,
             between: None,
         }
@@ -38,27 +41,28 @@ impl<'a> Runner<'a> {
         self
     }
 
-    /// In several runs, and something that does not count between them.
-    pub fn between(mut self, runs: u32, what: impl FnMut() + 'a) -> Self {
-        self.runs = runs;
+    /// In so many windows, and something that does not count before each.
+    pub fn between(mut self, windows: u32, what: impl FnMut() + 'a) -> Self {
+        self.windows = windows;
         self.between = Some(Box::new(what));
         self
     }
 
+    /// The median of the windows.
     fn lane(mut self) -> Lane<'a, anyhow::Error> {
         Box::new(move || {
             if self.warm > 0 {
                 self.program.run(self.frame, self.warm)?;
             }
-            let mut sum = 0.0;
-            for _ in 0..self.runs {
+            let mut windows = Vec::new();
+            for _ in 0..self.windows {
                 if let Some(between) = &mut self.between {
                     between();
                 }
-                let ran = self.program.run(self.frame, self.packets / self.runs)?;
-                sum += ran.ns;
+                let packets = self.packets / self.windows;
+                windows.push(self.program.run(self.frame, packets)?.ns);
             }
-            Ok(sum / f64::from(self.runs))
+            Ok(Series::new(windows).median())
         })
     }
 }

@@ -88,8 +88,10 @@ impl Axis<'_> {
         base.apply(&image(self.base)?)?;
         let mut last: Option<(Size, f64)> = None;
         for size in self.sizes {
-            // By the one before: a policy that takes longer than a run has is left out.
-            let expected = last.map_or(0.0, |(smaller, seconds)| {
+            // By the one before, if that took long enough to judge by: a policy that takes longer
+            // than a run has is left out.
+            let expected = last.filter(|(_, seconds)| *seconds > 0.1);
+            let expected = expected.map_or(0.0, |(smaller, seconds)| {
                 let more = |by: fn(Size) -> usize| by(*size) as f64 / by(smaller) as f64;
                 seconds * more(|s| s.rules).max(more(|s| s.members))
             });
