@@ -522,13 +522,14 @@ fn insert_key<M: Memory, F: Family>(
         return false;
     }
     let now = entry.last_seen;
-    // The best of both buckets: worth above, number of the slot below.
+    // The best of both buckets: worth above, number of the slot below. The home bucket has the
+    // higher numbers, so of equals its own goes, and readers find the flow where they look first.
     let mut best = 0;
-    best = candidates(memory, home, pairs, now, hz, 0, best);
-    best = candidates(memory, second, pairs, now, hz, SLOTS, best);
+    best = candidates(memory, home, pairs, now, hz, SLOTS, best);
+    best = candidates(memory, second, pairs, now, hz, 0, best);
     let taken = best >= 2 * SLOTS;
     if taken {
-        let bucket = if best & SLOTS == 0 { home } else { second };
+        let bucket = if best & SLOTS != 0 { home } else { second };
         overwrite(
             memory,
             bucket,

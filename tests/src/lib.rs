@@ -19,6 +19,7 @@ pub mod kernel;
 pub mod line_rate;
 pub mod link;
 pub mod load;
+pub mod memory;
 pub mod netns;
 pub mod nft;
 pub mod rival;
