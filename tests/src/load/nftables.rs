@@ -264,7 +264,7 @@ fn classes(policy: &Policy) -> Classes {
         // Where segments begin and end; an end lies one behind the last address.
         let mut ends: Vec<(u128, u32, i32)> = Vec::new();
         for (segment, id) in policy.segments.iter().zip(0..) {
-            for member in &segment.members {
+            for member in segment.members.iter() {
                 let (is_v4, whole) = span(&member.range);
                 if is_v4 != of_v4 {
                     continue;
