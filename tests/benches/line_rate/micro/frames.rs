@@ -10,7 +10,7 @@ use enforcer_tests::{
 use super::{
     policies::{
         ALLOWED_PORT, CLIENTS, CLIENTS4, CLIENTS6, DENIED_PORT, MEMBERS4, MEMBERS6, MESSAGE,
-        MESSAGE6, SERVER4, SERVER6, member4, member6,
+        MESSAGE6, SERVER4, SERVER6, STEP, member4, member6,
     },
     prologue::{Draw, Field, Index},
 };
@@ -232,12 +232,12 @@ impl Family {
     }
 
     fn member_field(self, end: End) -> Field {
-        let (at, size, base, step) = match (self, end) {
-            (Self::V4, End::Source) => (26, Size::B4, u64::from(MEMBERS4), 256),
-            (Self::V4, End::Destination) => (30, Size::B4, u64::from(MEMBERS4), 256),
+        let (at, size, base) = match (self, end) {
+            (Self::V4, End::Source) => (26, Size::B4, u64::from(MEMBERS4)),
+            (Self::V4, End::Destination) => (30, Size::B4, u64::from(MEMBERS4)),
             // The upper half.
-            (Self::V6, End::Source) => (22, Size::B8, MEMBERS6, 1),
-            (Self::V6, End::Destination) => (38, Size::B8, MEMBERS6, 1),
+            (Self::V6, End::Source) => (22, Size::B8, MEMBERS6),
+            (Self::V6, End::Destination) => (38, Size::B8, MEMBERS6),
         };
         Field {
             at,
@@ -245,7 +245,7 @@ impl Family {
             base,
             shift: 0,
             mask: (1 << 24) - 1,
-            step,
+            step: STEP.cast_signed(),
         }
     }
 }

@@ -13,6 +13,7 @@ use enforcer::policy::model::{
     Action, AddrRange, Defaults, Endpoints, Member, Mode, Origin, Policy, Protect, Rule, Segment,
     SegmentId, Service, Transport, Unsegmented,
 };
+use enforcer_common::image::mix;
 
 /// Of a policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,19 +60,29 @@ pub const SERVER4: Ipv4Addr = Ipv4Addr::new(172, 16, 0, 1);
 /// In fd02::/16.
 pub const SERVER6: Ipv6Addr = Ipv6Addr::new(0xfd02, 0, 0, 0, 0, 0, 0, 1);
 
-/// The first member: the others follow at each 256th address. One in ten is its /24.
+/// The first member; the others follow. One in ten is its /24.
 pub const MEMBERS4: u32 = 0x1000_0005;
 /// Upper half of the first member: each has a /64 of its own. One in ten is the /64.
 pub const MEMBERS6: u64 = 0xfd10_0000_0000_0000;
+/// How far they are apart: more than a /24, and no power of two, which would make equal nodes.
+pub const STEP: u32 = 263;
 
 /// An IPv4 member's address.
 pub fn member4(index: usize) -> Ipv4Addr {
-    Ipv4Addr::from_bits(MEMBERS4 + index as u32 * 256)
+    Ipv4Addr::from_bits(MEMBERS4 + index as u32 * STEP)
 }
 
 /// An IPv6 member's address.
 pub fn member6(index: usize) -> Ipv6Addr {
-    Ipv6Addr::from_bits(u128::from(MEMBERS6 + index as u64) << 64 | 5)
+    let upper = MEMBERS6 + index as u64 * u64::from(STEP);
+    Ipv6Addr::from_bits(u128::from(upper) << 64 | 5)
+}
+
+/// The segment of so many that a member is in: each in turn, each round from another one on. Were
+/// there a pattern, the compiler would find it, and a million members take as many words as ten.
+fn segment_of(index: usize, count: usize) -> usize {
+    let (round, place) = (index / count, index % count);
+    (place + mix(round as u64, 1) as usize % count) % count
 }
 
 /// Whether the member is a prefix.
@@ -149,7 +160,7 @@ pub fn policy(size: Size) -> Policy {
     let mut members = vec![vec![]; count];
     for index in 0..size.members {
         let length = |host, prefix| if is_prefix(index) { prefix } else { host };
-        members[index % count].push(if size.v6 {
+        members[segment_of(index, count)].push(if size.v6 {
             prefix6(member6(index).to_bits(), length(128, 64))
         } else {
             prefix4(member4(index).to_bits(), length(32, 24))

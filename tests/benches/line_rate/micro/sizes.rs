@@ -112,6 +112,11 @@ impl Axis<'_> {
                     continue;
                 }
             };
+            let words = image.words().len();
+            anyhow::ensure!(
+                words >= size.members / 2,
+                "{size:?} in {words} words: the members have a pattern"
+            );
             last = Some((*size, start.elapsed().as_secs_f64()));
             let other = subject(&image, others)?;
             other.apply(&image)?;

@@ -169,6 +169,7 @@ fn lpm_program(size: policies::Size, map: Option<&Map>) -> io::Result<Program> {
     let mut missing = vec![];
     for _ in 0..2 {
         number(&mut asm, Index::Random(size.members as u32))?;
+        asm.imm(Op::Mul, Reg::R9, policies::STEP.cast_signed());
         asm.store_imm(Size::B4, Reg::Fp, key, if size.v6 { 128 } else { 32 });
         if size.v6 {
             asm.set(Reg::R2, policies::MEMBERS6);
@@ -181,7 +182,6 @@ fn lpm_program(size: policies::Size, map: Option<&Map>) -> io::Result<Program> {
             asm.store_imm(Size::B4, Reg::Fp, key + 12, 0);
             asm.store_imm(Size::B4, Reg::Fp, key + 16, 5u32.to_be().cast_signed());
         } else {
-            asm.imm(Op::Shl, Reg::R9, 8);
             asm.imm(Op::Add, Reg::R9, policies::MEMBERS4.cast_signed());
             asm.to_network(Reg::R9, Size::B4);
             asm.store(Size::B4, Reg::Fp, key + 4, Reg::R9);
