@@ -73,6 +73,12 @@ pub trait Bucket: Copy {
     fn pair(&self, at: u32) -> u64;
     /// The same bucket, whose loads come after those that `seen` was computed from.
     fn after(&self, seen: u64) -> Self;
+    /// The value, which the compiler no longer knows by what it was compared with: or it would
+    /// put the one for the other, and what is computed from it came after nothing.
+    #[inline(always)]
+    fn hidden(&self, value: u64) -> u64 {
+        value
+    }
     /// Writes a word, in no order with others but those of [`Bucket::publish`].
     fn set(&self, at: u32, value: u32);
     /// Writes a word after all before and before all after it.
@@ -268,7 +274,7 @@ fn find_in<B: Bucket, F: Family>(bucket: B, key: &F, found: &mut Found) -> bool 
             differs |= then.pair(base + word::KEY + 2 * i) ^ key.pair(i);
             i += 1;
         }
-        if differs == 0 && version & 1 == 0 {
+        if bucket.hidden(differs) == 0 && version & 1 == 0 {
             let at = base + F::BEHIND;
             let seen = then.get(base + word::SEEN);
             let own = then.pair(at + behind::GENERATION);

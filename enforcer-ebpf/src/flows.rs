@@ -89,6 +89,14 @@ impl Bucket for Words {
     }
 
     #[inline(always)]
+    fn hidden(&self, value: u64) -> u64 {
+        let mut value = value;
+        // SAFETY: no instruction.
+        unsafe { asm!("/* {value} */", value = inout(reg) value, options(pure, nomem)) };
+        value
+    }
+
+    #[inline(always)]
     fn set(&self, at: u32, value: u32) {
         // SAFETY: as in `get`.
         unsafe { self.0.add(at as usize).write_volatile(value) }

@@ -14,4 +14,5 @@
 mod any_table;
 mod common;
 mod eviction;
+mod interleavings;
 mod operations;
