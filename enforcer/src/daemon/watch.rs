@@ -240,11 +240,16 @@ mod tests {
         // And a directory that never rests.
         let start = Instant::now();
         fs::write(&file, "3").unwrap();
+        let (mut written, mut rested) = (start, Duration::ZERO);
         while tokio::time::timeout(each, watch.changed()).await.is_err() {
             fs::write(&file, "4").unwrap();
+            rested = rested.max(written.elapsed());
+            written = Instant::now();
             assert!(start.elapsed() < Duration::from_secs(3));
         }
-        assert!(start.elapsed() >= LONGEST);
+        // On a busy machine it may have come to rest after all.
+        rested = rested.max(written.elapsed());
+        assert!(start.elapsed() >= LONGEST || rested >= QUIET);
     }
 
     #[tokio::test]

@@ -122,3 +122,101 @@ pub(super) fn read(
     })
     .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::{parse, parse_with_warnings};
+
+    fn file(name: &str, text: impl Into<String>) -> SourceFile {
+        SourceFile {
+            name: name.to_owned(),
+            text: text.into(),
+        }
+    }
+
+    fn segments(name: &str, members: &[&str]) -> SourceFile {
+        let members: Vec<_> = members.iter().map(|m| format!("{{cidr: {m}}}")).collect();
+        let members = members.join(", ");
+        let text = format!("version: 1\nsegments:\n  {name}: {{ members: [{members}] }}\n");
+        file(&format!("{name}.yaml"), text)
+    }
+
+    #[test]
+    fn a_cache_changes_nothing_but_the_time() {
+        let rules = file(
+            "rules.yaml",
+            "version: 1\nrules:\n  - {name: r, from: [a], to: [b], services: [tcp/1]}\n",
+        );
+        let (a, b) = (
+            segments("a", &["10.0.0.0/8"]),
+            segments("b", &["10.1.0.0/16"]),
+        );
+        let versions = [
+            vec![a.clone(), b.clone(), rules.clone()],
+            // The same, another member, a member that is none, a file that is no YAML.
+            vec![a.clone(), b.clone(), rules.clone()],
+            vec![
+                a.clone(),
+                segments("b", &["10.1.0.0/16", "10.2.0.1/32"]),
+                rules.clone(),
+            ],
+            vec![
+                segments("a", &["10.0.0.1/8", "x"]),
+                b.clone(),
+                rules.clone(),
+            ],
+            vec![file("a.yaml", "version: [1\n"), b.clone(), rules.clone()],
+            // Another file of the same text, a file less, another order.
+            vec![file("c.yaml", a.text.clone()), b.clone(), rules.clone()],
+            vec![b.clone(), rules.clone()],
+            vec![rules, b, a],
+            vec![],
+        ];
+        let mut cache = Cache::default();
+        for files in versions {
+            let files = Arc::new(files);
+            assert_eq!(cache.parse(&files), parse_with_warnings(&files));
+        }
+    }
+
+    #[test]
+    fn what_did_not_change_is_shared() {
+        let other = file(
+            "r.yaml",
+            "version: 1\nrules:\n  - {name: r, from: [a], to: [any], services: [ssh]}\n",
+        );
+        let of = |member| {
+            Arc::new(vec![
+                segments("a", &["10.0.0.1/32"]),
+                segments("b", &[member]),
+                other.clone(),
+            ])
+        };
+        let mut cache = Cache::default();
+        let first = cache.parse(&of("10.1.0.1/32")).unwrap().policy;
+        let second = cache.parse(&of("10.1.0.2/32")).unwrap().policy;
+        assert_ne!(first, second);
+        assert!(std::ptr::eq(first.rules.as_ptr(), second.rules.as_ptr()));
+        let members =
+            |policy: &crate::policy::model::Policy, at: usize| policy.segments[at].members.as_ptr();
+        assert!(std::ptr::eq(members(&first, 0), members(&second, 0)));
+        assert!(!std::ptr::eq(members(&first, 1), members(&second, 1)));
+    }
+
+    #[test]
+    fn threads_read_what_one_would() {
+        let files: Vec<SourceFile> = (0..20)
+            .map(|number| {
+                let mut file = segments(&format!("s{number}"), &["10.0.0.0/8", "bad"]);
+                file.text += &"# so that it takes a while\n".repeat(1 << 10);
+                file
+            })
+            .collect();
+        assert!(files.iter().map(|f| f.text.len()).sum::<usize>() > THREADS_PAY);
+        let errors = parse(&files).unwrap_err();
+        let found: Vec<_> = errors.iter().map(|e| (e.file.as_str(), e.line)).collect();
+        let expected: Vec<_> = files.iter().map(|f| (f.name.as_str(), 3)).collect();
+        assert_eq!(found, expected);
+    }
+}
