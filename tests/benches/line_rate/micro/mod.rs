@@ -32,7 +32,7 @@ use subject::Subject;
 
 /// Elements of the LRU hash whose insertions are the unit, and new flows before new flows are
 /// timed: as many as fill the flow table twice over.
-const TABLE: u32 = 1 << 17;
+const TABLE: u32 = 1 << 20;
 
 /// The tables of the report.
 pub mod group {

@@ -48,7 +48,7 @@ pub struct Subject {
 impl Subject {
     /// Loads the size class that has room for `words` words.
     pub fn load(words: usize) -> Result<Self> {
-        let mut programs = Programs::load(words);
+        let mut programs = Programs::load_for(words, super::TABLE);
         let program = programs.dataplane.ebpf_mut().program_mut("tc_ingress");
         let program: &mut SchedClassifier = program.context("no tc_ingress")?.try_into()?;
         let fd = program.fd()?.as_fd().try_clone_to_owned()?;
