@@ -262,7 +262,7 @@ fn opener<M: Memory>(memory: &M, key: &FlowKey, flags: u32) -> u32 {
 }
 
 #[inline(always)]
-fn find_in<B: Bucket, F: Family>(bucket: B, key: &F, found: &mut Found) -> bool {
+fn find_in<B: Bucket, F: Family>(bucket: B, key: &F, found: &mut Found, torn: &mut u32) -> bool {
     let mut slot = 0;
     while slot < SLOTS {
         let base = slot * F::WORDS;
@@ -298,39 +298,72 @@ fn find_in<B: Bucket, F: Family>(bucket: B, key: &F, found: &mut Found) -> bool 
                 found.version = version;
                 return true;
             }
+            *torn |= 1;
         }
+        *torn |= version;
         slot += 1;
     }
     false
 }
 
+/// `torn` is odd afterwards if a slot was being written.
 #[inline(always)]
-fn find_key<M: Memory, F: Family>(memory: &M, key: &F, found: &mut Found) -> Option<M::Bucket> {
+fn find_key<M: Memory, F: Family>(
+    memory: &M,
+    key: &F,
+    found: &mut Found,
+    torn: &mut u32,
+) -> Option<M::Bucket> {
     let place = place(hash(memory, key), memory.mask(F::V6));
     found.v6 = F::V6 as u32;
     found.bucket = place.home;
     if let Some(bucket) = memory.bucket(F::V6, place.home)
-        && find_in(bucket, key, found)
+        && find_in(bucket, key, found, torn)
     {
         return Some(bucket);
     }
     found.bucket = place.second;
     if let Some(bucket) = memory.bucket(F::V6, place.second)
-        && find_in(bucket, key, found)
+        && find_in(bucket, key, found, torn)
     {
         return Some(bucket);
     }
     None
 }
 
-/// Looks a flow up; `found` is written if it is there, whatever its age.
+/// Looks once; what is being written meanwhile is missed.
 #[inline(always)]
-pub fn find<M: Memory>(memory: &M, key: &FlowKey, found: &mut Found) -> Option<M::Bucket> {
+fn glance<M: Memory>(
+    memory: &M,
+    key: &FlowKey,
+    found: &mut Found,
+    torn: &mut u32,
+) -> Option<M::Bucket> {
     if key.is_v6() {
-        find_key(memory, &Key6(key), found)
+        find_key(memory, &Key6(key), found, torn)
     } else {
-        find_key(memory, &Key4(key), found)
+        find_key(memory, &Key4(key), found, torn)
     }
+}
+
+/// Looks a flow up; `found` is written if it is there, whatever its age. Should the slot be
+/// written meanwhile, it waits: missing a flow that only changes would cost it a packet.
+#[inline(always)]
+pub fn find<M: Memory>(memory: &M, key: &FlowKey, found: &mut Found) -> bool {
+    let mut torn = 0;
+    if glance(memory, key, found, &mut torn).is_some() {
+        return true;
+    }
+    if torn & 1 == 0 {
+        return false;
+    }
+    let (v6, stripe) = (key.is_v6(), found.bucket & (STRIPES - 1));
+    let locked = memory.lock(v6, stripe);
+    let there = glance(memory, key, found, &mut torn).is_some();
+    if locked {
+        memory.unlock(v6, stripe);
+    }
+    there
 }
 
 /// Whether there is an entry, for who leaves the judgement to others: without a second look at the
@@ -743,11 +776,12 @@ pub struct Held<M: Memory> {
 }
 
 impl<M: Memory + Clone> Flows<M> {
-    /// The entry of a key, whatever its age.
+    /// The entry of a key, whatever its age; one that is being written may be missed, for those
+    /// who then go the long way.
     #[inline(always)]
     pub fn find(&self, key: &FlowKey) -> Option<Held<M>> {
         let mut found = Found::EMPTY;
-        let bucket = find(&self.0, key, &mut found)?;
+        let bucket = glance(&self.0, key, &mut found, &mut 0)?;
         Some(Held {
             memory: self.0.clone(),
             bucket,

@@ -232,7 +232,7 @@ pub extern "C" fn flow_worth(age: u32, state: u32, rest: u32, hz: u32) -> u32 {
 pub extern "C" fn flow_find(key: *const FlowKey, found: *mut Found) -> u32 {
     // SAFETY: the caller's, or null to the verifier.
     match unsafe { (key.as_ref(), found.as_mut()) } {
-        (Some(key), Some(found)) => u32::from(table::find(&Maps, key, found).is_some()),
+        (Some(key), Some(found)) => u32::from(table::find(&Maps, key, found)),
         _ => 0,
     }
 }

@@ -15,4 +15,7 @@ mod any_table;
 mod common;
 mod eviction;
 mod interleavings;
+mod loaded;
 mod operations;
+mod packets;
+mod races;

@@ -1,0 +1,175 @@
+//! Two CPUs at the loaded programs' smallest table: one fills it without end, the other looks for
+//! flows that must be there and for some that must not.
+
+use std::{
+    collections::HashSet,
+    net::IpAddr,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use enforcer_common::image::SIZE_CLASSES;
+use enforcer_tests::{
+    frame::{self, ACK, FIN, SYN},
+    host::image,
+    kernel::Programs,
+    netns::Family,
+    scale,
+    two::policy,
+};
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
+
+use crate::loaded::{INGRESS, RULES, protected, tcp};
+
+/// Flows of the table: the fewest with which each has two buckets.
+const FLOWS: u32 = 1 << 11;
+/// Flows that must be there, of as many hosts.
+const STAY: u8 = 40;
+
+/// The CPUs that this process may use.
+fn cpus() -> Vec<usize> {
+    let set = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let all = 0..CpuSet::count();
+    all.filter(|cpu| set.is_set(*cpu).unwrap()).collect()
+}
+
+fn pin_to(cpu: usize) {
+    let mut set = CpuSet::new();
+    set.set(cpu).unwrap();
+    sched_setaffinity(Pid::from_raw(0), &set).unwrap();
+}
+
+/// Whether a frame passes.
+fn passes(program: &SchedClassifier, frame: &[u8]) -> bool {
+    let options = TestRunOptions {
+        data_in: Some(frame),
+        ..TestRunOptions::new()
+    };
+    let result = program.test_run(options).expect("the kernel runs it");
+    result.return_value.cast_signed() == -1
+}
+
+fn udp(from: (IpAddr, u16), to: (IpAddr, u16)) -> Vec<u8> {
+    frame::frame(from.0, to.0, 17, &frame::udp(from.1, to.1))
+}
+
+/// Opens flows that the policy allows, answers some, and closes some, round and round.
+fn churn(program: &SchedClassifier, family: Family, rounds: usize) {
+    let b = (family.address(2, 2), 8080);
+    for number in 0..rounds {
+        let a = (
+            family.address(1, 100 + (number % 5) as u8),
+            (number * 7 % 60_000) as u16,
+        );
+        assert!(passes(program, &tcp(a, b, SYN)));
+        if number % 3 != 0 {
+            // Its entry may be another's already.
+            passes(program, &tcp(b, a, SYN | ACK));
+        }
+        if number % 3 == 2 {
+            passes(program, &tcp(a, b, FIN | ACK));
+        }
+    }
+}
+
+/// What the other CPU saw.
+#[derive(Debug, Default)]
+struct Seen {
+    sent: usize,
+    missed: usize,
+    let_in: usize,
+}
+
+/// Answers of flows that stay, which nothing else allows, and packets of flows that nothing does.
+fn look(program: &SchedClassifier, family: Family, done: &AtomicBool) -> Seen {
+    let b = family.address(2, 2);
+    let stay: Vec<_> = (0..STAY).map(|host| answer(family, host)).collect();
+    let denied: Vec<_> = (0..50u16)
+        .flat_map(|port| {
+            let a = (family.address(1, 100 + (port % 5) as u8), port * 7);
+            // The ports of those that come and go, but one.
+            [
+                tcp(a, (b, 8081), ACK),
+                tcp((b, 8081), a, ACK),
+                udp((b, 8080), a),
+                udp(a, (b, 8080)),
+            ]
+        })
+        .collect();
+    let mut seen = Seen::default();
+    while !done.load(Ordering::Relaxed) {
+        for (stays, not) in stay.iter().zip(denied.iter().cycle().skip(seen.sent % 200)) {
+            seen.sent += 1;
+            seen.missed += usize::from(!passes(program, stays));
+            seen.let_in += usize::from(passes(program, not));
+        }
+    }
+    seen
+}
+
+fn answer(family: Family, host: u8) -> Vec<u8> {
+    udp(
+        (family.address(2, 2), 7000),
+        (family.address(1, 10 + host), 4000),
+    )
+}
+
+#[test]
+fn two_cpus_at_one_table_neither_mix_flows_nor_lose_them() {
+    let cpus = cpus();
+    let [one, other, ..] = cpus.as_slice() else {
+        println!("SKIPPED: one CPU");
+        return;
+    };
+    let rounds = scale::rounds(150_000, 4_000);
+    let mut programs = Programs::load_for(SIZE_CLASSES[0] as usize, FLOWS);
+    programs.apply(&image(&policy(RULES)));
+    for family in [Family::V4, Family::V6] {
+        programs.forget_flows();
+        let program = programs.dataplane.ebpf_mut().program(INGRESS.name());
+        let program: &SchedClassifier = program.unwrap().try_into().unwrap();
+        for host in 0..STAY {
+            let (a, b) = (family.address(1, 10 + host), family.address(2, 2));
+            assert!(!passes(program, &answer(family, host)), "nothing allows it");
+            assert!(passes(program, &udp((a, 4000), (b, 7000))));
+            assert!(passes(program, &answer(family, host)));
+        }
+        let keys = |programs: &mut Programs| -> HashSet<_> {
+            let flows = programs.dataplane.flows().unwrap();
+            let stay = flows.into_iter().filter(|flow| flow.packets > 0);
+            stay.map(|flow| flow.key).collect()
+        };
+        let before = keys(&mut programs);
+        assert_eq!(before.len(), usize::from(STAY));
+        let program = programs.dataplane.ebpf_mut().program(INGRESS.name());
+        let program: &SchedClassifier = program.unwrap().try_into().unwrap();
+        let done = AtomicBool::new(false);
+        let seen = std::thread::scope(|scope| {
+            let looking = scope.spawn(|| {
+                pin_to(*one);
+                look(program, family, &done)
+            });
+            let churning = scope.spawn(|| {
+                pin_to(*other);
+                churn(program, family, rounds);
+            });
+            let churned = churning.join();
+            done.store(true, Ordering::Relaxed);
+            churned.unwrap();
+            looking.join().unwrap()
+        });
+        println!("{family:?}: {seen:?}");
+        assert_eq!(seen.let_in, 0, "{seen:?}");
+        assert!(seen.sent > 0);
+        // A test run may be interrupted with a lock in its hands, which a packet never is.
+        assert!(seen.missed * 1000 <= seen.sent, "{seen:?}");
+        let (v4, v6) = programs.flows();
+        let after = if family == Family::V4 { v4 } else { v6 };
+        assert!(before.iter().all(|key| after.contains_key(key)));
+        assert!(after.len() > FLOWS as usize * 3 / 4, "{}", after.len());
+        protected(&mut programs);
+    }
+}
