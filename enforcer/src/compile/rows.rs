@@ -51,6 +51,10 @@ impl Rows {
     /// Writes the timelines; before rows and exceptions, which then name them.
     pub(super) fn write_timelines(&mut self, writer: &mut Writer) -> Result<(), Full> {
         let base = writer.append(self.timelines.words())?;
+        if self.timelines.size() > 0 {
+            // A look-up reads as far as the longest one would reach, and then leaves that out.
+            writer.append(&[0; (image::MAX_TIMELINE * image::TIMELINE_WORDS) as usize])?;
+        }
         self.timelines = Timelines::default();
         for row in self.words.chunks_mut(ROW_WORDS as usize) {
             if let Some(default) = row.get_mut(..2) {
