@@ -168,7 +168,7 @@ pub fn worth(age: u32, state: u32, rest: u32, hz: u32) -> u32 {
     let scaled = (age >> 2).min(CLASS - 1);
     let seconds = bound(rest as u8, state);
     if state & SESSION == 0 && u64::from(age) > seconds * u64::from(hz) {
-        return 2 * CLASS | scaled;
+        return (2 * CLASS) | scaled;
     }
     if state & PROTECTED == 0 {
         return CLASS | scaled;
@@ -419,7 +419,7 @@ pub fn renew<M: Memory>(memory: &M, found: &Found, now: u64, bytes: u32) {
 
 #[inline(always)]
 fn renew_in<B: Bucket, F: Family>(bucket: B, found: &Found, now: u64, bytes: u32) {
-    let base = found.base & (SLOTS - 1) * F::WORDS;
+    let base = found.base & ((SLOTS - 1) * F::WORDS);
     // Only what changes: a store would take the line from other CPUs.
     if found.entry.last_seen as u32 != now as u32 {
         bucket.set(base + word::SEEN, now as u32);
@@ -456,7 +456,7 @@ fn change_in<M: Memory, F: Family>(memory: &M, found: &Found, change: &Change) {
     if !memory.lock(F::V6, stripe) {
         return;
     }
-    let base = found.base & (SLOTS - 1) * F::WORDS;
+    let base = found.base & ((SLOTS - 1) * F::WORDS);
     let version = bucket.get(base + word::VERSION);
     if version == found.version {
         let at = base + F::BEHIND;

@@ -158,14 +158,14 @@ fn short(skb: *mut __sk_buff, hook: Hook) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn short4(skb: *mut __sk_buff, hook: u32) -> u32 {
-    established(skb, hook, |front| swift::read4(front))
+    established(skb, hook, swift::read4)
 }
 
 /// The short way of IPv6.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn short6(skb: *mut __sk_buff, hook: u32) -> u32 {
-    established(skb, hook, |front| swift::read6(front))
+    established(skb, hook, swift::read6)
 }
 
 /// Which of the two TC hooks.

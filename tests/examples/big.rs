@@ -2,6 +2,7 @@
 //! `big SEGMENTS RULES MEMBERS [DIRECTORY]`. Times and memory go to standard output.
 #![allow(
     clippy::unwrap_used,
+    clippy::panic,
     clippy::print_stdout,
     reason = "a tool for measuring"
 )]

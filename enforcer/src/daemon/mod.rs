@@ -43,7 +43,9 @@ use crate::{
         types::Time,
     },
     compile::Image,
-    dataplane::{Dataplane, DataplaneError, SocketHooks, cgroup::cgroup2_root, release_memory},
+    dataplane::{
+        Dataplane, DataplaneError, SocketHooks, cgroup::cgroup2_root, release_memory, share_heaps,
+    },
     events::{
         Generations,
         cgroups::Cgroups,
@@ -120,6 +122,7 @@ pub async fn run(
     mut reload: mpsc::Receiver<()>,
     mut stop: signal::Receiver<bool>,
 ) -> Result<(), RunError> {
+    share_heaps();
     let mut host = Host::read().map_err(system("cannot list interfaces"))?;
     let mut links = Links::new(config.interfaces.clone(), config.socket_hooks);
     host.environment.interfaces = links.name(&host, &BTreeSet::new());

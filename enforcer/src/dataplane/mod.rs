@@ -12,7 +12,7 @@ mod objects;
 mod query;
 mod sys;
 
-pub use sys::release_memory;
+pub use sys::{release_memory, share_heaps};
 
 use std::collections::BTreeSet;
 

@@ -265,3 +265,16 @@ pub fn release_memory() {
 /// Other allocators give it back by themselves.
 #[cfg(not(target_env = "gnu"))]
 pub fn release_memory() {}
+
+/// Each thread that compiles would have a heap of its own, and leave holes in it.
+#[cfg(target_env = "gnu")]
+pub fn share_heaps() {
+    // SAFETY: it takes no pointers.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+    }
+}
+
+/// Other allocators have their own ways.
+#[cfg(not(target_env = "gnu"))]
+pub fn share_heaps() {}
