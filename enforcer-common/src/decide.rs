@@ -159,20 +159,22 @@ pub struct Ask {
     mode: u32,
     /// Of a denial of form, or of the pass that follows the screening.
     reason: u32,
+    // What most asks leave at 0 lies apart: side by side, the compiler would call a function to
+    // write it byte by byte.
     /// What to look at before: see [`REVERSED`] and the others.
     pub screen: u32,
-    /// Slot of the interface, for [`ARRIVAL`] and failsafes.
-    pub slot: u32,
-    /// Source port, for [`FAILSAFE_REPLY`].
-    pub source_port: u32,
     /// Seconds that the session has lasted.
     pub age: u32,
+    /// Slot of the interface, for [`ARRIVAL`] and failsafes.
+    pub slot: u32,
     /// Seconds since its last packet.
     pub quiet: u32,
-    /// Bits of [`image::essential`] that the packet falls under.
-    pub essential: u32,
+    /// Source port, for [`FAILSAFE_REPLY`].
+    pub source_port: u32,
     /// Ethertype, for denials because of it.
     pub ethertype: u32,
+    /// Bits of [`image::essential`] that the packet falls under.
+    pub essential: u32,
     reserved: u32,
 }
 

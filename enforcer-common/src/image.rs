@@ -34,52 +34,50 @@ pub mod header {
     pub const FORM_UNREADABLE: u32 = 7;
     /// 65 536 trie entries, indexed by the upper half of an IPv4 address.
     pub const V4_ROOT: u32 = 8;
-    /// Buckets of single IPv4 hosts; 0 when there are none.
-    pub const V4_HOSTS: u32 = 9;
-    /// Number of IPv4 host buckets, any number.
-    pub const V4_HOSTS_BUCKETS: u32 = 10;
     /// A trie entry: where IPv6 look-ups start.
-    pub const V6_ROOT: u32 = 11;
-    /// Buckets of single IPv6 hosts; 0 when there are none.
-    pub const V6_HOSTS: u32 = 12;
-    /// Number of IPv6 host buckets.
-    pub const V6_HOSTS_BUCKETS: u32 = 13;
-    /// Low half of the hash seed of every bucketed table.
-    pub const SEED_LO: u32 = 14;
+    pub const V6_ROOT: u32 = 9;
+    /// Low half of the seed of every hash table.
+    pub const SEED_LO: u32 = 10;
     /// High half of the hash seed.
-    pub const SEED_HI: u32 = 15;
+    pub const SEED_HI: u32 = 11;
     /// [`super::PROTOCOLS`] service trie entries, indexed by protocol.
-    pub const SERVICES: u32 = 16;
+    pub const SERVICES: u32 = 12;
     /// `CLASSES` × `CLASSES` row numbers, source class major.
-    pub const PAIRS: u32 = 17;
+    pub const PAIRS: u32 = 13;
     /// Number of address classes.
-    pub const CLASSES: u32 = 18;
+    pub const CLASSES: u32 = 14;
     /// Rows of [`super::ROW_WORDS`] words.
-    pub const ROWS: u32 = 19;
-    /// Buckets of exceptions; 0 when there are none.
-    pub const EXCEPTIONS: u32 = 20;
-    /// Number of exception buckets.
-    pub const EXCEPTIONS_BUCKETS: u32 = 21;
-    /// This host's IPv4 addresses, one word each.
-    pub const LOCAL4: u32 = 22;
-    /// How many (at most [`super::MAX_LOCAL`]; [`super::LOCAL_UNKNOWN`] when there are more).
-    pub const LOCAL4_COUNT: u32 = 23;
-    /// This host's IPv6 addresses, four words each.
-    pub const LOCAL6: u32 = 24;
-    /// How many, as for IPv4.
-    pub const LOCAL6_COUNT: u32 = 25;
-    /// Number of rules, for the reader's information.
-    pub const RULES: u32 = 26;
+    pub const ROWS: u32 = 15;
+    /// Hash table of single IPv4 hosts, [`super::TABLE_WORDS`] words; see [`super::slot_of`].
+    pub const V4_HOSTS: u32 = 16;
+    /// Hash table of single IPv6 hosts.
+    pub const V6_HOSTS: u32 = 20;
+    /// Hash table of IPv6 prefixes of 64 bits.
+    pub const V6_NETS: u32 = 24;
+    /// Hash table of exceptions.
+    pub const EXCEPTIONS: u32 = 28;
+    /// Number of single IPv6 prefixes of 64 bits, for the reader's information.
+    pub const V6_NET_COUNT: u32 = 43;
     /// Number of segments, for the reader's information.
-    pub const SEGMENTS: u32 = 27;
+    pub const SEGMENTS: u32 = 44;
     /// Distinct address classes of this host's IPv4 addresses (loopback left out), one word each.
-    pub const LOCAL4_CLASSES: u32 = 28;
+    pub const LOCAL4_CLASSES: u32 = 45;
     /// How many (at most [`super::MAX_LOCAL_CLASSES`], else [`super::LOCAL_UNKNOWN`]).
-    pub const LOCAL4_CLASSES_COUNT: u32 = 29;
+    pub const LOCAL4_CLASSES_COUNT: u32 = 46;
     /// The same for IPv6.
-    pub const LOCAL6_CLASSES: u32 = 30;
+    pub const LOCAL6_CLASSES: u32 = 47;
     /// How many, as for IPv4.
-    pub const LOCAL6_CLASSES_COUNT: u32 = 31;
+    pub const LOCAL6_CLASSES_COUNT: u32 = 48;
+    /// This host's IPv4 addresses, one word each.
+    pub const LOCAL4: u32 = 49;
+    /// How many (at most [`super::MAX_LOCAL`]; [`super::LOCAL_UNKNOWN`] when there are more).
+    pub const LOCAL4_COUNT: u32 = 50;
+    /// This host's IPv6 addresses, four words each.
+    pub const LOCAL6: u32 = 51;
+    /// How many, as for IPv4.
+    pub const LOCAL6_COUNT: u32 = 52;
+    /// Number of rules, for the reader's information.
+    pub const RULES: u32 = 53;
     /// Number of service classes, for the reader's information.
     pub const SERVICE_CLASSES: u32 = 32;
     /// Number of distinct rows, for the reader's information.
@@ -135,27 +133,33 @@ pub mod essential {
 pub const LEAF: u32 = 1 << 31;
 /// Entries of the IPv4 root.
 pub const V4_ROOT_WORDS: u32 = 1 << 16;
-/// Children of an IPv4 node, indexed by one address byte; also of a service node.
+/// Children of a service node, or of a wide IPv4 node, indexed by one byte.
 pub const BYTE_NODE_WORDS: u32 = 256;
+/// Children of a narrow IPv4 node, indexed by half a byte: one cache line.
+pub const NIBBLE_NODE_WORDS: u32 = 16;
+/// In an entry of the IPv4 trie that is a node: its offset.
+pub const V4_NODE_OFFSET: u32 = (1 << V4_NODE_BITS) - 1;
+/// Above the offset: how many bits of the address index the node, 4 or 8.
+pub const V4_NODE_BITS: u32 = 24;
 /// An IPv6 node: depth in nibbles, background class, 4 words of path (big end first), 16 children.
 pub const V6_NODE_WORDS: u32 = 22;
 /// Offset of the path in an IPv6 node.
 pub const V6_NODE_PATH: u32 = 2;
 /// Offset of the children in an IPv6 node.
 pub const V6_NODE_CHILDREN: u32 = 6;
-/// An IPv4 host bucket: 4 × (address, class), 32 bytes.
-pub const V4_BUCKET_WORDS: u32 = 8;
-/// Slots of an IPv4 host bucket.
-pub const V4_BUCKET_SLOTS: u32 = 4;
-/// An IPv6 host bucket: 3 × (4 words of address, class) and one unused word, 64 bytes.
-pub const V6_BUCKET_WORDS: u32 = 16;
-/// Slots of an IPv6 host bucket.
-pub const V6_BUCKET_SLOTS: u32 = 3;
-/// An exception bucket: 4 × (row, service class, 2 verdict words), 64 bytes.
-pub const EXCEPTION_BUCKET_WORDS: u32 = 16;
-/// Slots of an exception bucket.
-pub const EXCEPTION_BUCKET_SLOTS: u32 = 4;
-/// Class (hosts) or row (exceptions) of an empty slot.
+/// Words of a hash table in the header: offset and number of its pilots, offset and number of its
+/// slots. All zeros when it is empty.
+pub const TABLE_WORDS: u32 = 4;
+/// A slot of IPv4 hosts: address, class.
+pub const V4_HOST_WORDS: u32 = 2;
+/// A slot of IPv6 hosts: 4 words of address, class.
+pub const V6_HOST_WORDS: u32 = 5;
+/// A slot of IPv6 prefixes: 2 words of address, class and one unused word.
+pub const V6_NET_WORDS: u32 = 4;
+/// A slot of exceptions: row, service class, 2 verdict words.
+pub const EXCEPTION_WORDS: u32 = 4;
+/// Row of an empty slot of exceptions; no rule or segment. An empty slot of another table holds a
+/// copy of a key that is elsewhere, which is no lie.
 pub const EMPTY: u32 = u32::MAX;
 /// A row: default verdict (2 words), verdict of denials of form (2 words).
 pub const ROW_WORDS: u32 = 4;
@@ -312,15 +316,39 @@ pub const fn mix(key: u64, seed: u64) -> u64 {
     b ^ (b >> 32)
 }
 
-/// The two buckets of a key, of `count`: a 32-bit hash times the count, upper half. So a table is
-/// as long as its keys need, not the next power of two.
+/// A 32-bit hash as a number below `count`, whatever that is: so a table is as long as its keys
+/// need, not the next power of two.
 #[inline(always)]
-pub const fn buckets(hash: u64, count: u32) -> (u32, u32) {
-    let (low, high, count) = (hash & 0xffff_ffff, hash >> 32, count as u64);
-    (
-        (low.wrapping_mul(count) >> 32) as u32,
-        (high.wrapping_mul(count) >> 32) as u32,
-    )
+pub const fn scaled(hash: u32, count: u32) -> u32 {
+    ((hash as u64).wrapping_mul(count as u64) >> 32) as u32
+}
+
+/// The pilot that speaks for a key, of `count`.
+#[inline(always)]
+pub const fn pilot_of(hash: u64, count: u32) -> u32 {
+    scaled(hash as u32, count)
+}
+
+/// The slot of a key under its pilot, of `count`. The pilot multiplies: with an exclusive or, keys
+/// whose hashes begin alike would meet under every pilot.
+#[inline(always)]
+pub const fn piloted(hash: u64, pilot: u32, count: u32) -> u32 {
+    scaled(((hash >> 32) as u32).wrapping_mul(pilot), count)
+}
+
+/// Offset of the only slot where a key may be, in the table whose description is at `table` in the
+/// header. Perfect hashing: some four keys share a pilot, a word that the compiler has chosen so
+/// that none of them meets another key. Two loads that depend on each other, and no search. (Two
+/// buckets of four slots took up to 16 loads; the verifier went through all of them.)
+#[inline(always)]
+pub fn slot_of<W: Words + ?Sized>(image: &W, table: u32, words: u32, hash: u64) -> u32 {
+    let pilots = image.word(table);
+    let at = pilot_of(hash, image.word(table.wrapping_add(1)));
+    let pilot = image.word(pilots.wrapping_add(at));
+    let slot = piloted(hash, pilot, image.word(table.wrapping_add(3)));
+    image
+        .word(table.wrapping_add(2))
+        .wrapping_add(slot.wrapping_mul(words))
 }
 
 /// Hash of an IPv4 host.
@@ -333,6 +361,12 @@ pub const fn hash_v4(address: u32, seed: u64) -> u64 {
 #[inline(always)]
 pub const fn hash_v6(hi: u64, lo: u64, seed: u64) -> u64 {
     mix(lo, mix(hi, seed))
+}
+
+/// Hash of an IPv6 prefix of 64 bits.
+#[inline(always)]
+pub const fn hash_net(hi: u64, seed: u64) -> u64 {
+    mix(hi, seed)
 }
 
 /// Hash of an exception.
@@ -359,58 +393,55 @@ pub fn address_class<W: Words + ?Sized>(image: &W, address: &Address) -> u32 {
 
 #[inline(always)]
 fn class_v4<W: Words + ?Sized>(image: &W, address: u32) -> u32 {
-    let hosts = image.word(header::V4_HOSTS);
-    if hosts != 0 {
+    if image.word(header::V4_HOSTS) != 0 {
         let hash = hash_v4(address, seed(image));
-        let (first, second) = buckets(hash, image.word(header::V4_HOSTS_BUCKETS));
-        let mut probe = 0;
-        while probe < 2 {
-            let bucket = if probe == 0 { first } else { second };
-            let base = hosts.wrapping_add(bucket.wrapping_mul(V4_BUCKET_WORDS));
-            let mut slot = 0;
-            while slot < V4_BUCKET_SLOTS {
-                let at = base.wrapping_add(slot * 2);
-                let class = image.word(at.wrapping_add(1));
-                if image.word(at) == address && class != EMPTY {
-                    return class;
-                }
-                slot += 1;
-            }
-            probe += 1;
+        let at = slot_of(image, header::V4_HOSTS, V4_HOST_WORDS, hash);
+        if image.word(at) == address {
+            return image.word(at.wrapping_add(1));
         }
     }
     let root = image.word(header::V4_ROOT);
     let mut entry = image.word(root.wrapping_add(address >> 16));
+    let mut rest = address << 16;
+    // Two wide nodes or up to four narrow ones. Written out: Linux 6.1 takes few forms of loop.
     if entry & LEAF == 0 {
-        entry = image.word(entry.wrapping_add((address >> 8) & 0xff));
+        (entry, rest) = below(image, entry, rest);
         if entry & LEAF == 0 {
-            entry = image.word(entry.wrapping_add(address & 0xff));
+            (entry, rest) = below(image, entry, rest);
+            if entry & LEAF == 0 {
+                (entry, rest) = below(image, entry, rest);
+                if entry & LEAF == 0 {
+                    (entry, _) = below(image, entry, rest);
+                }
+            }
         }
     }
     entry & !LEAF
 }
 
+/// The child of a node of the IPv4 trie for the upper bits of `rest`, and the bits below.
+#[inline(always)]
+fn below<W: Words + ?Sized>(image: &W, node: u32, rest: u32) -> (u32, u32) {
+    let bits = node >> V4_NODE_BITS & 15;
+    let index = rest.wrapping_shr(32u32.wrapping_sub(bits));
+    let child = image.word((node & V4_NODE_OFFSET).wrapping_add(index));
+    (child, rest << bits)
+}
+
 #[inline(always)]
 fn class_v6<W: Words + ?Sized>(image: &W, hi: u64, lo: u64) -> u32 {
-    let hosts = image.word(header::V6_HOSTS);
-    if hosts != 0 {
+    if image.word(header::V6_HOSTS) != 0 {
         let hash = hash_v6(hi, lo, seed(image));
-        let (first, second) = buckets(hash, image.word(header::V6_HOSTS_BUCKETS));
-        let mut probe = 0;
-        while probe < 2 {
-            let bucket = if probe == 0 { first } else { second };
-            let base = hosts.wrapping_add(bucket.wrapping_mul(V6_BUCKET_WORDS));
-            let mut slot = 0;
-            while slot < V6_BUCKET_SLOTS {
-                let at = base.wrapping_add(slot * 5);
-                let class = image.word(at.wrapping_add(4));
-                if class != EMPTY && pair(image, at) == hi && pair(image, at.wrapping_add(2)) == lo
-                {
-                    return class;
-                }
-                slot += 1;
-            }
-            probe += 1;
+        let at = slot_of(image, header::V6_HOSTS, V6_HOST_WORDS, hash);
+        if pair(image, at) == hi && pair(image, at.wrapping_add(2)) == lo {
+            return image.word(at.wrapping_add(4));
+        }
+    }
+    if image.word(header::V6_NETS) != 0 {
+        let hash = hash_net(hi, seed(image));
+        let at = slot_of(image, header::V6_NETS, V6_NET_WORDS, hash);
+        if pair(image, at) == hi {
+            return image.word(at.wrapping_add(2));
         }
     }
     let mut entry = image.word(header::V6_ROOT);
@@ -493,25 +524,13 @@ pub fn verdict_of<W: Words + ?Sized>(image: &W, row: u32, offset: u32, service: 
     if default.0 & ROW_HAS_EXCEPTIONS == 0 {
         return default;
     }
-    let table = image.word(header::EXCEPTIONS);
     let hash = hash_exception(row, service, seed(image));
-    let (first, second) = buckets(hash, image.word(header::EXCEPTIONS_BUCKETS));
-    let mut probe = 0;
-    while probe < 2 {
-        let bucket = if probe == 0 { first } else { second };
-        let base = table.wrapping_add(bucket.wrapping_mul(EXCEPTION_BUCKET_WORDS));
-        let mut slot = 0;
-        while slot < EXCEPTION_BUCKET_SLOTS {
-            let at = base.wrapping_add(slot * 4);
-            if image.word(at) == row && image.word(at.wrapping_add(1)) == service {
-                return (
-                    image.word(at.wrapping_add(2)),
-                    image.word(at.wrapping_add(3)),
-                );
-            }
-            slot += 1;
-        }
-        probe += 1;
+    let at = slot_of(image, header::EXCEPTIONS, EXCEPTION_WORDS, hash);
+    if image.word(at) == row && image.word(at.wrapping_add(1)) == service {
+        return (
+            image.word(at.wrapping_add(2)),
+            image.word(at.wrapping_add(3)),
+        );
     }
     default
 }

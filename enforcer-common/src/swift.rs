@@ -102,15 +102,28 @@ pub struct Moment {
 /// Reads a packet, if it is plain.
 #[inline(always)]
 pub fn read<W: Window + ?Sized>(window: &W) -> Option<Plain> {
-    // The shortest: IPv4 and UDP.
-    if !window.holds(ETHERNET + 28) {
+    match read4(window) {
+        None => read6(window),
+        packet => packet,
+    }
+}
+
+/// Reads a packet, if it is plain and IPv4.
+#[inline(always)]
+pub fn read4<W: Window + ?Sized>(window: &W) -> Option<Plain> {
+    if !window.holds(ETHERNET + 28) || window.half(12) != 0x0800 {
         return None;
     }
-    match window.half(12) {
-        0x0800 => ipv4(window),
-        0x86dd => ipv6(window),
-        _ => None,
+    ipv4(window)
+}
+
+/// Reads a packet, if it is plain and IPv6.
+#[inline(always)]
+pub fn read6<W: Window + ?Sized>(window: &W) -> Option<Plain> {
+    if !window.holds(ETHERNET + 48) || window.half(12) != 0x86dd {
+        return None;
     }
+    ipv6(window)
 }
 
 /// Looks a plain packet's flow up, and brings its entry up to date if it is established.
@@ -230,7 +243,7 @@ fn ipv4<W: Window + ?Sized>(window: &W) -> Option<Plain> {
 fn ipv6<W: Window + ?Sized>(window: &W) -> Option<Plain> {
     const IP: u32 = ETHERNET;
     const AT: u32 = IP + 40;
-    if !window.holds(AT + 8) || window.byte(IP) >> 4 != 6 {
+    if window.byte(IP) >> 4 != 6 {
         return None;
     }
     let protocol = window.byte(IP + 6);

@@ -168,7 +168,7 @@ pub fn worth(age: u32, state: u32, rest: u32, hz: u32) -> u32 {
     let scaled = (age >> 2).min(CLASS - 1);
     let seconds = bound(rest as u8, state);
     if state & SESSION == 0 && u64::from(age) > seconds * u64::from(hz) {
-        return 2 * CLASS | scaled;
+        return (2 * CLASS) | scaled;
     }
     if state & PROTECTED == 0 {
         return CLASS | scaled;
@@ -315,27 +315,37 @@ fn find_in<B: Bucket, F: Family>(bucket: B, key: &F, found: &mut Found, torn: &m
 
 /// `torn` is odd afterwards if a slot was being written.
 #[inline(always)]
-fn find_key<M: Memory, F: Family>(memory: &M, key: &F, found: &mut Found, torn: &mut u32) -> bool {
+fn find_key<M: Memory, F: Family>(
+    memory: &M,
+    key: &F,
+    found: &mut Found,
+    torn: &mut u32,
+) -> Option<M::Bucket> {
     let place = place(hash(memory, key), memory.mask(F::V6));
     found.v6 = F::V6 as u32;
     found.bucket = place.home;
     if let Some(bucket) = memory.bucket(F::V6, place.home)
         && find_in(bucket, key, found, torn)
     {
-        return true;
+        return Some(bucket);
     }
     found.bucket = place.second;
     if let Some(bucket) = memory.bucket(F::V6, place.second)
         && find_in(bucket, key, found, torn)
     {
-        return true;
+        return Some(bucket);
     }
-    false
+    None
 }
 
 /// Looks once; what is being written meanwhile is missed.
 #[inline(always)]
-fn glance<M: Memory>(memory: &M, key: &FlowKey, found: &mut Found, torn: &mut u32) -> bool {
+fn glance<M: Memory>(
+    memory: &M,
+    key: &FlowKey,
+    found: &mut Found,
+    torn: &mut u32,
+) -> Option<M::Bucket> {
     if key.is_v6() {
         find_key(memory, &Key6(key), found, torn)
     } else {
@@ -348,7 +358,7 @@ fn glance<M: Memory>(memory: &M, key: &FlowKey, found: &mut Found, torn: &mut u3
 #[inline(always)]
 pub fn find<M: Memory>(memory: &M, key: &FlowKey, found: &mut Found) -> bool {
     let mut torn = 0;
-    if glance(memory, key, found, &mut torn) {
+    if glance(memory, key, found, &mut torn).is_some() {
         return true;
     }
     if torn & 1 == 0 {
@@ -356,7 +366,7 @@ pub fn find<M: Memory>(memory: &M, key: &FlowKey, found: &mut Found) -> bool {
     }
     let (v6, stripe) = (key.is_v6(), found.bucket & (STRIPES - 1));
     let locked = memory.lock(v6, stripe);
-    let there = glance(memory, key, found, &mut torn);
+    let there = glance(memory, key, found, &mut torn).is_some();
     if locked {
         memory.unlock(v6, stripe);
     }
@@ -404,19 +414,19 @@ fn known_key<M: Memory, F: Family>(memory: &M, key: &F) -> bool {
 /// one lives a little longer.
 #[inline(always)]
 pub fn renew<M: Memory>(memory: &M, found: &Found, now: u64, bytes: u32) {
+    let Some(bucket) = memory.bucket(found.v6 != 0, found.bucket) else {
+        return;
+    };
     if found.v6 != 0 {
-        renew_in::<M, Key6<'_>>(memory, found, now, bytes);
+        renew_in::<_, Key6<'_>>(bucket, found, now, bytes);
     } else {
-        renew_in::<M, Key4<'_>>(memory, found, now, bytes);
+        renew_in::<_, Key4<'_>>(bucket, found, now, bytes);
     }
 }
 
 #[inline(always)]
-fn renew_in<M: Memory, F: Family>(memory: &M, found: &Found, now: u64, bytes: u32) {
-    let Some(bucket) = memory.bucket(F::V6, found.bucket) else {
-        return;
-    };
-    let base = found.base & (SLOTS - 1) * F::WORDS;
+fn renew_in<B: Bucket, F: Family>(bucket: B, found: &Found, now: u64, bytes: u32) {
+    let base = found.base & ((SLOTS - 1) * F::WORDS);
     // Only what changes: a store would take the line from other CPUs.
     if found.entry.last_seen as u32 != now as u32 {
         bucket.set(base + word::SEEN, now as u32);
@@ -453,7 +463,7 @@ fn change_in<M: Memory, F: Family>(memory: &M, found: &Found, change: &Change) {
     if !memory.lock(F::V6, stripe) {
         return;
     }
-    let base = found.base & (SLOTS - 1) * F::WORDS;
+    let base = found.base & ((SLOTS - 1) * F::WORDS);
     let version = bucket.get(base + word::VERSION);
     if version == found.version {
         let at = base + F::BEHIND;
@@ -766,8 +776,9 @@ pub struct Flows<M>(pub M);
 
 /// An entry of a table in some memory.
 #[derive(Clone, Copy, Debug)]
-pub struct Held<M> {
+pub struct Held<M: Memory> {
     memory: M,
+    bucket: M::Bucket,
     found: Found,
 }
 
@@ -777,8 +788,10 @@ impl<M: Memory + Clone> Flows<M> {
     #[inline(always)]
     pub fn find(&self, key: &FlowKey) -> Option<Held<M>> {
         let mut found = Found::EMPTY;
-        glance(&self.0, key, &mut found, &mut 0).then(|| Held {
+        let bucket = glance(&self.0, key, &mut found, &mut 0)?;
+        Some(Held {
             memory: self.0.clone(),
+            bucket,
             found,
         })
     }
@@ -792,7 +805,11 @@ impl<M: Memory> FlowSlot for Held<M> {
 
     #[inline(always)]
     fn touch(&self, now: u64, bytes: u32) {
-        renew(&self.memory, &self.found, now, bytes);
+        if self.found.v6 != 0 {
+            renew_in::<_, Key6<'_>>(self.bucket, &self.found, now, bytes);
+        } else {
+            renew_in::<_, Key4<'_>>(self.bucket, &self.found, now, bytes);
+        }
     }
 
     #[inline(always)]

@@ -257,7 +257,7 @@ fn verdict_words() {
     assert_eq!(Decision::unpack(0).outcome, Outcome::Denied);
     assert_eq!(
         (header::WORDS, header::ESSENTIALS, header::ROWS),
-        (64, 6, 19)
+        (64, 6, 15)
     );
     assert_eq!(essential::ALL, 0x1ff);
 }

@@ -4,7 +4,7 @@
 //! mapped into memory, so these can. Sizes, secrets and the share of an opener are constants that
 //! the daemon fills in before it loads the programs.
 
-use core::arch::asm;
+use core::{arch::asm, mem::MaybeUninit};
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_MMAPABLE},
@@ -17,7 +17,7 @@ use enforcer_common::{
     wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
 
-use crate::maps::FRAGMENTS;
+use crate::maps::{self, FRAGMENTS};
 
 /// Buckets of each family, unless the daemon chooses another number.
 const BUCKETS: usize = 1 << 15;
@@ -298,8 +298,13 @@ impl FlowTable for Flows {
 
     #[inline(always)]
     fn find(&self, key: &FlowKey) -> Option<Entry> {
-        let mut found = Found::EMPTY;
-        (flow_find(key, &raw mut found) != 0).then(|| Entry(found))
+        let mut found = MaybeUninit::<Found>::uninit();
+        // SAFETY: `clear` writes all of it and reads nothing. The verifier wants the memory that a
+        // global function is given to be written.
+        maps::clear(unsafe { &mut *found.as_mut_ptr() });
+        let there = flow_find(key, found.as_mut_ptr()) != 0;
+        // SAFETY: written above.
+        there.then(|| Entry(unsafe { found.assume_init() }))
     }
 
     #[inline(always)]

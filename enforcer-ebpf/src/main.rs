@@ -107,7 +107,7 @@ fn now() -> u64 {
 
 #[inline(always)]
 fn run(ctx: &TcContext, hook: Hook) -> i32 {
-    let known = short(ctx.skb.skb, hook as u32);
+    let known = short(ctx.skb.skb, hook);
     if known != LONG {
         return known.cast_signed();
     }
@@ -142,36 +142,76 @@ fn run(ctx: &TcContext, hook: Hook) -> i32 {
 const LONG: u32 = 0xffff;
 
 /// The short way, see `enforcer_common::swift`: the action for a packet of an established flow or
-/// one that was denied a moment ago. A function of its own for its stack.
+/// one that was denied a moment ago.
+#[inline(always)]
+fn short(skb: *mut __sk_buff, hook: Hook) -> u32 {
+    // SAFETY: a load from the context.
+    match u16::from_be(unsafe { (*skb).protocol } as u16) {
+        0x0800 => short4(skb, hook as u32),
+        0x86dd => short6(skb, hook as u32),
+        _ => LONG,
+    }
+}
+
+/// The short way of IPv4. A function of its own for its stack, and one for each family: in one, the
+/// compiler keeps the words of both in memory.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn short(skb: *mut __sk_buff, hook: u32) -> u32 {
-    let ctx = TcContext::new(skb);
-    let ingress = hook == Hook::TcIngress as u32;
-    let hook = if ingress {
+pub extern "C" fn short4(skb: *mut __sk_buff, hook: u32) -> u32 {
+    established(skb, hook, swift::read4)
+}
+
+/// The short way of IPv6.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn short6(skb: *mut __sk_buff, hook: u32) -> u32 {
+    established(skb, hook, swift::read6)
+}
+
+/// Which of the two TC hooks.
+#[inline(always)]
+fn tc_hook(hook: u32) -> Hook {
+    if hook == Hook::TcIngress as u32 {
         Hook::TcIngress
     } else {
         Hook::TcEgress
-    };
+    }
+}
+
+/// The front of a frame and the moment it is judged at, if it may go the short way.
+#[inline(always)]
+fn front(skb: *mut __sk_buff, hook: Hook) -> Option<(ctx::Front, Moment)> {
+    let ingress = matches!(hook, Hook::TcIngress);
     // SAFETY: a load from the context.
     let ifindex = unsafe { (*skb).ifindex };
     if !maps::is_ethernet(ifindex) {
-        return LONG;
+        return None;
     }
-    let (Some(front), Some(image)) = (ctx::Front::of(&ctx, ingress), maps::live()) else {
-        return LONG;
-    };
-    let Some(packet) = swift::read(&front) else {
-        return LONG;
-    };
+    let front = ctx::Front::of(&TcContext::new(skb), ingress)?;
     let moment = Moment {
         ingress,
         ifindex,
-        generation: generation(&image),
+        generation: maps::live_generation(),
         clock: Clock {
             now: now(),
             hz: maps::hz(),
         },
+    };
+    Some((front, moment))
+}
+
+#[inline(always)]
+fn established(
+    skb: *mut __sk_buff,
+    hook: u32,
+    read: impl FnOnce(&ctx::Front) -> Option<swift::Plain>,
+) -> u32 {
+    let hook = tc_hook(hook);
+    let Some((front, moment)) = front(skb, hook) else {
+        return LONG;
+    };
+    let Some(packet) = read(&front) else {
+        return LONG;
     };
     match swift::look(&Swift, &packet, &moment, front.length()) {
         Known::Established => {
@@ -181,8 +221,23 @@ pub extern "C" fn short(skb: *mut __sk_buff, hook: u32) -> u32 {
             );
             TC_ACT_UNSPEC as u32
         }
-        Known::Nothing if events::denied_again(&packet.tuple, hook, &moment) => TC_ACT_SHOT as u32,
-        Known::Nothing | Known::Entry => LONG,
+        Known::Nothing => denied_again(skb, hook as u32),
+        Known::Entry => LONG,
+    }
+}
+
+/// The short way of a packet without a flow. It reads the packet anew: what established flows need
+/// stays in registers that way.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn denied_again(skb: *mut __sk_buff, hook: u32) -> u32 {
+    let hook = tc_hook(hook);
+    let Some((front, moment)) = front(skb, hook) else {
+        return LONG;
+    };
+    match swift::read(&front) {
+        Some(packet) if events::denied_again(&packet.tuple, hook, &moment) => TC_ACT_SHOT as u32,
+        _ => LONG,
     }
 }
 

@@ -6,7 +6,6 @@ use enforcer::{
     cli,
     dataplane::{
         Dataplane, DataplaneError,
-        flows::DEFAULT_FLOWS,
         kernel::{KernelDataplane, LoadOptions},
     },
 };
@@ -15,12 +14,12 @@ fn main() -> ExitCode {
     cli::main(open)
 }
 
-/// Loads the kernel programs for images of `image_words` words.
-fn open(image_words: u32, debug: bool) -> Result<Box<dyn Dataplane>, DataplaneError> {
+/// Loads the kernel programs for images of `image_words` words and a table of `flows`.
+fn open(image_words: u32, flows: u32, debug: bool) -> Result<Box<dyn Dataplane>, DataplaneError> {
     let options = LoadOptions {
         image_words: image_words as usize,
         debug,
-        flows: DEFAULT_FLOWS,
+        flows,
     };
     Ok(Box::new(KernelDataplane::load(&options)?))
 }

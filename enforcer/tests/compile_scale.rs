@@ -76,7 +76,7 @@ fn segment(number: usize, members: Vec<Member>, noise: &mut Noise) -> Segment {
     Segment {
         name: format!("s{number}"),
         description: String::new(),
-        members,
+        members: members.into(),
         mode: [Mode::Enforce, Mode::Enforce, Mode::Observe][noise.below(3) as usize],
         protect: Protect::Both,
         interfaces: vec![],

@@ -319,7 +319,7 @@ proptest! {
 fn representatives(policy: &Policy, env: &Environment, image: &Image) -> Vec<Vec<IpAddr>> {
     let mut v4: BTreeSet<u32> = BTreeSet::from([0, 0xe000_0000, 0xefff_ffff, u32::MAX]);
     let mut v6: BTreeSet<u128> = BTreeSet::from([0, 0xff << 120, u128::MAX]);
-    let members = policy.segments.iter().flat_map(|s| &s.members);
+    let members = policy.segments.iter().flat_map(|s| s.members.iter());
     for range in members.flat_map(|m| m.except.iter().chain([&m.range])) {
         match range {
             AddrRange::V4 { first, last } => v4.extend([first.to_bits(), last.to_bits()]),
@@ -415,15 +415,17 @@ proptest! {
         for segment in &mut other.segments {
             segment.interfaces.reverse();
             segment.interfaces.extend(segment.interfaces.first().cloned());
-            segment.members.reverse();
-            let length = segment.members.len();
-            segment.members.rotate_left(turn % length);
-            let again = segment.members[turn % length].clone();
-            segment.members.push(again);
-            for member in &mut segment.members {
+            let mut members = segment.members.to_vec();
+            members.reverse();
+            let length = members.len();
+            members.rotate_left(turn % length);
+            let again = members[turn % length].clone();
+            members.push(again);
+            for member in &mut members {
                 member.except.reverse();
                 member.except.extend(member.except.first().copied());
             }
+            segment.members = members.into();
         }
         for rule in &mut other.rules {
             rule.services.reverse();

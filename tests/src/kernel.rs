@@ -83,12 +83,12 @@ pub struct Verdict {
 }
 
 impl Programs {
-    /// Loads the programs of the size class for `words` words.
+    /// Loads the programs of the size class for `words` words, with a table of [`FLOWS`].
     pub fn load(words: usize) -> Self {
         Self::load_for(words, FLOWS)
     }
 
-    /// The same with a table of this many flows of each family.
+    /// Loads the programs with a table of `flows` of each family.
     pub fn load_for(words: usize, flows: u32) -> Self {
         assert!(
             nix::unistd::geteuid().is_root(),
@@ -266,11 +266,11 @@ impl Programs {
             .insert(ifindex, Interface { flags, slot }, 0)
             .unwrap();
         let map = self.dataplane.ebpf_mut().map_mut("ETHERNET").unwrap();
-        let mut ethernet: Array<_, u32> = map.try_into().unwrap();
+        let mut ethernet: Array<_, [u32; 2]> = map.try_into().unwrap();
         let known = if flags & INTERFACE_L3 == 0 {
-            ifindex
+            [ifindex, slot]
         } else {
-            0
+            [0, 0]
         };
         ethernet
             .set(ifindex & (ETHERNET_LINKS - 1), known, 0)

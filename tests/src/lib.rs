@@ -8,6 +8,7 @@
     reason = "a test helper that fails is a failed test"
 )]
 
+pub mod big;
 pub mod calls;
 pub mod child;
 pub mod daemon;
@@ -15,7 +16,9 @@ pub mod frame;
 pub mod fuzz;
 pub mod host;
 pub mod kernel;
+pub mod line_rate;
 pub mod link;
+pub mod load;
 pub mod memory;
 pub mod netns;
 pub mod nft;

@@ -3,7 +3,7 @@
 
 use std::{
     net::IpAddr,
-    os::fd::{AsRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
 };
 
 use nix::sys::socket::{
@@ -153,6 +153,11 @@ impl Packets {
             }
             Self(socket)
         })
+    }
+
+    /// For system calls that send many at once.
+    pub fn fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.0.as_fd()
     }
 
     /// What the system call says: a drop on the way out is an error to some senders.

@@ -5,6 +5,7 @@
     reason = "a developer's tool: its output is what it prints"
 )]
 
+mod bench;
 mod build;
 mod demo;
 mod dist;
@@ -57,6 +58,8 @@ enum Verb {
         /// Only tests whose name contains this
         filter: Option<String>,
     },
+    /// Measure the enforcer beside what the kernel has, as root
+    Bench(bench::Options),
     /// Fuzz packets, policies and records on this machine
     Fuzz(fuzz::Options),
     /// From a bare machine to a running hospital: enforce, try, deny, revoke
@@ -74,6 +77,7 @@ fn main() -> ExitCode {
         Verb::Build { release, .. } => build::binary(release).map(drop),
         Verb::Lint => lint::run(),
         Verb::Test { quick, filter } => test::run(&test::Options { quick, filter }),
+        Verb::Bench(options) => bench::run(&options),
         Verb::Fuzz(options) => fuzz::run(&options),
         Verb::Demo(options) => demo::run(&options),
         Verb::Dist => dist::run(),

@@ -157,7 +157,7 @@ fn verdict(parts: &[(&str, bool)], totals: &Totals) -> Result<()> {
 }
 
 /// Mounts bpffs where it is missing: containers and small images have none.
-fn mount_bpffs() -> Result<()> {
+pub fn mount_bpffs() -> Result<()> {
     let mounts = std::fs::read_to_string("/proc/mounts").context("cannot read /proc/mounts")?;
     let mounted = mounts.lines().any(|line| {
         let mut fields = line.split(' ').skip(1);

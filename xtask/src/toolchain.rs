@@ -78,6 +78,7 @@ impl Rust {
         let flags = [
             format!("-Clinker={}", linker.display()),
             "-Clink-arg=--btf".into(),
+            "-Ctarget-cpu=v3".into(),
             "-Cdebuginfo=2".into(),
         ];
         cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));

@@ -1,6 +1,6 @@
 //! `enforcer check`
 
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
 
 use serde::Serialize;
 
@@ -16,7 +16,7 @@ use crate::{
 
 use super::{
     DEFAULT_SEGMENTS, Exit, Failure, Format,
-    out::{Hue, Out, count},
+    out::{Hue, Out, count, progress},
 };
 
 #[derive(Debug, clap::Args)]
@@ -119,7 +119,8 @@ fn check(args: &Args) -> Result<Checked, Rejected> {
         (Some(path), settings) => (path.clone(), settings),
     };
     let (segments, settings) = segments;
-    let loaded = load::load(&Sources { segments, settings }, &environment())?;
+    let loaded =
+        progress(|progress| load::load(&Sources { segments, settings }, &environment(), progress))?;
     Ok(Checked {
         policy: Some(Summary::of(&loaded)),
         settings: SettingsSummary::of(args.config.as_ref(), &loaded.settings),
@@ -130,7 +131,7 @@ fn check(args: &Args) -> Result<Checked, Rejected> {
 
 fn check_settings(path: &SettingsPath) -> Result<Checked, Rejected> {
     let texts = Texts {
-        policy: Vec::new(),
+        policy: Arc::default(),
         settings: files::load_settings(path).map_err(Rejected::Files)?,
     };
     let (settings, warnings) =

@@ -17,7 +17,7 @@ use crate::{
 use super::{
     Exit, Failure, Format, Globals, block_on,
     check::environment,
-    out::{Hue, Out, clean},
+    out::{Hue, Out, clean, progress},
 };
 
 #[derive(Debug, clap::Args)]
@@ -54,11 +54,12 @@ pub fn run(args: &Args, globals: &Globals, out: &mut Out) -> Result<Exit, Failur
                 segments: path.clone(),
                 settings: None,
             };
-            let loaded = load::load(&sources, &environment()).map_err(|rejected| {
-                let text = rejected.render(out.color);
-                let _ = std::io::stderr().write_all(text.as_bytes());
-                Failure::new(Exit::Policy, format!("{} was refused", path.display()))
-            })?;
+            let loaded = progress(|progress| load::load(&sources, &environment(), progress))
+                .map_err(|rejected| {
+                    let text = rejected.render(out.color);
+                    let _ = std::io::stderr().write_all(text.as_bytes());
+                    Failure::new(Exit::Policy, format!("{} was refused", path.display()))
+                })?;
             let answer = explain(&loaded.policy, &loaded.image, &request, now());
             let mut explanation = answer.map_err(|e| Failure::new(Exit::Usage, e))?;
             explanation.policy = path.display().to_string();

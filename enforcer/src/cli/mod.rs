@@ -24,8 +24,8 @@ const DEFAULT_SEGMENTS: &str = "/etc/enforcer/segments";
 /// Where the daemon's settings are unless told otherwise.
 const DEFAULT_SETTINGS: &str = "/etc/enforcer/enforcer.yaml";
 
-/// Loads the kernel programs: words of an image, debug messages.
-pub type Open = fn(u32, bool) -> Result<Box<dyn Dataplane>, DataplaneError>;
+/// Loads the kernel programs: words of an image, flows of the table, debug messages.
+pub type Open = fn(u32, u32, bool) -> Result<Box<dyn Dataplane>, DataplaneError>;
 
 const EXIT_CODES: &str = "Exit codes: 0 fine, 1 the policy is no good, 3 the machine lacks \
 something, 4 degraded, 5 not enforcing, 64 usage.";

@@ -1,10 +1,14 @@
 //! Data for stdout.
 
-use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
+use std::{
+    io::{self, BufWriter, IsTerminal, StdoutLock, Write},
+    time::{Duration, Instant},
+};
 
 use serde::Serialize;
 
 use super::Color;
+use crate::daemon::progress::{Progress, QUIET, Stage, watched};
 
 /// Colours, by what they are for.
 #[derive(Clone, Copy, Debug)]
@@ -95,6 +99,24 @@ impl Out {
     pub fn flush(&mut self) -> io::Result<()> {
         self.writer.flush()
     }
+}
+
+/// Does what may take long; says so on stderr, if somebody looks at it.
+pub fn progress<T>(work: impl FnOnce(&Progress) -> T) -> T {
+    let stderr = io::stderr();
+    if !stderr.is_terminal() {
+        return work(&Progress::default());
+    }
+    let tell = |stage: Stage, elapsed: Duration| {
+        // One line that is written over.
+        let _ = write!(io::stderr(), "\r\x1b[K{stage} ({} s)", elapsed.as_secs());
+    };
+    let start = Instant::now();
+    let result = watched(tell, work);
+    if start.elapsed() > QUIET {
+        let _ = write!(io::stderr(), "\r\x1b[K");
+    }
+    result
 }
 
 /// Whether to colour a stream.

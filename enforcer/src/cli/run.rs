@@ -14,7 +14,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     daemon::{self, Config, RunError, files::SettingsPath, netlink, preflight::preflight},
-    dataplane::SocketHooks,
+    dataplane::{SocketHooks, flows::DEFAULT_FLOWS},
     policy::pattern::Pattern,
 };
 
@@ -40,6 +40,11 @@ pub struct Args {
     /// What connect(2) and sendmsg(2) meet when no local source address would pass.
     #[arg(long, value_name = "MODE", default_value = "refuse")]
     socket_hooks: Hooks,
+    /// Flows that the kernel remembers, of IPv4 and of IPv6 each; rounded up to a power of two.
+    /// 64 bytes each for IPv4, 128 for IPv6.
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_FLOWS,
+        value_parser = clap::value_parser!(u32).range(1024..=1 << 24))]
+    flows: u32,
     /// Print the kernel programs' rare debug messages.
     #[arg(long)]
     kernel_debug: bool,
@@ -84,7 +89,7 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
         socket: globals.socket.clone(),
         socket_hooks,
     };
-    let debug = args.kernel_debug;
+    let (debug, flows) = (args.kernel_debug, args.flows);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -95,7 +100,7 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
             what: "cannot handle signals",
             source,
         })?;
-        daemon::run(config, move |words| open(words, debug), reload, stop).await
+        daemon::run(config, move |words| open(words, flows, debug), reload, stop).await
     });
     // Not `drop`, which would wait for a compiler at work.
     runtime.shutdown_background();

@@ -6,22 +6,22 @@ use enforcer_common::{
     verdict::{Outcome, Reason},
 };
 
-use crate::policy::model::{Mode, Rule};
+use crate::policy::model::{Action, Rule};
 
 use super::{
-    bits,
+    matches::Matches,
     rows::{Verdict, outcome},
     services::Services,
-    sides::{self, Guard, NO_MODE, Side},
+    sides::{self, Guard, NO_MODE},
     timelines::NEVER,
 };
 
 /// A rule in short.
 pub(super) struct Fact {
-    /// Its number among the deny rules.
-    denial: Option<u32>,
+    /// A deny rule.
+    pub(super) denies: bool,
     /// Of an allow rule.
-    kind: u32,
+    pub(super) kind: u32,
     /// First second at which it is not there any more.
     pub(super) until: u64,
     /// Flags of its verdict.
@@ -29,9 +29,9 @@ pub(super) struct Fact {
 }
 
 impl Fact {
-    pub(super) fn of(rule: &Rule, denial: Option<u32>) -> Self {
+    pub(super) fn of(rule: &Rule) -> Self {
         Self {
-            denial,
+            denies: rule.action == Action::Deny,
             kind: match (rule.expires, rule.session) {
                 (Some(_), _) => ALLOW_EXPIRES,
                 (None, Some(_)) => ALLOW_SESSION,
@@ -61,13 +61,13 @@ pub(super) struct Key {
 }
 
 /// Where a rule's kind stands, above its number.
-const KIND: u32 = 29;
+pub(super) const KIND: u32 = 29;
 /// An allow rule without limits.
 const ALLOW: u32 = 3;
 const ALLOW_SESSION: u32 = 4;
 const ALLOW_EXPIRES: u32 = 5;
 /// A rule's number.
-const RULE: u32 = (1 << KIND) - 1;
+pub(super) const RULE: u32 = (1 << KIND) - 1;
 
 impl Key {
     pub(super) fn new(services: &Services) -> Self {
@@ -82,31 +82,17 @@ impl Key {
     pub(super) fn fill(
         &mut self,
         guard: Option<Guard>,
-        source: &Side<'_>,
-        destination: &Side<'_>,
+        matches: &mut Matches<'_>,
+        destination: u32,
         facts: &[Fact],
         services: &Services,
-        weakest: Mode,
     ) {
         self.pair += 1;
         self.words.clear();
         self.words.extend(guard.map_or([NO_MODE, 0], |guard| {
             [sides::code(guard.mode), guard.segment]
         }));
-        bits::common(source.rules, destination.rules, |rule| {
-            let kind = match facts.get(rule) {
-                Some(Fact {
-                    denial: Some(denial),
-                    ..
-                }) => match source.strength(*denial).min(destination.strength(*denial)) {
-                    NO_MODE => sides::code(weakest),
-                    strength => strength,
-                },
-                Some(fact) => fact.kind,
-                None => return,
-            };
-            self.words.push(kind << KIND | super::word(rule));
-        });
+        matches.of(destination, &mut self.words);
         if let Some(rules) = self.words.get_mut(2..)
             && !rules.is_sorted()
         {

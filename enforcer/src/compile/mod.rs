@@ -19,6 +19,7 @@ mod intervals;
 mod key;
 mod local;
 mod marks;
+mod matches;
 mod rows;
 mod services;
 mod settings;
@@ -29,10 +30,14 @@ mod tests;
 mod timelines;
 mod v4;
 mod v6;
+mod validate;
 mod writer;
+
+use std::{net::IpAddr, thread};
 
 pub use image::{Image, ImageError, Stats};
 pub use settings::{Failsafe, Options};
+pub use validate::validate;
 
 use enforcer_common::{
     decide::verdict_word,
@@ -112,6 +117,21 @@ pub enum CompileError {
         /// Its slot.
         slot: u32,
     },
+    /// The image says of a flow what the policy does not.
+    #[error(
+        "the compiled policy does not say what was written of {from} -> {to}, protocol {protocol}, \
+         port or type {selector}: that is a fault of the enforcer or of this machine's memory"
+    )]
+    Disagrees {
+        /// Source.
+        from: IpAddr,
+        /// Destination.
+        to: IpAddr,
+        /// IP protocol number.
+        protocol: u8,
+        /// Destination port, or type and code.
+        selector: u16,
+    },
     /// The keys of a hash table found no place under any seed that was tried.
     #[error("the hash tables of the policy image could not be built")]
     Placement,
@@ -190,7 +210,13 @@ fn compile_within(
     let services_at = services.write(&mut writer).map_err(early)?;
     writer.set(header::SERVICES, services_at);
 
-    let rows = rows::build(policy, &denial, &classes, &services, effort, &writer);
+    let taken = writer.words().len() + pairs;
+    let members: usize = policy.segments.iter().map(|s| s.members.len()).sum();
+    let (rows, tries) = both(
+        members >= THREADS_PAY,
+        || rows::build(policy, &classes, &services, effort, taken, limit),
+        || Tries::write(sweep, &mut writer),
+    );
     let mut rows = rows.map_err(|refused| match refused {
         Refused::Full(full, rows) => too_large(full, class_count, rows),
         Refused::Timeline(entries) => CompileError::Timeline { entries },
@@ -198,6 +224,7 @@ fn compile_within(
     })?;
     let row_count = rows.count();
     let late = |full: Full| too_large(full, class_count, row_count);
+    let tries = tries.map_err(late)?;
     rows.write_timelines(&mut writer).map_err(late)?;
     let rows_at = writer.append_aligned(&rows.words).map_err(late)?;
     let matrix = rows.matrix(&classes);
@@ -210,15 +237,10 @@ fn compile_within(
     drop(classes);
     let exceptions = rows.into_exceptions();
 
-    let trie4 = v4::write(&sweep.v4, &mut writer).map_err(late)?;
-    let (rest6, hosts6) = v6::split(&sweep.v6);
-    let root6 = v6::write(&rest6, &mut writer).map_err(late)?;
-    writer.set(header::V4_ROOT, trie4.root);
-    writer.set(header::V6_ROOT, root6);
-
     let tables = Tables {
-        hosts4: &trie4.hosts,
-        hosts6: &hosts6,
+        hosts4: &tries.hosts4,
+        hosts6: &tries.hosts6,
+        nets6: &tries.nets6,
         exceptions: &exceptions,
     };
     writer.reserve(tables.size()).map_err(late)?;
@@ -242,8 +264,9 @@ fn compile_within(
         (header::SERVICE_CLASSES, services.count),
         (header::ROW_COUNT, row_count),
         (header::EXCEPTION_COUNT, exceptions.len()),
-        (header::V4_HOST_COUNT, trie4.hosts.len()),
-        (header::V6_HOST_COUNT, hosts6.len()),
+        (header::V4_HOST_COUNT, tries.hosts4.len()),
+        (header::V6_HOST_COUNT, tries.hosts6.len()),
+        (header::V6_NET_COUNT, tries.nets6.len()),
     ] {
         writer.set(index, word(count));
     }
@@ -266,37 +289,89 @@ fn write_sessions(policy: &Policy, writer: &mut Writer) -> Result<(), Full> {
     Ok(())
 }
 
-/// The bucketed tables of an image.
+/// What the tries leave to tables.
+struct Tries {
+    hosts4: Vec<(u32, u32)>,
+    hosts6: Vec<(u128, u32)>,
+    nets6: Vec<(u64, u32)>,
+}
+
+impl Tries {
+    /// Writes the tries of both families.
+    fn write(sweep: intervals::Sweep, writer: &mut Writer) -> Result<Self, Full> {
+        let trie4 = v4::write(&sweep.v4, writer)?;
+        let (rest6, hosts6) = v6::split(&sweep.v6);
+        drop(sweep);
+        let (rest6, nets6) = v6::nets(&rest6);
+        let root6 = v6::write(&rest6, writer)?;
+        writer.set(header::V4_ROOT, trie4.root);
+        writer.set(header::V6_ROOT, root6);
+        Ok(Self {
+            hosts4: trie4.hosts,
+            hosts6,
+            nets6,
+        })
+    }
+}
+
+/// Members below which a thread costs more than it wins.
+const THREADS_PAY: usize = 10_000;
+
+/// Does both, at the same time where that is worth it.
+fn both<A: Send, B>(
+    worth: bool,
+    one: impl FnOnce() -> A + Send,
+    other: impl FnOnce() -> B,
+) -> (A, B) {
+    if !worth {
+        return (one(), other());
+    }
+    thread::scope(|scope| {
+        let one = scope.spawn(one);
+        let other = other();
+        match one.join() {
+            Ok(one) => (one, other),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+/// The hash tables of an image.
 struct Tables<'a> {
     hosts4: &'a [(u32, u32)],
     hosts6: &'a [(u128, u32)],
+    nets6: &'a [(u64, u32)],
     exceptions: &'a [Exception],
 }
 
 impl Tables<'_> {
     /// Words that the tables take, at least.
     fn size(&self) -> usize {
-        self.hosts4.len() * 2 + self.hosts6.len() * 5 + self.exceptions.len() * 4
+        self.hosts4.len() * layout::V4_HOST_WORDS as usize
+            + self.hosts6.len() * layout::V6_HOST_WORDS as usize
+            + self.nets6.len() * layout::V6_NET_WORDS as usize
+            + self.exceptions.len() * layout::EXCEPTION_WORDS as usize
     }
 
     fn place(&self) -> Option<(u64, Vec<Placed>)> {
         table::place(&[
             Keys {
                 count: self.hosts4.len(),
-                slots: layout::V4_BUCKET_SLOTS as usize,
                 hash: &|key, seed| layout::hash_v4(self.hosts4[key].0, seed),
             },
             Keys {
                 count: self.hosts6.len(),
-                slots: layout::V6_BUCKET_SLOTS as usize,
                 hash: &|key, seed| {
                     let address = self.hosts6[key].0;
                     layout::hash_v6((address >> 64) as u64, address as u64, seed)
                 },
             },
             Keys {
+                count: self.nets6.len(),
+                hash: &|key, seed| layout::hash_net(self.nets6[key].0, seed),
+            },
+            Keys {
                 count: self.exceptions.len(),
-                slots: layout::EXCEPTION_BUCKET_SLOTS as usize,
                 hash: &|key, seed| {
                     let exception = &self.exceptions[key];
                     layout::hash_exception(exception.row, exception.service, seed)
@@ -306,63 +381,62 @@ impl Tables<'_> {
     }
 
     fn write(&self, placed: &[Placed], writer: &mut Writer) -> Result<(), Full> {
-        let [hosts4, hosts6, exceptions] = placed else {
+        let [hosts4, hosts6, nets6, exceptions] = placed else {
             return Ok(());
         };
-        if !self.hosts4.is_empty() {
-            let at = buckets(writer, hosts4, layout::V4_BUCKET_SLOTS, 0, |key| {
-                let host = self.hosts4.get(key as usize);
-                host.map_or([0, EMPTY], |(address, class)| [*address, *class])
-            })?;
-            writer.set(header::V4_HOSTS_BUCKETS, hosts4.buckets);
-            writer.set(header::V4_HOSTS, at);
-        }
-        if !self.hosts6.is_empty() {
-            let at = buckets(writer, hosts6, layout::V6_BUCKET_SLOTS, 1, |key| {
-                let host = self.hosts6.get(key as usize);
-                host.map_or([0, 0, 0, 0, EMPTY], |(address, class)| {
-                    let [a, b, c, d] = quarters(*address);
-                    [a, b, c, d, *class]
-                })
-            })?;
-            writer.set(header::V6_HOSTS_BUCKETS, hosts6.buckets);
-            writer.set(header::V6_HOSTS, at);
-        }
-        if !self.exceptions.is_empty() {
-            let at = buckets(
-                writer,
-                exceptions,
-                layout::EXCEPTION_BUCKET_SLOTS,
-                0,
-                |key| {
-                    let exception = self.exceptions.get(key as usize);
-                    exception.map_or([EMPTY, EMPTY, 0, 0], |e| {
-                        [e.row, e.service, e.verdict.0, e.verdict.1]
-                    })
-                },
-            )?;
-            writer.set(header::EXCEPTIONS_BUCKETS, exceptions.buckets);
-            writer.set(header::EXCEPTIONS, at);
-        }
-        Ok(())
+        // What an empty slot holds is true wherever it is found.
+        let (first4, first6) = (self.hosts4.first(), self.hosts6.first());
+        slots(writer, header::V4_HOSTS, hosts4, |key| {
+            let host = self.hosts4.get(key as usize).or(first4);
+            host.map_or([0, 0], |(address, class)| [*address, *class])
+        })?;
+        slots(writer, header::V6_HOSTS, hosts6, |key| {
+            let host = self.hosts6.get(key as usize).or(first6);
+            host.map_or([0; 5], |(address, class)| {
+                let [a, b, c, d] = quarters(*address);
+                [a, b, c, d, *class]
+            })
+        })?;
+        let first = self.nets6.first();
+        slots(writer, header::V6_NETS, nets6, |key| {
+            let net = self.nets6.get(key as usize).or(first);
+            net.map_or([0; 4], |(hi, class)| {
+                [(hi >> 32) as u32, *hi as u32, *class, 0]
+            })
+        })?;
+        slots(writer, header::EXCEPTIONS, exceptions, |key| {
+            let exception = self.exceptions.get(key as usize);
+            exception.map_or([EMPTY, EMPTY, 0, 0], |e| {
+                [e.row, e.service, e.verdict.0, e.verdict.1]
+            })
+        })
     }
 }
 
-/// Writes a table: each slot's words, then the padding of the bucket. `slot` is asked with
-/// [`EMPTY`], no key's index, where there is none.
-fn buckets<const N: usize>(
+/// Writes a table's pilots, each slot's words, and where they are. `slot` is asked with [`EMPTY`], no
+/// key's index, where there is none.
+fn slots<const N: usize>(
     writer: &mut Writer,
+    table: u32,
     placed: &Placed,
-    slots: u32,
-    padding: usize,
     slot: impl Fn(u32) -> [u32; N],
-) -> Result<u32, Full> {
-    let count = placed.slots.len() * N + placed.slots.len() / slots as usize * padding;
-    let words = placed.slots.chunks(slots as usize).flat_map(|bucket| {
-        let keys = bucket.iter().flat_map(|key| slot(*key));
-        keys.chain(std::iter::repeat_n(0, padding))
-    });
-    writer.append_each(count, words)
+) -> Result<(), Full> {
+    if placed.slots.is_empty() {
+        return Ok(());
+    }
+    let pilots = writer.append_aligned(&placed.pilots)?;
+    let words = placed.slots.iter().flat_map(|key| slot(*key));
+    let at = writer.append_each(placed.slots.len() * N, words)?;
+    let described = [
+        pilots,
+        word(placed.pilots.len()),
+        at,
+        word(placed.slots.len()),
+    ];
+    for (index, value) in (table..).zip(described) {
+        writer.set(index, value);
+    }
+    Ok(())
 }
 
 /// An IPv6 address as words, the upper end first.

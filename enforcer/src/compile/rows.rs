@@ -12,6 +12,7 @@ use super::{
     bits::{self, Bits},
     intern::{Hasher, Interner, Slots},
     key::{Fact, Key},
+    matches::Matches,
     services::Services,
     sides::{Classes, Guard, Side},
     timelines::{self, Chains, NEVER, NO_RULE, Timelines},
@@ -30,8 +31,7 @@ pub(super) struct Exception {
 }
 
 /// Words of an exception in the image.
-pub(super) const EXCEPTION_WORDS: usize =
-    (image::EXCEPTION_BUCKET_WORDS / image::EXCEPTION_BUCKET_SLOTS) as usize;
+const EXCEPTION_WORDS: usize = image::EXCEPTION_WORDS as usize;
 
 /// The rows, and which of them belongs to which pair of behaviours.
 pub(super) struct Rows {
@@ -51,6 +51,10 @@ impl Rows {
     /// Writes the timelines; before rows and exceptions, which then name them.
     pub(super) fn write_timelines(&mut self, writer: &mut Writer) -> Result<(), Full> {
         let base = writer.append(self.timelines.words())?;
+        if self.timelines.size() > 0 {
+            // A look-up reads as far as the longest one would reach, and then leaves that out.
+            writer.append(&[0; (image::MAX_TIMELINE * image::TIMELINE_WORDS) as usize])?;
+        }
         self.timelines = Timelines::default();
         for row in self.words.chunks_mut(ROW_WORDS as usize) {
             if let Some(default) = row.get_mut(..2) {
@@ -90,7 +94,7 @@ const REMEMBERED: usize = 1 << 22;
 struct Builder<'a> {
     policy: &'a Policy,
     services: &'a Services,
-    facts: Vec<Fact>,
+    facts: &'a [Fact],
     /// Words that rows, exceptions and timelines may take.
     room: usize,
     key: Key,
@@ -121,27 +125,24 @@ struct Judge {
 }
 
 /// Builds the row of every pair of behaviours. Where rules expire, it looks at a service class under
-/// a rule `effort` times in all. Where `writer` has no room for rows, exceptions and
-/// the matrix, it stops at the first excess and says how many rows there were.
+/// a rule `effort` times in all. Where they do not fit beside the words that are `taken`,
+/// it stops at the first excess and says how many rows there were.
 pub(super) fn build(
     policy: &Policy,
-    denial: &[Option<u32>],
     classes: &Classes,
     services: &Services,
     effort: u64,
-    writer: &Writer,
+    taken: usize,
+    limit: usize,
 ) -> Result<Rows, Refused> {
-    let taken = writer.words().len() + classes.classes.len() * classes.classes.len();
+    let facts: Vec<Fact> = policy.rules.iter().map(Fact::of).collect();
+    let mut matches =
+        Matches::new(classes, &facts, policy.defaults.mode).map_err(|_| Refused::Effort)?;
     let mut builder = Builder {
         policy,
         services,
-        facts: policy
-            .rules
-            .iter()
-            .zip(denial)
-            .map(|(rule, denial)| Fact::of(rule, *denial))
-            .collect(),
-        room: writer.limit().saturating_sub(taken),
+        facts: &facts,
+        room: limit.saturating_sub(taken),
         key: Key::new(services),
         known: Interner::default(),
         row_of_key: Vec::new(),
@@ -162,8 +163,9 @@ pub(super) fn build(
     };
     let mut of_sides = Vec::with_capacity(classes.pairs());
     for source in classes.sources() {
-        for destination in classes.destinations() {
-            let row = builder.row(&source, &destination);
+        matches.start(&source).map_err(|_| Refused::Effort)?;
+        for (number, destination) in (0u32..).zip(classes.destinations()) {
+            let row = builder.row(&source, &destination, &mut matches, number);
             let row = row.map_err(|excess| match excess {
                 Excess::Words(more) => {
                     let words = taken + builder.size() + more;
@@ -174,6 +176,7 @@ pub(super) fn build(
             })?;
             of_sides.push(row);
         }
+        matches.finish();
     }
     Ok(Rows {
         words: builder.words,
@@ -190,20 +193,20 @@ impl Builder<'_> {
     }
 
     /// The row of a pair.
-    fn row(&mut self, source: &Side<'_>, destination: &Side<'_>) -> Result<u32, Excess> {
+    fn row(
+        &mut self,
+        source: &Side<'_>,
+        destination: &Side<'_>,
+        matches: &mut Matches<'_>,
+        number: u32,
+    ) -> Result<u32, Excess> {
         // The strongest; the destination's on ties.
         let guard = match (source.guard(), destination.guard()) {
             (Some(out), Some(into)) if out.mode > into.mode => Some(out),
             (out, into) => into.or(out),
         };
-        self.key.fill(
-            guard,
-            source,
-            destination,
-            &self.facts,
-            self.services,
-            self.policy.defaults.mode,
-        );
+        self.key
+            .fill(guard, matches, number, self.facts, self.services);
         if let Some(known) = self.known.find(&self.key.words)
             && let Some(row) = self.row_of_key.get(known as usize)
         {
@@ -214,7 +217,7 @@ impl Builder<'_> {
         let default = if self.key.timed {
             self.timed(unmatched)?
         } else {
-            let rules = self.key.rules(&self.facts);
+            let rules = self.key.rules(self.facts);
             self.judge.run(self.services, unmatched, rules)
         };
         let row = self.number(default, form).map_err(Excess::Words)?;
@@ -230,7 +233,7 @@ impl Builder<'_> {
         let judge = &mut self.judge;
         judge.start();
         judge.chains.clear();
-        for (rule, verdict) in self.key.rules(&self.facts) {
+        for (rule, verdict) in self.key.rules(self.facts) {
             let until = self.facts.get(rule).map_or(NEVER, |fact| fact.until);
             if !judge.chain(self.services, rule, verdict, until)? {
                 break;

@@ -15,10 +15,11 @@ use crate::policy::model::{Action, Environment, Mode, Policy};
 
 use super::{
     SCRATCH, Stop,
-    bits::Bits,
+    bits::{self, Bits},
     intern::Interner,
     intervals::{self, Follow},
     marks::Marks,
+    matches::CODE,
     writer::{Full, Writer},
 };
 
@@ -48,32 +49,25 @@ pub(super) fn mode(code: u32) -> Option<Mode> {
     MODES.get(code as usize).copied()
 }
 
-/// Codes in a word of strengths: two bits each.
-const CODES: usize = 16;
-
-/// How an address behaves on one side of a flow, as words: guard's mode and segment, the rules
-/// that match on this side, and of each deny rule the strongest mode through which it matches.
+/// How an address behaves on one side of a flow, as words: guard's mode and segment, and the rules
+/// that name it on this side.
 #[derive(Clone, Copy)]
 pub(super) struct Side<'a> {
     /// Code of the guard's mode, or [`NO_MODE`].
     mode: u32,
     segment: u32,
-    /// Rules that match on this side.
+    /// Rules that match on this side, but for those that match everything there; ascending. Each
+    /// under the code of the strongest mode through which it matches, where it denies.
     pub(super) rules: &'a [u32],
-    strengths: &'a [u32],
 }
 
 impl<'a> Side<'a> {
-    fn of(words: &'a [u32], rules: usize) -> Self {
-        let (head, rest) = words.split_at_checked(2).unwrap_or((&[], &[]));
-        let (rules, strengths) = rest
-            .split_at_checked(rules.div_ceil(32))
-            .unwrap_or((rest, &[]));
+    fn of(words: &'a [u32]) -> Self {
+        let (head, rules) = words.split_at_checked(2).unwrap_or((&[], &[]));
         Self {
             mode: head.first().copied().unwrap_or(NO_MODE),
             segment: head.get(1).copied().unwrap_or(0),
             rules,
-            strengths,
         }
     }
 
@@ -83,12 +77,6 @@ impl<'a> Side<'a> {
             mode,
             segment: self.segment,
         })
-    }
-
-    /// Code of the strength that this side lends to a deny rule, by its number among those.
-    pub(super) fn strength(&self, denial: u32) -> u32 {
-        let word = self.strengths.get(denial as usize / CODES);
-        word.map_or(NO_MODE, |word| word >> (denial as usize % CODES * 2) & 3)
     }
 }
 
@@ -100,16 +88,17 @@ struct Tracker<'a> {
     named: Vec<Vec<u32>>,
     /// Rules that name `unsegmented`.
     unsegmented: Vec<u32>,
+    /// Rules that name `any`.
+    any: Vec<u32>,
     /// Per rule, its number among the deny rules.
     denial: &'a [Option<u32>],
-    /// Per rule, how many of its names match the set; `any` counts for one.
+    /// Per rule, how many of its names match the set; `any` does not count.
     matched: Vec<u32>,
     /// Per deny rule, how many segments of each mode it matches through.
     through: Vec<[u32; 3]>,
     /// Guarding segments of each mode.
     guards: [BTreeSet<u32>; 3],
     rules: Bits,
-    strengths: Vec<u32>,
     /// Scratch: the words of a side.
     words: Vec<u32>,
     known: Interner,
@@ -123,19 +112,19 @@ impl<'a> Tracker<'a> {
             outbound,
             named: vec![Vec::new(); policy.segments.len() + 2],
             unsegmented: Vec::new(),
+            any: Vec::new(),
             denial,
             matched: vec![0; policy.rules.len()],
             through: vec![[0; 3]; denials],
             guards: Default::default(),
             rules: Bits::empty(policy.rules.len()),
-            strengths: vec![u32::MAX; denials.div_ceil(CODES)],
             words: Vec::new(),
             known: Interner::default(),
         };
         for (number, rule) in (0u32..).zip(&policy.rules) {
             let side = if outbound { &rule.from } else { &rule.to };
             if side.any {
-                tracker.count(number, true);
+                tracker.any.push(number);
             }
             if side.unsegmented {
                 tracker.unsegmented.push(number);
@@ -222,12 +211,6 @@ impl<'a> Tracker<'a> {
                 count.saturating_sub(1)
             };
         }
-        let strongest = through.iter().position(|count| *count > 0);
-        let code = strongest.map_or(NO_MODE, super::word);
-        if let Some(word) = self.strengths.get_mut(denial / CODES) {
-            let shift = denial % CODES * 2;
-            *word = *word & !(3 << shift) | code << shift;
-        }
     }
 
     /// Number of the behaviour of the current set.
@@ -238,8 +221,16 @@ impl<'a> Tracker<'a> {
             .find_map(|(code, of_mode)| of_mode.first().map(|segment| [code, *segment]));
         self.words.clear();
         self.words.extend(guard.unwrap_or([NO_MODE, 0]));
-        self.words.extend(self.rules.words());
-        self.words.extend(&self.strengths);
+        let (words, denial, through) = (&mut self.words, self.denial, &self.through);
+        bits::each(self.rules.words(), |rule| {
+            let through = match denial.get(rule) {
+                Some(Some(denial)) => through.get(*denial as usize),
+                _ => None,
+            };
+            let strongest = through.and_then(|through| through.iter().position(|n| *n > 0));
+            let code = strongest.map_or(NO_MODE, super::word);
+            words.push(code << CODE | super::word(rule));
+        });
         self.known.intern(&self.words)
     }
 }
@@ -248,7 +239,10 @@ impl<'a> Tracker<'a> {
 pub(super) struct Classes {
     sources: Interner,
     destinations: Interner,
-    rules: usize,
+    /// Rules that match every source.
+    pub(super) any_source: Vec<u32>,
+    /// Rules that match every destination.
+    pub(super) any_destination: Vec<u32>,
     /// Per class, its (source, destination) behaviour.
     pub(super) classes: Vec<(u32, u32)>,
     /// Per class, the number of its marks.
@@ -282,8 +276,8 @@ impl Classes {
         self.destinations.len()
     }
 
-    fn sides<'a>(&'a self, of: &'a Interner) -> impl Iterator<Item = Side<'a>> {
-        (0..of.len()).map(|number| Side::of(of.get(number), self.rules))
+    fn sides<'a>(&self, of: &'a Interner) -> impl Iterator<Item = Side<'a>> {
+        (0..of.len()).map(|number| Side::of(of.get(number)))
     }
 }
 
@@ -291,6 +285,13 @@ impl Classes {
 pub(super) struct Classifier<'a> {
     sources: Tracker<'a>,
     destinations: Tracker<'a>,
+    /// The set at the current address, ascending.
+    current: Vec<u32>,
+    /// The set that the trackers were told last.
+    told: Vec<u32>,
+    /// Short sets met before, and their classes: most addresses are in one of a few.
+    sets: Interner,
+    class_of_set: Vec<u32>,
     /// Real segments in the set.
     inside: usize,
     policy: &'a Policy,
@@ -313,6 +314,10 @@ impl<'a> Classifier<'a> {
         Self {
             sources: Tracker::new(policy, true, denial),
             destinations: Tracker::new(policy, false, denial),
+            current: Vec::new(),
+            told: Vec::new(),
+            sets: Interner::default(),
+            class_of_set: Vec::new(),
             inside: 0,
             policy,
             marks: Marks::new(policy, env),
@@ -333,7 +338,8 @@ impl<'a> Classifier<'a> {
         Classes {
             sources: self.sources.known,
             destinations: self.destinations.known,
-            rules: self.policy.rules.len(),
+            any_source: self.sources.any,
+            any_destination: self.destinations.any,
             classes: self.classes,
             marks_of: self.marks_of,
             marks: self.marks,
@@ -341,8 +347,39 @@ impl<'a> Classifier<'a> {
     }
 }
 
-impl Follow for Classifier<'_> {
-    fn toggle(&mut self, segment: u32, entered: bool) {
+/// Segments of a set that is remembered.
+const SHORT: usize = 32;
+/// Words of sets that are remembered.
+const REMEMBERED: usize = 1 << 22;
+
+impl Classifier<'_> {
+    /// Tells the trackers what has changed since they were asked last.
+    fn tell(&mut self) {
+        let told = std::mem::take(&mut self.told);
+        let (mut before, mut after) = (told.iter().peekable(), 0);
+        while before.peek().is_some() || after < self.current.len() {
+            let new = self.current.get(after).copied();
+            match (before.peek().map(|old| **old), new) {
+                (Some(old), Some(new)) if old == new => {
+                    before.next();
+                    after += 1;
+                }
+                (Some(old), new) if new.is_none_or(|new| old < new) => {
+                    before.next();
+                    self.toggle_one(old, false);
+                }
+                (_, Some(new)) => {
+                    after += 1;
+                    self.toggle_one(new, true);
+                }
+                (_, None) => break,
+            }
+        }
+        self.told = told;
+        self.told.clone_from(&self.current);
+    }
+
+    fn toggle_one(&mut self, segment: u32, entered: bool) {
         self.sources.toggle(segment, entered);
         self.destinations.toggle(segment, entered);
         self.marks.toggle(segment, entered);
@@ -360,7 +397,8 @@ impl Follow for Classifier<'_> {
         }
     }
 
-    fn number(&mut self) -> Result<u32, Stop> {
+    /// The class of the set that the trackers were told.
+    fn class(&mut self) -> Result<u32, Stop> {
         let pair = (self.sources.number(), self.destinations.number());
         let marks = self.marks.number();
         let behaviour = (pair.0, pair.1, marks);
@@ -381,6 +419,35 @@ impl Follow for Classifier<'_> {
             return Err(Stop::Complex);
         }
         Ok(number)
+    }
+}
+
+impl Follow for Classifier<'_> {
+    fn toggle(&mut self, segment: u32, entered: bool) {
+        match self.current.binary_search(&segment) {
+            Ok(at) if !entered => {
+                self.current.remove(at);
+            }
+            Err(at) if entered => self.current.insert(at, segment),
+            Ok(_) | Err(_) => {}
+        }
+    }
+
+    fn number(&mut self) -> Result<u32, Stop> {
+        let short = self.current.len() <= SHORT;
+        if short
+            && let Some(known) = self.sets.find(&self.current)
+            && let Some(class) = self.class_of_set.get(known as usize)
+        {
+            return Ok(*class);
+        }
+        self.tell();
+        let class = self.class()?;
+        if short && self.sets.size() + self.sets.len() < REMEMBERED {
+            self.sets.intern(&self.current);
+            self.class_of_set.push(class);
+        }
+        Ok(class)
     }
 }
 

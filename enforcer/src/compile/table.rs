@@ -1,32 +1,36 @@
-//! Two-choice bucketed hash tables: where each key goes, so that a look-up reads two buckets at
-//! most. Cuckoo placement: a key that finds both its buckets full moves another one on.
+//! Perfect hash tables: where each key goes, so that a look-up reads one slot and nothing else.
+//!
+//! Keys are thrown into groups of some four; each group has a *pilot*, the first of a sequence of
+//! multipliers under which all of its keys find free slots. Large groups choose first.
+
+use std::thread;
 
 use enforcer_common::image::{self, EMPTY};
 
-/// Moves before a placement is given up. At the loads that [`fewest`] allows, a placement that
-/// exists is found within a few dozen.
-const KICKS: usize = 1_000;
+/// Keys of a group, on average.
+const GROUP: usize = 4;
+/// Pilots tried for a group. At the load of [`slots_for`] the last groups take a few dozen.
+const PILOTS: u32 = 1 << 16;
 /// Seeds tried before the tables grow, and again after each growth.
 const SEEDS_PER_SIZE: u64 = 2;
 /// Attempts in all. Every second one adds an eighth to what did not fit, so few are ever made.
 const ATTEMPTS: u64 = 24;
+/// Keys below which a thread costs more than it wins.
+const THREADS_PAY: usize = 50_000;
 
-/// The keys of one table, and the shape of its buckets.
+/// The keys of one table.
 pub(super) struct Keys<'a> {
     /// Number of keys.
     pub(super) count: usize,
-    /// Slots of a bucket.
-    pub(super) slots: usize,
     /// Hash of the key with this index under this seed.
-    pub(super) hash: &'a dyn Fn(usize, u64) -> u64,
+    pub(super) hash: &'a (dyn Fn(usize, u64) -> u64 + Sync),
 }
 
 /// Where the keys of one table are.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct Placed {
-    /// Number of buckets.
-    pub(super) buckets: u32,
-    /// Per slot, bucket by bucket: the index of its key, or [`EMPTY`].
+    pub(super) pilots: Vec<u32>,
+    /// Per slot the index of its key, or [`EMPTY`].
     pub(super) slots: Vec<u32>,
 }
 
@@ -34,78 +38,117 @@ pub(super) struct Placed {
 ///
 /// `None` when no seed did: keys that hash alike under every seed, so practically never.
 pub(super) fn place(tables: &[Keys<'_>]) -> Option<(u64, Vec<Placed>)> {
-    let mut sizes: Vec<u32> = tables.iter().map(fewest).collect();
+    let mut sizes: Vec<usize> = tables.iter().map(|keys| slots_for(keys.count)).collect();
     for attempt in 0..ATTEMPTS {
         let seed = image::mix(attempt, 0x656e_666f_7263_6572);
-        let mut placed = Vec::with_capacity(tables.len());
         let grow = attempt % SEEDS_PER_SIZE == SEEDS_PER_SIZE - 1;
-        for (table, buckets) in tables.iter().zip(&mut sizes) {
-            match place_one(table, *buckets, seed) {
-                Some(slots) => placed.push(Placed {
-                    buckets: *buckets,
-                    slots,
-                }),
-                None if grow => *buckets = buckets.saturating_add(*buckets / 8 + 1),
-                None => {}
+        let placed: Vec<Option<Placed>> = thread::scope(|scope| {
+            let placing = tables.iter().zip(&sizes).map(|(keys, slots)| {
+                let slots = *slots;
+                let work = move || place_one(keys, slots, seed);
+                if keys.count < THREADS_PAY {
+                    Err(work())
+                } else {
+                    Ok(scope.spawn(work))
+                }
+            });
+            let placing: Vec<_> = placing.collect();
+            let done = placing.into_iter().map(|placing| match placing {
+                Ok(thread) => thread.join().ok().flatten(),
+                Err(done) => done,
+            });
+            done.collect()
+        });
+        for (placed, slots) in placed.iter().zip(&mut sizes) {
+            if placed.is_none() && grow {
+                *slots += *slots / 8 + 1;
             }
         }
-        if placed.len() == tables.len() {
+        if let Some(placed) = placed.into_iter().collect() {
             return Some((seed, placed));
         }
     }
     None
 }
 
-/// Fewest buckets: full to 96 % (four slots; 98 % is possible) or 92 % (three; 96 %).
-fn fewest(keys: &Keys<'_>) -> u32 {
-    let percent = if keys.slots > 3 { 96 } else { 92 };
-    super::word((keys.count * 100).div_ceil(keys.slots * percent))
+/// Full to nine tenths.
+fn slots_for(keys: usize) -> usize {
+    match keys {
+        0 => 0,
+        keys => keys + keys / 9 + 1,
+    }
 }
 
-fn place_one(keys: &Keys<'_>, buckets: u32, seed: u64) -> Option<Vec<u32>> {
-    let mut slots = vec![EMPTY; buckets as usize * keys.slots];
-    let mut random = seed;
+fn place_one(keys: &Keys<'_>, slots: usize, seed: u64) -> Option<Placed> {
+    let groups = keys.count.div_ceil(GROUP);
+    let (group_count, slot_count) = (super::word(groups), super::word(slots));
+    // Keys and the part of their hashes that pilots multiply, group by group.
+    let mut starts = vec![0u32; groups + 1];
     for key in 0..keys.count {
-        let mut key = super::word(key);
-        let mut from = None;
-        let mut kicks = 0;
-        loop {
-            let (first, second) = image::buckets((keys.hash)(key as usize, seed), buckets);
-            if put(&mut slots, keys.slots, first, key) || put(&mut slots, keys.slots, second, key) {
-                break;
-            }
-            if kicks == KICKS {
-                return None;
-            }
-            kicks += 1;
-            random = image::mix(random, kicks as u64);
-            // Not back to where it was moved from, unless there is no other place.
-            let bucket = match from {
-                Some(bucket) if bucket == first => second,
-                Some(bucket) if bucket == second => first,
-                _ if random & 1 == 0 => first,
-                _ => second,
-            };
-            let victim = (random >> 32) as usize % keys.slots;
-            let slot = slots.get_mut(bucket as usize * keys.slots + victim)?;
-            std::mem::swap(slot, &mut key);
-            from = Some(bucket);
+        let group = image::pilot_of((keys.hash)(key, seed), group_count);
+        if let Some(count) = starts.get_mut(group as usize) {
+            *count += 1;
         }
     }
-    Some(slots)
+    let mut sum = 0;
+    for start in &mut starts {
+        sum += *start;
+        *start = sum;
+    }
+    let mut members = vec![(0u64, 0u32); keys.count];
+    for key in (0..keys.count).rev() {
+        let hash = (keys.hash)(key, seed);
+        let group = image::pilot_of(hash, group_count);
+        if let Some(start) = starts.get_mut(group as usize) {
+            *start -= 1;
+            if let Some(member) = members.get_mut(*start as usize) {
+                *member = (hash, super::word(key));
+            }
+        }
+    }
+    let group = |number: u32| {
+        let bounds = starts.get(number as usize..number as usize + 2);
+        let bounds = bounds.map(|bounds| bounds[0] as usize..bounds[1] as usize);
+        bounds.and_then(|bounds| members.get(bounds)).unwrap_or(&[])
+    };
+    let mut order: Vec<u32> = (0..group_count).collect();
+    order.sort_by_key(|number| std::cmp::Reverse(group(*number).len()));
+
+    let mut pilots = vec![1; groups];
+    let mut placed = vec![EMPTY; slots];
+    let mut taken = vec![0u64; slots.div_ceil(64)];
+    let mut found: Vec<u32> = Vec::new();
+    for number in order {
+        let group = group(number);
+        // The pilot sees half of the hash.
+        let halves = |i: usize| group.get(i).map(|(hash, _)| hash >> 32);
+        let alike = (1..group.len()).any(|i| (0..i).any(|j| halves(i) == halves(j)));
+        if alike {
+            return None;
+        }
+        let pilot = (0..PILOTS).map(pilot).find(|pilot| {
+            found.clear();
+            group.iter().all(|(hash, _)| {
+                let slot = image::piloted(*hash, *pilot, slot_count);
+                let word = taken.get(slot as usize / 64).copied().unwrap_or(u64::MAX);
+                let free = word >> (slot % 64) & 1 == 0 && !found.contains(&slot);
+                found.push(slot);
+                free
+            })
+        })?;
+        for (slot, (_, key)) in found.iter().zip(group) {
+            *taken.get_mut(*slot as usize / 64)? |= 1 << (slot % 64);
+            *placed.get_mut(*slot as usize)? = *key;
+        }
+        *pilots.get_mut(number as usize)? = pilot;
+    }
+    Some(Placed {
+        pilots,
+        slots: placed,
+    })
 }
 
-/// Puts the key into a free slot of the bucket, if there is one.
-fn put(slots: &mut [u32], width: usize, bucket: u32, key: u32) -> bool {
-    let base = bucket as usize * width;
-    let free = slots
-        .get_mut(base..base + width)
-        .and_then(|bucket| bucket.iter_mut().find(|slot| **slot == EMPTY));
-    match free {
-        Some(slot) => {
-            *slot = key;
-            true
-        }
-        None => false,
-    }
+/// The multipliers in the order in which they are tried: odd, so that no two hashes meet at all.
+fn pilot(number: u32) -> u32 {
+    number.wrapping_mul(0x9e37_79b9) << 1 | 1
 }

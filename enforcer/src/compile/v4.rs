@@ -1,17 +1,19 @@
-//! IPv4 intervals → a 16-8-8 trie, and single hosts for the host table.
+//! IPv4 intervals → a trie of 16 bits, then 8 or 4 at a time, and single hosts for the host table.
 
 use std::collections::HashMap;
 
-use enforcer_common::image::{BYTE_NODE_WORDS, LEAF, V4_ROOT_WORDS};
+use enforcer_common::image::{
+    BYTE_NODE_WORDS, LEAF, NIBBLE_NODE_WORDS, V4_NODE_BITS, V4_ROOT_WORDS,
+};
 
 use super::{
     intervals::Intervals,
     writer::{Full, Writer},
 };
 
-/// Words that one host costs in the host table: two, at a load of about two thirds.
-const HOST_WORDS: usize = 3;
-/// Addresses of a /24, words of a node.
+/// Words that one host costs in the host table, in halves: two and a half.
+const HOST_HALVES: usize = 5;
+/// Addresses of a /24.
 const BLOCK: u32 = BYTE_NODE_WORDS;
 
 /// The trie's offset, and the hosts that are to be found in the host table instead.
@@ -33,6 +35,8 @@ struct Plan {
     hosts: Vec<(u8, u32)>,
     /// How many there are.
     host_count: usize,
+    /// Words of the trie for a /24 of the pattern.
+    node_words: usize,
 }
 
 /// A stretch of the address space, first and last.
@@ -44,31 +48,31 @@ struct Block {
 
 /// Moves through the intervals in ascending order of address.
 struct Cursor<'a> {
-    intervals: &'a [(u128, u32)],
+    intervals: &'a [(u32, u32)],
 }
 
 impl<'a> Cursor<'a> {
     /// The intervals that reach into the block, the first of which may start before it.
-    fn within(&mut self, block: Block) -> &'a [(u128, u32)] {
+    fn within(&mut self, block: Block) -> &'a [(u32, u32)] {
         while let [_, second, ..] = self.intervals
-            && second.0 <= u128::from(block.first)
+            && second.0 <= block.first
         {
             self.intervals = &self.intervals[1..];
         }
         let reach = self
             .intervals
             .iter()
-            .take_while(|(start, _)| *start <= u128::from(block.last))
+            .take_while(|(start, _)| *start <= block.last)
             .count();
         &self.intervals[..reach]
     }
 }
 
-fn pattern(intervals: &[(u128, u32)], block: Block) -> Pattern {
+fn pattern(intervals: &[(u32, u32)], block: Block) -> Pattern {
     intervals
         .iter()
         .map(|(start, class)| {
-            let offset = start.saturating_sub(u128::from(block.first));
+            let offset = start.saturating_sub(block.first);
             (u8::try_from(offset).unwrap_or(u8::MAX), *class)
         })
         .collect()
@@ -86,12 +90,17 @@ fn flatten(pattern: &[(u8, u32)]) -> Vec<u32> {
 impl Plan {
     fn new(pattern: &[(u8, u32)]) -> Self {
         let flat = flatten(pattern);
-        let mut sorted = flat.clone();
-        sorted.sort_unstable();
+        let ends = pattern.iter().skip(1).map(|(start, _)| u32::from(*start));
+        let runs = pattern.iter().zip(ends.chain([BLOCK]));
+        let mut runs: Vec<(u32, usize)> = runs
+            .map(|((start, class), end)| (*class, (end - u32::from(*start)) as usize))
+            .collect();
+        runs.sort_unstable();
         let mut background = (0, 0);
-        for run in sorted.chunk_by(|a, b| a == b) {
-            if run.len() > background.0 {
-                background = (run.len(), run[0]);
+        for of_class in runs.chunk_by(|a, b| a.0 == b.0) {
+            let count = of_class.iter().map(|(_, length)| length).sum();
+            if count > background.0 {
+                background = (count, of_class[0].0);
             }
         }
         let host_count = flat.len() - background.0;
@@ -100,6 +109,7 @@ impl Plan {
             background: background.1,
             hosts: Vec::new(),
             host_count,
+            node_words: node_words(&flat.iter().map(|class| LEAF | class).collect::<Vec<_>>()),
         };
         if plan.as_hosts() {
             plan.hosts.reserve_exact(host_count);
@@ -113,8 +123,46 @@ impl Plan {
 
     /// Whether hosts cost less than a node, which all /24s of the pattern share.
     fn as_hosts(&self) -> bool {
-        self.host_count * HOST_WORDS * self.shared <= BLOCK as usize
+        self.host_count * HOST_HALVES * self.shared <= self.node_words * 2
     }
+}
+
+/// Words of nodes for these children of a byte.
+fn node_words(children: &[u32]) -> usize {
+    let narrow = NIBBLE_NODE_WORDS as usize;
+    let mixed = children.chunks(narrow).filter(|part| !is_leaf(part));
+    let nodes = (mixed.count() + 1) * narrow;
+    nodes.min(BYTE_NODE_WORDS as usize)
+}
+
+/// Whether a node of these children would say the same for all of them. (Where all are one node,
+/// it would not: that node looks at further bits.)
+fn is_leaf(children: &[u32]) -> bool {
+    let same = children.windows(2).all(|two| two[0] == two[1]);
+    same && children.first().is_none_or(|first| first & LEAF != 0)
+}
+
+/// The entry for a node of these children of a byte: where few parts of it differ inside, a narrow
+/// node of narrow nodes takes less room, and a look-up one load more.
+fn node(children: &[u32], writer: &mut Writer) -> Result<u32, Full> {
+    let described = |offset: u32, bits: u32| {
+        if offset & LEAF == 0 {
+            offset | bits << V4_NODE_BITS
+        } else {
+            offset
+        }
+    };
+    let wide = BYTE_NODE_WORDS as usize;
+    if node_words(children) == wide {
+        return Ok(described(writer.byte_node(children)?, 8));
+    }
+    let parts = children.chunks(NIBBLE_NODE_WORDS as usize);
+    let parts = parts.map(|part| match part {
+        [first, ..] if is_leaf(part) => Ok(*first),
+        part => Ok(described(writer.byte_node(part)?, 4)),
+    });
+    let parts = parts.collect::<Result<Vec<u32>, Full>>()?;
+    Ok(described(writer.byte_node(&parts)?, 4))
 }
 
 /// A part of the address space, as the trie sees it.
@@ -129,7 +177,7 @@ enum Found {
 
 /// Goes through the whole address space in ascending order.
 fn for_each_block(
-    intervals: &Intervals,
+    intervals: &Intervals<u32>,
     mut act: impl FnMut(Found) -> Result<(), Full>,
 ) -> Result<(), Full> {
     let mut cursor = Cursor { intervals };
@@ -158,7 +206,7 @@ fn for_each_block(
 }
 
 /// Builds and writes the trie.
-pub(super) fn write(intervals: &Intervals, writer: &mut Writer) -> Result<Trie, Full> {
+pub(super) fn write(intervals: &Intervals<u32>, writer: &mut Writer) -> Result<Trie, Full> {
     let mut plans: HashMap<Pattern, Plan> = HashMap::new();
     for_each_block(intervals, |found| {
         if let Found::Mixed(pattern, _) = found {
@@ -185,12 +233,12 @@ pub(super) fn write(intervals: &Intervals, writer: &mut Writer) -> Result<Trie, 
                 }
                 _ => {
                     let leaves: Vec<u32> = flatten(&pattern).iter().map(|c| LEAF | c).collect();
-                    high.push(writer.byte_node(&leaves)?);
+                    high.push(node(&leaves, writer)?);
                 }
             },
         }
         if high.len() == BLOCK as usize {
-            entries.push(writer.byte_node(&high)?);
+            entries.push(node(&high, writer)?);
             high.clear();
         }
         Ok(())

@@ -10,11 +10,13 @@ use super::{
 /// Longest run of addresses, with the same class before and after, that goes to the host table.
 /// A host costs 5 to 11 words there; in the trie a run that is no whole nibble costs a node of 22.
 const RUN: u128 = 4;
+/// Longest run of prefixes of 64 bits that goes to their table; 4 to 5 words each there.
+const NETS: u128 = 4;
 /// Nibbles of an address.
 const NIBBLES: u32 = 32;
 
 /// Splits single hosts off: short runs between two intervals of one class.
-pub(super) fn split(all: &Intervals) -> (Intervals, Vec<(u128, u32)>) {
+pub(super) fn split(all: &Intervals<u128>) -> (Intervals<u128>, Vec<(u128, u32)>) {
     let mut rest = Intervals::new();
     let mut hosts = Vec::new();
     let mut at = 0;
@@ -46,8 +48,28 @@ pub(super) fn split(all: &Intervals) -> (Intervals, Vec<(u128, u32)>) {
     (rest, hosts)
 }
 
+/// Splits whole prefixes of 64 bits off: short runs of one class. What the trie says of them does not
+/// matter then, so the class before goes on.
+pub(super) fn nets(all: &Intervals<u128>) -> (Intervals<u128>, Vec<(u64, u32)>) {
+    let mut rest = Intervals::new();
+    let mut nets = Vec::new();
+    let whole = |start: u128| start as u64 == 0;
+    for (at, (start, class)) in all.iter().enumerate() {
+        match all.get(at + 1) {
+            Some((end, _))
+                if at > 0 && whole(*start) && whole(*end) && (end - start) >> 64 <= NETS =>
+            {
+                let prefixes = (start >> 64) as u64..(end >> 64) as u64;
+                nets.extend(prefixes.map(|prefix| (prefix, *class)));
+            }
+            _ => intervals::push(&mut rest, *start, *class),
+        }
+    }
+    (rest, nets)
+}
+
 /// Writes the trie; returns the entry where look-ups start.
-pub(super) fn write(intervals: &Intervals, writer: &mut Writer) -> Result<u32, Full> {
+pub(super) fn write(intervals: &Intervals<u128>, writer: &mut Writer) -> Result<u32, Full> {
     let class = |address| value_at(intervals, address).unwrap_or(0);
     // Starts inside the block: where the class changes.
     entry(intervals.get(1..).unwrap_or(&[]), &class, 0, 0, writer)

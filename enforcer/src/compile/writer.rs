@@ -37,11 +37,6 @@ impl Writer {
         &self.words
     }
 
-    /// Words that there may be.
-    pub(super) fn limit(&self) -> usize {
-        self.limit
-    }
-
     /// Whether `more` words still fit: asked before large tables are built.
     pub(super) fn reserve(&self, more: usize) -> Result<(), Full> {
         let words = self.words.len().saturating_add(more);

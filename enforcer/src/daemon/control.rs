@@ -1,13 +1,20 @@
 //! The one task that changes anything: policy, interfaces, socket hooks.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::{Arc, PoisonError},
+    time::{Duration, Instant},
+};
 
 use tokio::{
     sync::{mpsc, watch as signal},
     time::{MissedTickBehavior, interval},
 };
 
-use crate::{clock::Steps, policy::Diagnostic};
+use crate::{
+    clock::Steps,
+    policy::{Cache, Diagnostic},
+};
 
 use super::{
     RunError,
@@ -25,6 +32,10 @@ use super::{
 /// failed is tried again.
 const TICK: Duration = Duration::from_secs(1);
 
+/// Expired flows are taken out of the table this often: long before their ages begin anew, and so
+/// that no opener is charged for what has ended.
+const SWEEP: Duration = Duration::from_secs(3600);
+
 /// The task's state.
 pub struct Control {
     sources: Sources,
@@ -35,15 +46,17 @@ pub struct Control {
     clock: Clock,
     hooks_error: Option<String>,
     verify_error: Option<String>,
+    swept: Option<Instant>,
 }
 
 impl Control {
-    /// `texts` are those of the live policy, compiled for `host`, whose interfaces `links` has
+    /// `texts` are those of the live policy, `cache` is what they said; it was compiled for `host`, whose interfaces `links` has
     /// named.
     pub fn new(
         sources: Sources,
         shared: Arc<Shared>,
         texts: Texts,
+        cache: Cache,
         links: Links,
         host: Host,
     ) -> Self {
@@ -51,6 +64,7 @@ impl Control {
             sources.clone(),
             Arc::clone(&shared),
             texts,
+            cache,
             &host.environment,
         );
         Self {
@@ -62,6 +76,7 @@ impl Control {
             clock: Clock::default(),
             hooks_error: None,
             verify_error: None,
+            swept: None,
         }
     }
 
@@ -145,8 +160,22 @@ impl Control {
                     watch.repair();
                     self.verify();
                     self.look();
+                    self.sweep();
                 }
             }
+        }
+    }
+
+    /// Takes expired flows out of the table when it is time.
+    fn sweep(&mut self) {
+        if self.swept.is_some_and(|swept| swept.elapsed() < SWEEP) {
+            return;
+        }
+        self.swept = Some(Instant::now());
+        let dataplane = self.shared.dataplane.lock();
+        let swept = dataplane.unwrap_or_else(PoisonError::into_inner).sweep();
+        if let Err(error) = swept {
+            tracing::error!(%error, "cannot take expired flows out of the table");
         }
     }
 

@@ -5,6 +5,7 @@ use std::{
     io::{self, Read},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use crate::policy::SourceFile;
@@ -31,7 +32,7 @@ pub struct SettingsPath {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Texts {
     /// Files of the policy.
-    pub policy: Vec<SourceFile>,
+    pub policy: Arc<Vec<SourceFile>>,
     /// The settings; `None`: the defaults hold.
     pub settings: Option<SourceFile>,
 }
@@ -39,7 +40,7 @@ pub struct Texts {
 impl Texts {
     /// For diagnostics to look lines up in.
     pub fn all(&self) -> Vec<SourceFile> {
-        self.settings.iter().chain(&self.policy).cloned().collect()
+        self.settings.iter().chain(&*self.policy).cloned().collect()
     }
 }
 
@@ -50,7 +51,7 @@ impl Texts {
 pub fn read_all(sources: &Sources) -> Result<Texts, FilesError> {
     let settings = sources.settings.as_ref();
     Ok(Texts {
-        policy: load(&sources.segments)?,
+        policy: load(&sources.segments)?.into(),
         settings: settings.map(load_settings).transpose()?.flatten(),
     })
 }

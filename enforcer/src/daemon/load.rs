@@ -4,14 +4,17 @@
 use crate::{
     compile::{self, CompileError, Image},
     policy::{
-        self, Diagnostic, SourceFile, diag,
+        self, Cache, Diagnostic, SourceFile, diag,
         model::{Environment, Policy},
         reference,
     },
     settings::{self, Settings},
 };
 
-use super::files::{self, FilesError, Sources, Texts};
+use super::{
+    files::{self, FilesError, Sources, Texts},
+    progress::{Progress, Stage},
+};
 
 /// A policy that may judge packets.
 #[derive(Clone, Debug)]
@@ -26,6 +29,8 @@ pub struct Loaded {
     pub warnings: Vec<Diagnostic>,
     /// Generation 1; see [`Image::with_generation`].
     pub image: Image,
+    /// For the next time.
+    pub cache: Cache,
 }
 
 /// Why a path gives no such policy.
@@ -106,11 +111,14 @@ impl Rejected {
 ///
 /// # Errors
 /// [`Rejected`].
-pub fn load(sources: &Sources, environment: &Environment) -> Result<Loaded, Rejected> {
-    compile(
-        files::read_all(sources).map_err(Rejected::Files)?,
-        environment,
-    )
+pub fn load(
+    sources: &Sources,
+    environment: &Environment,
+    progress: &Progress,
+) -> Result<Loaded, Rejected> {
+    progress.enter(Stage::Reading);
+    let texts = files::read_all(sources).map_err(Rejected::Files)?;
+    compile_again(texts, environment, &mut Cache::default(), progress)
 }
 
 /// The settings in `texts`, and what their author should look at.
@@ -129,7 +137,43 @@ pub fn settings(texts: &Texts) -> Result<(Settings, Vec<Diagnostic>), Vec<Diagno
 /// # Errors
 /// [`Rejected`], but [`Rejected::Files`].
 pub fn compile(texts: Texts, environment: &Environment) -> Result<Loaded, Rejected> {
-    let outcome = policy::parse_with_warnings(&texts.policy);
+    compile_again(
+        texts,
+        environment,
+        &mut Cache::default(),
+        &Progress::default(),
+    )
+}
+
+/// The image of a policy, compared with it.
+///
+/// # Errors
+/// [`CompileError`].
+pub fn image(
+    policy: &Policy,
+    settings: &Settings,
+    environment: &Environment,
+    progress: &Progress,
+) -> Result<Image, CompileError> {
+    progress.enter(Stage::Compiling);
+    let image = compile::compile(policy, environment, &settings.options())?;
+    progress.enter(Stage::Validating);
+    compile::validate(policy, environment, &image)?;
+    Ok(image)
+}
+
+/// [`compile`] for one who has compiled other versions of the same files.
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_again(
+    texts: Texts,
+    environment: &Environment,
+    cache: &mut Cache,
+    progress: &Progress,
+) -> Result<Loaded, Rejected> {
+    progress.enter(Stage::Parsing);
+    let outcome = cache.parse(&texts.policy);
     let (settings, mut warnings) = match settings(&texts) {
         Ok(settings) => settings,
         Err(mut diagnostics) => {
@@ -143,13 +187,14 @@ pub fn compile(texts: Texts, environment: &Environment) -> Result<Loaded, Reject
         diagnostics,
     };
     let outcome = outcome.map_err(refused)?;
+    progress.enter(Stage::Testing);
     // A policy is good or not wherever it is checked: its tests know no host's addresses.
     let failures = reference::run_tests(&outcome.policy, &Environment::default());
     if !failures.is_empty() {
         return Err(refused([outcome.warnings, failures].concat()));
     }
-    let image = compile::compile(&outcome.policy, environment, &settings.options())
-        .map_err(Rejected::Compile)?;
+    let image =
+        image(&outcome.policy, &settings, environment, progress).map_err(Rejected::Compile)?;
     warnings.extend(outcome.warnings);
     Ok(Loaded {
         texts,
@@ -157,6 +202,7 @@ pub fn compile(texts: Texts, environment: &Environment) -> Result<Loaded, Reject
         settings,
         warnings,
         image,
+        cache: cache.clone(),
     })
 }
 
@@ -172,7 +218,7 @@ mod tests {
             text: text.to_owned(),
         };
         Texts {
-            policy: vec![file("p.yaml", policy)],
+            policy: vec![file("p.yaml", policy)].into(),
             settings: settings.map(|text| file("/etc/enforcer.yaml", text)),
         }
     }

@@ -12,6 +12,7 @@ pub mod links;
 pub mod load;
 pub mod netlink;
 pub mod preflight;
+pub mod progress;
 pub mod reload;
 pub mod slots;
 pub mod state;
@@ -42,7 +43,9 @@ use crate::{
         types::Time,
     },
     compile::Image,
-    dataplane::{Dataplane, DataplaneError, SocketHooks, cgroup::cgroup2_root},
+    dataplane::{
+        Dataplane, DataplaneError, SocketHooks, cgroup::cgroup2_root, release_memory, share_heaps,
+    },
     events::{
         Generations,
         cgroups::Cgroups,
@@ -119,6 +122,7 @@ pub async fn run(
     mut reload: mpsc::Receiver<()>,
     mut stop: signal::Receiver<bool>,
 ) -> Result<(), RunError> {
+    share_heaps();
     let mut host = Host::read().map_err(system("cannot list interfaces"))?;
     let mut links = Links::new(config.interfaces.clone(), config.socket_hooks);
     host.environment.interfaces = links.name(&host, &BTreeSet::new());
@@ -127,7 +131,9 @@ pub async fn run(
         settings: config.settings.clone(),
     };
     let (from, environment) = (sources.clone(), host.environment.clone());
-    let loading = spawn_blocking(move || load::load(&from, &environment));
+    let loading = spawn_blocking(move || {
+        progress::logged(|progress| load::load(&from, &environment, progress))
+    });
     let loaded = tokio::select! {
         // A compiler at work does not hold up the end.
         () = control::stopped(&mut stop) => return Ok(()),
@@ -162,6 +168,8 @@ pub async fn run(
         },
     ));
     let detach = Detach(Some(Arc::clone(&shared.dataplane)));
+    // What the parser and the compiler have left behind; nobody waits for it.
+    drop(spawn_blocking(release_memory));
 
     let reader = match events {
         Some(source) => {
@@ -176,7 +184,14 @@ pub async fn run(
         None => None,
     };
 
-    let mut control = Control::new(sources, Arc::clone(&shared), loaded.texts, links, host);
+    let mut control = Control::new(
+        sources,
+        Arc::clone(&shared),
+        loaded.texts,
+        loaded.cache,
+        links,
+        host,
+    );
     control.start()?;
     let live = shared.live();
     tracing::info!(

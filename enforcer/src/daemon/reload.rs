@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -13,10 +13,10 @@ use tokio::{
 
 use crate::{
     api::types::{Reloaded, Time},
-    compile::{self, CompileError, Image},
-    dataplane::DataplaneError,
+    compile::{CompileError, Image},
+    dataplane::{DataplaneError, release_memory},
     policy::{
-        Severity,
+        Cache, Severity,
         model::{Environment, Policy},
     },
     settings::Settings,
@@ -26,6 +26,7 @@ use super::{
     control::log_warnings,
     files::{self, Sources, Texts},
     load::{self, Loaded, Rejected},
+    progress,
     state::{Live, Shared},
 };
 
@@ -45,6 +46,8 @@ pub struct Reloads {
     shared: Arc<Shared>,
     /// What was tried last, good or bad; `None` when reading it failed.
     tried: Option<Texts>,
+    /// What the files said then.
+    cache: Arc<Mutex<Cache>>,
     generation: u32,
     /// What the live image was compiled for, as far as it depends on it.
     environment: Environment,
@@ -121,6 +124,7 @@ impl Reloads {
         sources: Sources,
         shared: Arc<Shared>,
         texts: Texts,
+        cache: Cache,
         environment: &Environment,
     ) -> Self {
         let live = shared.live();
@@ -130,6 +134,7 @@ impl Reloads {
             sources,
             shared,
             tried: Some(texts),
+            cache: Arc::new(Mutex::new(cache)),
             generation,
             environment,
             stale: None,
@@ -203,9 +208,9 @@ impl Reloads {
         if let Some(wanted) = self.wanted.take() {
             let sources = self.sources.clone();
             let tried = self.tried.clone().filter(|_| !wanted.always);
-            let environment = now.clone();
+            let (environment, cache) = (now.clone(), Arc::clone(&self.cache));
             self.start(wanted.cause, wanted.asks, now, move || {
-                from_files(&sources, tried.as_ref(), &environment)
+                from_files(&sources, tried.as_ref(), &environment, &cache)
             });
             return;
         }
@@ -221,8 +226,9 @@ impl Reloads {
             // Not the files: they may be broken, or waiting for somebody's word.
             let environment = relevant.clone();
             self.start(cause, Vec::new(), &relevant, move || {
-                let options = live.settings.options();
-                let image = compile::compile(&live.policy, &environment, &options);
+                let image = progress::logged(|progress| {
+                    load::image(&live.policy, &live.settings, &environment, progress)
+                });
                 Output::Host(live, image)
             });
         }
@@ -299,6 +305,8 @@ impl Reloads {
             self.environment = live.relevant(&running.environment);
         }
         self.shared.note(|board| board.last_error = error);
+        // Nobody waits for it.
+        drop(spawn_blocking(release_memory));
         let answer = result.map_err(|failure| failure.render());
         for ask in running.asks {
             // The client may have left.
@@ -400,11 +408,19 @@ impl Reloads {
 /// What finished work has to say.
 pub struct Done(Result<Output, String>);
 
-fn from_files(sources: &Sources, tried: Option<&Texts>, environment: &Environment) -> Output {
+fn from_files(
+    sources: &Sources,
+    tried: Option<&Texts>,
+    environment: &Environment,
+    cache: &Mutex<Cache>,
+) -> Output {
     match files::read_all(sources) {
         Ok(texts) if Some(&texts) == tried => Output::SameFiles,
         Ok(texts) => {
-            let result = load::compile(texts.clone(), environment);
+            let mut cache = cache.lock().unwrap_or_else(PoisonError::into_inner);
+            let result = progress::logged(|progress| {
+                load::compile_again(texts.clone(), environment, &mut cache, progress)
+            });
             Output::Files(Some(texts), Box::new(result))
         }
         Err(error) => Output::Files(None, Box::new(Err(Rejected::Files(error)))),
@@ -467,7 +483,7 @@ mod tests {
             text: text.to_owned(),
         };
         let texts = Texts {
-            policy: vec![file("p.yaml", POLICY)],
+            policy: vec![file("p.yaml", POLICY)].into(),
             settings: Some(file("enforcer.yaml", settings)),
         };
         let loaded = load::compile(texts.clone(), &Environment::default()).unwrap();
@@ -486,7 +502,8 @@ mod tests {
             segments: PathBuf::from("p.yaml"),
             settings: None,
         };
-        Reloads::new(sources, Arc::new(shared), texts, &Environment::default())
+        let (shared, cache) = (Arc::new(shared), Cache::default());
+        Reloads::new(sources, shared, texts, cache, &Environment::default())
     }
 
     fn host(interfaces: &[(u32, &str)], addresses: &[&str]) -> Environment {

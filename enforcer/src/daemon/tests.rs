@@ -386,6 +386,15 @@ async fn denials_are_followed_within_100_ms_filtered_and_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn expired_flows_are_swept() {
+    let daemon = Daemon::start().await;
+    daemon
+        .until("it sweeps", async || daemon.fake.lock().sweeps > 0)
+        .await;
+    daemon.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn losses_show_in_the_stream() {
     let daemon = Daemon::start().await;
     let mut live = daemon.client.denials(&follow()).await.unwrap();

@@ -15,7 +15,7 @@ use super::files::{Sources, is_policy_name};
 use crate::poll::Readable;
 
 /// A change is reported when nothing more has happened for this long: a save is several events.
-const QUIET: Duration = Duration::from_millis(100);
+const QUIET: Duration = Duration::from_millis(20);
 /// … but a directory that never comes to rest is reported at this interval.
 const LONGEST: Duration = Duration::from_secs(1);
 
@@ -233,18 +233,23 @@ mod tests {
         fs::write(&file, "2").unwrap();
         let start = Instant::now();
         // As select! does while another arm is busy.
-        let each = Duration::from_millis(20);
+        let each = Duration::from_millis(5);
         while tokio::time::timeout(each, watch.changed()).await.is_err() {
             assert!(start.elapsed() < Duration::from_secs(2));
         }
         // And a directory that never rests.
         let start = Instant::now();
         fs::write(&file, "3").unwrap();
+        let (mut written, mut rested) = (start, Duration::ZERO);
         while tokio::time::timeout(each, watch.changed()).await.is_err() {
             fs::write(&file, "4").unwrap();
+            rested = rested.max(written.elapsed());
+            written = Instant::now();
             assert!(start.elapsed() < Duration::from_secs(3));
         }
-        assert!(start.elapsed() >= LONGEST);
+        // On a busy machine it may have come to rest after all.
+        rested = rested.max(written.elapsed());
+        assert!(start.elapsed() >= LONGEST || rested >= QUIET);
     }
 
     #[tokio::test]

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
-    os::fd::{AsFd as _, BorrowedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     time::Duration,
 };
 
@@ -160,16 +160,16 @@ impl KernelDataplane {
         map.set(0, control, 0).map_err(map_error("write CONTROL"))
     }
 
-    /// Notes whether an interface's frames may go the short way. Where two share an element, the
-    /// other's go the long way.
-    fn set_ethernet(&mut self, ifindex: u32, ethernet: bool) -> Result<(), DataplaneError> {
-        let mut map: Array<_, u32> = typed_mut(&mut self.ebpf, "ETHERNET")?;
+    /// Notes an interface, and its slot if its frames begin with an Ethernet header, where the
+    /// programs find it fast. Where two share an element, the other one is found in `INTERFACES`.
+    fn set_ethernet(&mut self, ifindex: u32, slot: Option<u32>) -> Result<(), DataplaneError> {
+        let mut map: Array<_, [u32; 2]> = typed_mut(&mut self.ebpf, "ETHERNET")?;
         let index = ifindex & (ETHERNET_LINKS - 1);
-        let known = map.get(&index, 0).map_err(map_error("read ETHERNET"))?;
-        let new = match (ethernet, known == ifindex) {
-            (true, false) => ifindex,
-            (false, true) => 0,
-            _ => return Ok(()),
+        let [known, _] = map.get(&index, 0).map_err(map_error("read ETHERNET"))?;
+        let new = match slot {
+            Some(slot) => [ifindex, slot],
+            None if known == ifindex => [0, 0],
+            None => return Ok(()),
         };
         map.set(index, new, 0).map_err(map_error("write ETHERNET"))
     }
@@ -190,6 +190,45 @@ impl KernelDataplane {
         };
         attached.map_err(|error| attach_error(name, &interface.name, &error))
     }
+
+    /// Writes an image into a map of its own, that no program sees yet: the slow part of
+    /// [`Dataplane::apply`].
+    ///
+    /// # Errors
+    /// When the image does not fit, or the kernel says no.
+    pub fn write_image(&self, image: &Image) -> Result<OwnedFd, DataplaneError> {
+        let limit = self.image_words as usize;
+        if image.words().len() > limit {
+            return Err(DataplaneError::ImageTooLarge {
+                needed: image.words().len(),
+                limit,
+            });
+        }
+        // Written by one update and frozen before any program can see it.
+        let mut words = vec![0; limit];
+        if let Some(used) = words.get_mut(..image.words().len()) {
+            used.copy_from_slice(image.words());
+        }
+        let inner = sys::create_image_map(self.image_words, image.generation())
+            .map_err(syscall("create the image map"))?;
+        sys::update_words(inner.as_fd(), 0, &words).map_err(syscall("write the image"))?;
+        sys::freeze(inner.as_fd()).map_err(syscall("freeze the image"))?;
+        Ok(inner)
+    }
+
+    /// Makes a written image the one that judges; returns when no packet is judged by another.
+    ///
+    /// # Errors
+    /// When the kernel says no; then the image in force stays.
+    pub fn make_live(&mut self, inner: &OwnedFd) -> Result<(), DataplaneError> {
+        let Some(Map::ArrayOfMaps(policy)) = self.ebpf.map("POLICY") else {
+            return Err(missing("POLICY"));
+        };
+        // The one pointer write. It returns after a grace period: from then on no packet is
+        // judged by the old image.
+        sys::update_inner(policy.fd().as_fd(), slot::LIVE, inner.as_fd())
+            .map_err(syscall("swap the live image"))
+    }
 }
 
 /// tcx links came with Linux 6.6; before, clsact through netlink.
@@ -199,27 +238,8 @@ fn tcx() -> bool {
 
 impl Dataplane for KernelDataplane {
     fn apply(&mut self, image: &Image) -> Result<(), DataplaneError> {
-        let limit = self.image_words as usize;
-        if image.words().len() > limit {
-            return Err(DataplaneError::ImageTooLarge {
-                needed: image.words().len(),
-                limit,
-            });
-        }
-        // Written by one update and frozen before any program can see it.
-        let mut words = image.words().to_vec();
-        words.resize(limit, 0);
-        let inner = sys::create_image_map(self.image_words, image.generation())
-            .map_err(syscall("create the image map"))?;
-        sys::update_words(inner.as_fd(), 0, &words).map_err(syscall("write the image"))?;
-        sys::freeze(inner.as_fd()).map_err(syscall("freeze the image"))?;
-        let Some(Map::ArrayOfMaps(policy)) = self.ebpf.map("POLICY") else {
-            return Err(missing("POLICY"));
-        };
-        // The one pointer write. It returns after a grace period: from then on no packet is
-        // judged by the old image.
-        sys::update_inner(policy.fd().as_fd(), slot::LIVE, inner.as_fd())
-            .map_err(syscall("swap the live image"))
+        let written = self.write_image(image)?;
+        self.make_live(&written)
     }
 
     fn set_clock(&mut self, clock: WallClock) -> Result<(), DataplaneError> {
@@ -247,7 +267,10 @@ impl Dataplane for KernelDataplane {
         let mut map: HashMap<_, u32, WireInterface> = typed_mut(&mut self.ebpf, "INTERFACES")?;
         map.insert(interface.ifindex, WireInterface { flags, slot }, 0)
             .map_err(map_error("write INTERFACES"))?;
-        self.set_ethernet(interface.ifindex, flags & INTERFACE_L3 == 0)?;
+        self.set_ethernet(
+            interface.ifindex,
+            (flags & INTERFACE_L3 == 0).then_some(slot),
+        )?;
         if let Some(attached) = self.attached.get_mut(&interface.ifindex) {
             attached.slot = slot;
             return Ok(());
@@ -288,7 +311,7 @@ impl Dataplane for KernelDataplane {
         }
         let mut map: HashMap<_, u32, WireInterface> = typed_mut(&mut self.ebpf, "INTERFACES")?;
         let _ = map.remove(&ifindex);
-        result.and(self.set_ethernet(ifindex, false))
+        result.and(self.set_ethernet(ifindex, None))
     }
 
     fn set_vlans(&mut self, keys: &BTreeSet<u64>) -> Result<(), DataplaneError> {

@@ -12,6 +12,8 @@ mod objects;
 mod query;
 mod sys;
 
+pub use sys::{release_memory, share_heaps};
+
 use std::collections::BTreeSet;
 
 use enforcer_common::{

@@ -406,7 +406,8 @@ pub(crate) mod tests {
                 range: AddrRange::from(net),
                 except: Vec::new(),
                 origin: origin(line),
-            }],
+            }]
+            .into(),
             mode: Mode::Enforce,
             protect,
             interfaces: vec![],
@@ -435,7 +436,8 @@ pub(crate) mod tests {
                 expires: None,
                 session: None,
                 origin: origin(20),
-            }],
+            }]
+            .into(),
             tests: Vec::new(),
         }
     }

@@ -136,7 +136,7 @@ fn segment(index: usize) -> impl Strategy<Value = Segment> {
     parts.prop_map(move |(members, mode, protect, interfaces)| Segment {
         name: format!("s{index}"),
         description: String::new(),
-        members,
+        members: members.into(),
         mode,
         protect,
         interfaces,
@@ -385,7 +385,7 @@ pub fn query(policy: &Policy) -> impl Strategy<Value = FlowQuery> + use<> {
         v6(0),
         v6(LAST),
     ]);
-    let members = policy.segments.iter().flat_map(|s| &s.members);
+    let members = policy.segments.iter().flat_map(|s| s.members.iter());
     for range in members.flat_map(|m| std::iter::once(&m.range).chain(&m.except)) {
         match range {
             AddrRange::V4 { first, last } => {

@@ -16,4 +16,4 @@ pub mod pattern;
 pub mod reference;
 
 pub use diag::{Diagnostic, Severity};
-pub use parse::{ParseOutcome, SourceFile, parse, parse_with_warnings};
+pub use parse::{Cache, ParseOutcome, SourceFile, parse, parse_with_warnings};

@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::{Deref, DerefMut},
     sync::Arc,
 };
 
@@ -169,7 +170,7 @@ pub struct Segment {
     /// Free text, possibly empty.
     pub description: String,
     /// An address is in the segment when any member matches it.
-    pub members: Vec<Member>,
+    pub members: Arc<[Member]>,
     /// Already defaulted.
     pub mode: Mode,
     /// Already defaulted.
@@ -295,6 +296,55 @@ pub struct Rule {
     pub origin: Origin,
 }
 
+/// The rules of a policy. Versions of a policy that have the same ones share them: several are kept,
+/// and a hundred thousand rules take some 100 MB.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rules(Arc<Vec<Rule>>);
+
+impl Deref for Rules {
+    type Target = Vec<Rule>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl DerefMut for Rules {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        Arc::make_mut(&mut self.0)
+    }
+}
+
+impl From<Vec<Rule>> for Rules {
+    fn from(rules: Vec<Rule>) -> Self {
+        Self(Arc::new(rules))
+    }
+}
+
+impl FromIterator<Rule> for Rules {
+    fn from_iter<I: IntoIterator<Item = Rule>>(rules: I) -> Self {
+        Self::from(Vec::from_iter(rules))
+    }
+}
+
+impl<'a> IntoIterator for &'a Rules {
+    type Item = &'a Rule;
+    type IntoIter = std::slice::Iter<'a, Rule>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.iter()
+    }
+}
+
+impl<'a> IntoIterator for &'a mut Rules {
+    type Item = &'a mut Rule;
+    type IntoIter = std::slice::IterMut<'a, Rule>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter_mut()
+    }
+}
+
 /// A flow to be opened, as tests and explanations ask about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FlowQuery {
@@ -353,7 +403,7 @@ pub struct Policy {
     /// In file order.
     pub groups: Vec<Group>,
     /// In file order; [`RuleId`] indexes it.
-    pub rules: Vec<Rule>,
+    pub rules: Rules,
     /// In file order.
     pub tests: Vec<PolicyTest>,
 }

@@ -69,6 +69,18 @@ pub struct Judgement {
 pub fn judge(policy: &Policy, env: &Environment, query: &FlowQuery, unix: u64) -> Judgement {
     let from = policy.segments_of(query.src);
     let to = policy.segments_of(query.dst);
+    judge_between(policy, env, query, unix, &from, &to)
+}
+
+/// [`judge`] for one who knows the segments of source and destination.
+pub fn judge_between(
+    policy: &Policy,
+    env: &Environment,
+    query: &FlowQuery,
+    unix: u64,
+    from: &BTreeSet<SegmentId>,
+    to: &BTreeSet<SegmentId>,
+) -> Judgement {
     let verdict = |outcome, reason, rule, guard| Judgement {
         outcome,
         reason,
@@ -88,8 +100,8 @@ pub fn judge(policy: &Policy, env: &Environment, query: &FlowQuery, unix: u64) -
     for (rule, index) in policy.rules.iter().zip(0u32..) {
         let exists = rule.expires.is_none_or(|expires| unix < expires);
         let matches = exists
-            && side_matches(env, &rule.from, query.src, &from)
-            && side_matches(env, &rule.to, query.dst, &to)
+            && side_matches(env, &rule.from, query.src, from)
+            && side_matches(env, &rule.to, query.dst, to)
             && rule
                 .services
                 .iter()
@@ -126,7 +138,7 @@ pub fn judge(policy: &Policy, env: &Environment, query: &FlowQuery, unix: u64) -
     if let Some((_, rule)) = allow {
         return verdict(Outcome::Allowed, Reason::RuleAllow, Some(rule), None);
     }
-    if let Some((strength, guard)) = strongest_guard(policy, &from, &to) {
+    if let Some((strength, guard)) = strongest_guard(policy, from, to) {
         return verdict(denied(strength), Reason::DefaultDeny, None, Some(guard));
     }
     match policy.defaults.unsegmented {

@@ -111,7 +111,7 @@ impl Parser {
         let Some(node) = self.findings.required(&self.file, top, "version") else {
             return;
         };
-        if !matches!(&node.value, Value::Scalar { text, plain: true } if text == "1") {
+        if !matches!(&node.value, Value::Scalar { text, plain: true } if &**text == "1") {
             let message = "this version of the enforcer reads `version: 1` only".to_owned();
             let help = Some("write `version: 1`".to_owned());
             self.error("E0110", node.span, message, help);

@@ -172,7 +172,7 @@ fn who_completes_handshakes_takes_no_room_from_others() {
     let flood = u16::try_from(flood).unwrap();
     handshakes(&mut programs, 2, 0..flood);
     let taken = protected(&mut programs);
-    assert!(taken >= SHARE && taken <= SHARE + 8, "{taken}");
+    assert!((SHARE..=SHARE + 8).contains(&taken), "{taken}");
     // And it goes on.
     let others = scale::rounds(400, 100) as u16;
     let mut kept = 0;

@@ -25,6 +25,7 @@ use self::guest::{Cost, News, Outcome, Transcript};
 use self::kernels::Kernel;
 use self::qemu::{Accel, Guest};
 use self::suite::Suite;
+pub use self::suite::bench;
 use crate::{env, setup, ui};
 
 /// What `cargo xtask vm` was asked for.

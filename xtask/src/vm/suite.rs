@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::{build, env, ui};
+use crate::{bench, build, env, ui};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "vm";
@@ -106,6 +106,15 @@ fn cargo(verb: &str) -> Result<Command> {
         .env("ENFORCER_BPF_DIR", build::objects_dir()?)
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
     Ok(cargo)
+}
+
+/// The bench and the enforcer, of what the suite is made of.
+pub fn bench() -> Result<bench::Built> {
+    ui::step("Building the bench as the guests' suite is built");
+    Ok(bench::Built {
+        bench: bench::executable(&mut cargo("build")?)?,
+        enforcer: enforcer()?,
+    })
 }
 
 fn test_binaries() -> Result<BTreeMap<String, PathBuf>> {

@@ -50,8 +50,8 @@ fn rule_at(image: &Image, port: u16, unix: u64) -> u32 {
 fn timelines(image: &Image) -> Vec<u32> {
     let at = |index: u32| image.words()[index as usize] as usize;
     let rows = image.words()[at(header::ROWS)..][..at(header::ROW_COUNT) * 4].chunks(4);
-    let buckets = at(header::EXCEPTIONS_BUCKETS) * 16;
-    let exceptions = image.words()[at(header::EXCEPTIONS)..][..buckets].chunks(4);
+    let slots = at(header::EXCEPTIONS + 3) * 4;
+    let exceptions = image.words()[at(header::EXCEPTIONS + 2)..][..slots].chunks(4);
     let exceptions = exceptions
         .filter(|slot| slot[0] != EMPTY)
         .map(|slot| &slot[2..]);

@@ -8,7 +8,7 @@ proptest! {
     fn what_is_drawn_is_valid(p in policy()) {
         for s in &p.segments {
             prop_assert!(!s.members.is_empty());
-            for m in &s.members {
+            for m in s.members.iter() {
                 prop_assert!(m.except.iter().all(|e| m.range.contains_range(e)));
             }
         }

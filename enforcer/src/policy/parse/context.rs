@@ -16,6 +16,9 @@ use crate::policy::{
 /// Errors, and warnings, shown in one run; a file of another kind altogether would make thousands.
 const MAX_SHOWN: usize = 200;
 
+/// Entries of a mapping that are compared with one another.
+const SHORT: usize = 16;
+
 /// A file of the policy: its name, and its place among the others.
 #[derive(Clone, Debug)]
 pub(crate) struct File {
@@ -47,7 +50,7 @@ impl File {
 }
 
 /// What was found so far.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(crate) struct Findings {
     list: Vec<(usize, Diagnostic)>,
     errors: usize,
@@ -64,6 +67,15 @@ impl Findings {
         if *count <= MAX_SHOWN {
             self.list.push((file.index, diagnostic));
         }
+    }
+
+    /// Takes in what was found in a part of the file.
+    pub fn absorb(&mut self, file: &File, part: &Self) {
+        let (errors, warnings) = (self.errors + part.errors, self.warnings + part.warnings);
+        for (_, found) in &part.list {
+            self.push(file, found.clone());
+        }
+        (self.errors, self.warnings) = (errors, warnings);
     }
 
     /// Whether more errors would not be shown, so that help for them is wasted effort.
@@ -114,15 +126,25 @@ impl Findings {
             return None;
         };
         let mut seen: BTreeMap<&str, Span> = BTreeMap::new();
-        let mut unique = Vec::new();
+        let mut unique: Vec<(&Key, &Node)> = Vec::with_capacity(entries.len());
         for (key, value) in entries {
-            if let Some(first) = seen.get(key.text.as_str()) {
+            // Most mappings are short, and there may be a hundred thousand of them.
+            let first = if entries.len() <= SHORT {
+                let same = unique.iter().find(|(known, _)| known.text == key.text);
+                same.map(|(known, _)| known.span)
+            } else {
+                let first = seen.get(&*key.text).copied();
+                if first.is_none() {
+                    seen.insert(&key.text, key.span);
+                }
+                first
+            };
+            if let Some(first) = first {
                 let message = format!("{} is written twice", shown(&key.text));
                 let note = format!("first written at {}:{}", file.name, first.line);
                 self.push(file, file.error("E0102", key.span, message).note(note));
                 continue;
             }
-            seen.insert(&key.text, key.span);
             unique.push((key, value));
         }
         Some(unique)
@@ -140,13 +162,13 @@ impl Findings {
         let mut fields = Fields {
             span: node.span,
             what,
-            entries: BTreeMap::new(),
+            entries: Vec::with_capacity(known.len()),
             meant: Vec::new(),
         };
         for (key, value) in self.entries(file, node, what)? {
-            let text = key.text.as_str();
+            let text = &*key.text;
             if known.contains(&text) {
-                fields.entries.insert(text, value);
+                fields.entries.push((text, value));
             } else if later.contains(&text) {
                 let message = format!("`{text}` is not supported yet");
                 let help =
@@ -191,7 +213,7 @@ impl Findings {
                 let item = if what == "`members`" {
                     format!("{{cidr: {text}}}")
                 } else {
-                    text.clone()
+                    text.to_string()
                 };
                 found.help = Some(format!("write {}", shown(&format!("[{item}]"))));
             }
@@ -256,14 +278,15 @@ pub(crate) struct Fields<'a> {
     /// Where the mapping starts.
     pub span: Span,
     what: &'static str,
-    entries: BTreeMap<&'a str, &'a Node>,
+    entries: Vec<(&'a str, &'a Node)>,
     /// Keys that a misspelt one probably stands for: they are not missing.
     meant: Vec<&'static str>,
 }
 
 impl<'a> Fields<'a> {
     pub fn get(&self, key: &str) -> Option<&'a Node> {
-        self.entries.get(key).copied()
+        let entry = self.entries.iter().find(|(known, _)| *known == key);
+        entry.map(|(_, node)| *node)
     }
 
     pub fn is_empty(&self) -> bool {

@@ -28,7 +28,7 @@ pub(super) fn groups<'a>(lowering: &mut Lowering<'a>) -> Vec<Group> {
         .iter()
         .zip(expanded)
         .map(|(d, members)| Group {
-            name: d.key.text.clone(),
+            name: d.key.text.to_string(),
             members,
             origin: d.origin(),
         })
@@ -151,7 +151,7 @@ fn cycles(
             continue;
         };
         let circle = path.get(begin..).unwrap_or_default();
-        let name = |i: usize| declared.get(i).map_or("", |d| d.key.text.as_str());
+        let name = |i: usize| declared.get(i).map_or("", |d| &*d.key.text);
         let mut names: Vec<&str> = circle.iter().take(8).map(|(i, _)| name(*i)).collect();
         if circle.len() > names.len() {
             names.push("…");

@@ -6,10 +6,11 @@ use std::{
 };
 
 use super::{
-    ParseOutcome, SourceFile,
+    ParseOutcome,
     context::{Fields, File, Findings},
     groups, names,
-    raw::{self, Key, Node, Value},
+    raw::{Key, Node, Value},
+    read::Reading,
     rules, segments, services,
 };
 use crate::policy::{
@@ -70,13 +71,13 @@ pub(super) struct Lowering<'a> {
     expanded: usize,
 }
 
-pub(super) fn lower(sources: &[SourceFile]) -> Result<ParseOutcome, Vec<Diagnostic>> {
-    let files: Vec<File> = sources
+pub(super) fn lower(readings: &[Arc<Reading>]) -> Result<ParseOutcome, Vec<Diagnostic>> {
+    let files: Vec<File> = readings
         .iter()
         .enumerate()
-        .map(|(index, source)| File {
+        .map(|(index, reading)| File {
             index,
-            name: Arc::from(source.name.as_str()),
+            name: Arc::clone(&reading.name),
         })
         .collect();
     if files.is_empty() {
@@ -89,9 +90,9 @@ pub(super) fn lower(sources: &[SourceFile]) -> Result<ParseOutcome, Vec<Diagnost
 
     let mut findings = Findings::default();
     let mut partial = false;
-    let mut trees: Vec<(&File, Node)> = Vec::new();
-    for (file, source) in files.iter().zip(sources) {
-        match raw::read(source) {
+    let mut trees: Vec<(&File, &Node)> = Vec::new();
+    for (file, reading) in files.iter().zip(readings) {
+        match &reading.tree {
             Ok(Some(tree)) => trees.push((file, tree)),
             Ok(None) => {
                 let empty = file.error("E0006", Span::START, "the file is empty");
@@ -100,7 +101,7 @@ pub(super) fn lower(sources: &[SourceFile]) -> Result<ParseOutcome, Vec<Diagnost
             Err(broken) => {
                 partial = true;
                 let note = "the rest of this file was not checked";
-                findings.push(file, (*broken).note(note));
+                findings.push(file, (**broken).clone().note(note));
             }
         }
     }
@@ -134,7 +135,7 @@ impl<'a> Lowering<'a> {
             defaults,
             segments,
             groups,
-            rules,
+            rules: rules.into(),
             tests,
         }
     }
@@ -182,7 +183,7 @@ impl<'a> Lowering<'a> {
         let Some(node) = self.findings.required(file, top, "version") else {
             return;
         };
-        let one = matches!(&node.value, Value::Scalar { text, plain: true } if text == "1");
+        let one = matches!(&node.value, Value::Scalar { text, plain: true } if &**text == "1");
         if !one {
             let message = "this version of the enforcer reads `version: 1` only";
             self.findings.push(
@@ -252,7 +253,7 @@ impl<'a> Lowering<'a> {
 
     /// Registers a segment's or group's name; `false` if it is taken.
     fn name_target(&mut self, declared: &Declared<'a>, target: Target) -> bool {
-        let name = declared.key.text.as_str();
+        let name = declared.key.text.as_ref();
         if let Some((other, origin)) = self.targets.get(name) {
             let kind = match other {
                 Target::Segment(_) => "segment",
@@ -272,9 +273,9 @@ impl<'a> Lowering<'a> {
     /// Reads the user's services, once all of their names are known.
     fn resolve_services(&mut self) {
         let bodies = std::mem::take(&mut self.service_bodies);
-        let declared: BTreeSet<&str> = bodies.iter().map(|d| d.key.text.as_str()).collect();
+        let declared: BTreeSet<&str> = bodies.iter().map(|d| &*d.key.text).collect();
         for Declared { file, key, node } in bodies {
-            let name = key.text.as_str();
+            let name = &*key.text;
             // A bad name was reported where it was declared; `any` is one of those.
             if name != "any" && matches!(services::literal_or_catalogue(name), Ok(Some(_))) {
                 let message = format!("{} is a service of the catalogue", shown(name));
@@ -387,7 +388,7 @@ impl<'a> Lowering<'a> {
         let groups = self
             .groups
             .iter()
-            .map(|d| (d.key.text.as_str(), d.file, d.key.span));
+            .map(|d| (&*d.key.text, d.file, d.key.span));
         let groups: Vec<_> = groups.collect();
         for (kind, list) in [("service", services), ("group", groups)] {
             for (name, file, span) in list {

@@ -12,12 +12,14 @@ mod lower;
 pub(crate) mod names;
 mod overlap;
 pub(crate) mod raw;
+mod read;
 mod rules;
 mod segments;
 pub(crate) mod services;
 mod time;
 
 pub use catalogue::{CATALOGUE, describe};
+pub use read::Cache;
 pub use services::parse_point;
 
 use super::{diag::Diagnostic, model::Policy};
@@ -47,7 +49,7 @@ pub struct ParseOutcome {
 /// Every mistake found, in the order of the files, then of lines; never empty. Nothing of the
 /// policy may be used then.
 pub fn parse_with_warnings(files: &[SourceFile]) -> Result<ParseOutcome, Vec<Diagnostic>> {
-    lower::lower(files)
+    lower::lower(&read::read(files, |_| None))
 }
 
 /// [`parse_with_warnings`] for callers that have no use for warnings.

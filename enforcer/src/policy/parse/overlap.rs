@@ -15,7 +15,7 @@ pub(super) fn without_common_interface(segments: &[Segment]) -> Vec<(usize, usiz
         .zip(segments)
         .filter(|(_, s)| !s.interfaces.is_empty());
     for (index, segment) in bound {
-        for member in &segment.members {
+        for member in segment.members.iter() {
             let v6 = matches!(member.range, AddrRange::V6 { .. });
             let left = pieces(member).into_iter();
             stretches.extend(left.map(|(first, last)| (v6, first, last, index)));

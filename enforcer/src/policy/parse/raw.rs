@@ -4,9 +4,11 @@
 //! spans, and guesses types (`1e3`, `no`), none of which a policy can afford. What this layer
 //! refuses stops its file, because nothing after it can be trusted.
 
+use std::sync::Arc;
+
 use serde_saphyr::granit_parser::{self, Event, Marker, Parser, ScalarStyle};
 
-use super::SourceFile;
+use super::{SourceFile, segments::Members};
 use crate::policy::diag::{Diagnostic, Span, is_unprintable};
 
 /// Largest file. The largest real policies are a few hundred KiB.
@@ -28,38 +30,41 @@ pub(crate) struct Node {
 pub(crate) enum Value {
     /// Text as written, escapes resolved. `plain` when not quoted.
     Scalar {
-        text: String,
+        text: Box<str>,
         plain: bool,
     },
-    Seq(Vec<Node>),
+    Seq(Box<[Node]>),
     /// In the order written, duplicates kept.
-    Map(Vec<(Key, Node)>),
+    Map(Box<[(Key, Node)]>),
+    /// The `members` of a segment: a list that was given its meaning at once, because as nodes it
+    /// takes several times the memory.
+    Members(Arc<Members>),
 }
 
 /// A mapping's key.
 #[derive(Clone, Debug)]
 pub(crate) struct Key {
     pub span: Span,
-    pub text: String,
+    pub text: Box<str>,
 }
 
 impl Node {
     /// Whether the node says "nothing" (`~`, `null` or no text at all).
     pub fn is_null(&self) -> bool {
         matches!(&self.value, Value::Scalar { text, plain: true }
-            if matches!(text.as_str(), "" | "~" | "null" | "Null" | "NULL"))
+            if matches!(&**text, "" | "~" | "null" | "Null" | "NULL"))
     }
 
     /// Whether the node is an unquoted truth value.
     pub fn is_bool(&self) -> bool {
         matches!(&self.value, Value::Scalar { text, plain: true }
-            if matches!(text.as_str(), "true" | "True" | "TRUE" | "false" | "False" | "FALSE"))
+            if matches!(&**text, "true" | "True" | "TRUE" | "false" | "False" | "FALSE"))
     }
 
     /// What the node is, for "expected …, found …".
     pub fn found(&self) -> &'static str {
         match &self.value {
-            Value::Seq(_) => "a list",
+            Value::Seq(_) | Value::Members(_) => "a list",
             Value::Map(_) => "a mapping",
             Value::Scalar { .. } if self.is_null() => "nothing",
             Value::Scalar { .. } if self.is_bool() => "a truth value",
@@ -69,7 +74,7 @@ impl Node {
 }
 
 /// Why a file cannot be read. Boxed, because it is rare and large.
-type Refusal = Box<Diagnostic>;
+pub(crate) type Refusal = Box<Diagnostic>;
 
 /// Reads one file; `Ok(None)` when it holds nothing but comments.
 pub(crate) fn read(file: &SourceFile) -> Result<Option<Node>, Refusal> {
@@ -214,14 +219,14 @@ impl Reader<'_> {
                         kind: OpenKind::Seq(items),
                     }) => Node {
                         span,
-                        value: Value::Seq(items),
+                        value: Value::Seq(items.into()),
                     },
                     Some(Open {
                         span,
                         kind: OpenKind::Map { entries, .. },
                     }) => Node {
                         span,
-                        value: Value::Map(entries),
+                        value: Value::Map(entries.into()),
                     },
                     None => continue,
                 },
@@ -230,7 +235,7 @@ impl Reader<'_> {
                     Node {
                         span,
                         value: Value::Scalar {
-                            text: text.into_owned(),
+                            text: text.into(),
                             plain,
                         },
                     }
@@ -273,7 +278,7 @@ impl Reader<'_> {
                         let message = "a key must be a single word, not a list or a mapping";
                         return Err(self.error("E0104", node.span, message).into());
                     };
-                    if text == "<<" && plain {
+                    if &*text == "<<" && plain {
                         return Err(self
                             .error("E0003", node.span, "YAML merge keys (`<<`) are not allowed")
                             .help("write the keys out")

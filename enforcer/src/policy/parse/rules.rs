@@ -1,7 +1,7 @@
 //! `rules:` and `tests:`.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
 };
 
@@ -23,7 +23,7 @@ use crate::policy::{
 
 pub(super) fn rules(lowering: &mut Lowering<'_>, groups: &[Group]) -> Vec<Rule> {
     let written = std::mem::take(&mut lowering.rules);
-    let mut named: BTreeMap<String, Origin> = BTreeMap::new();
+    let mut named: HashMap<&str, Origin> = HashMap::with_capacity(written.len());
     written
         .iter()
         .filter_map(|(file, node)| rule(lowering, groups, &mut named, file, node))
@@ -33,7 +33,7 @@ pub(super) fn rules(lowering: &mut Lowering<'_>, groups: &[Group]) -> Vec<Rule> 
 fn rule<'a>(
     lowering: &mut Lowering<'a>,
     groups: &[Group],
-    named: &mut BTreeMap<String, Origin>,
+    named: &mut HashMap<&'a str, Origin>,
     file: &File,
     node: &'a Node,
 ) -> Option<Rule> {
@@ -128,11 +128,11 @@ fn session(findings: &mut Findings, file: &File, node: &Node, action: Action) ->
     (session.max.is_some() || session.idle.is_some()).then_some(session)
 }
 
-fn rule_name(
-    lowering: &mut Lowering<'_>,
-    named: &mut BTreeMap<String, Origin>,
+fn rule_name<'a>(
+    lowering: &mut Lowering<'a>,
+    named: &mut HashMap<&'a str, Origin>,
     file: &File,
-    node: &Node,
+    node: &'a Node,
 ) -> Option<String> {
     let name = lowering.findings.text(file, node, "a name")?;
     if let Err(problem) = names::check(name) {
@@ -147,7 +147,7 @@ fn rule_name(
             .push(file, file.error("E0113", node.span, message).note(note));
         return None;
     }
-    named.insert(name.to_owned(), file.origin(node.span));
+    named.insert(name, file.origin(node.span));
     Some(name.to_owned())
 }
 

@@ -1,13 +1,13 @@
 //! `segments:`: names for sets of addresses.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use super::{
     address::{self, Problem},
     context::{File, Findings},
     lower::{Declared, Lowering, MODES},
     overlap,
-    raw::Node,
+    raw::{Node, Value},
 };
 use crate::policy::{
     diag::{is_unprintable, shown},
@@ -47,9 +47,9 @@ pub(super) fn segments(lowering: &mut Lowering<'_>, default_mode: Mode) -> Vec<S
 fn segment(findings: &mut Findings, declared: &Declared<'_>, default_mode: Mode) -> Segment {
     let Declared { file, key, node } = declared;
     let mut segment = Segment {
-        name: key.text.clone(),
+        name: key.text.to_string(),
         description: String::new(),
-        members: Vec::new(),
+        members: Arc::default(),
         mode: default_mode,
         protect: Protect::Both,
         interfaces: Vec::new(),
@@ -104,13 +104,59 @@ fn segment(findings: &mut Findings, declared: &Declared<'_>, default_mode: Mode)
         }
     }
     if let Some(node) = findings.required(file, &fields, "members") {
-        let items = findings.list(file, node, "`members`").unwrap_or_default();
-        segment.members = items
-            .iter()
-            .filter_map(|item| member(findings, file, item))
-            .collect();
+        if let Value::Members(members) = &node.value {
+            findings.absorb(file, &members.findings);
+            segment.members = Arc::clone(&members.members);
+        } else {
+            // What is no list, or an empty one.
+            findings.list(file, node, "`members`");
+        }
     }
     segment
+}
+
+/// The members of a segment, and what is wrong with others.
+#[derive(Debug, Default)]
+pub(crate) struct Members {
+    members: Arc<[Member]>,
+    findings: Findings,
+}
+
+/// Gives the lists of members in a file their meaning, which depends on nothing else.
+pub(super) fn condense(name: &Arc<str>, root: &mut Node) {
+    let file = File {
+        index: 0,
+        name: Arc::clone(name),
+    };
+    each_value(root, "segments", |segments| {
+        let Value::Map(segments) = &mut segments.value else {
+            return;
+        };
+        for (_, segment) in segments {
+            each_value(segment, "members", |node| {
+                let Value::Seq(items) = &node.value else {
+                    return;
+                };
+                if items.is_empty() {
+                    return;
+                }
+                let mut findings = Findings::default();
+                let members = items
+                    .iter()
+                    .filter_map(|item| member(&mut findings, &file, item))
+                    .collect();
+                node.value = Value::Members(Arc::new(Members { members, findings }));
+            });
+        }
+    });
+}
+
+fn each_value(node: &mut Node, key: &str, mut act: impl FnMut(&mut Node)) {
+    if let Value::Map(entries) = &mut node.value {
+        for (_, value) in entries.iter_mut().filter(|(known, _)| &*known.text == key) {
+            act(value);
+        }
+    }
 }
 
 fn member(findings: &mut Findings, file: &File, node: &Node) -> Option<Member> {
@@ -169,7 +215,7 @@ fn member(findings: &mut Findings, file: &File, node: &Node) -> Option<Member> {
 }
 
 fn is_empty_map(node: &Node) -> bool {
-    matches!(&node.value, super::raw::Value::Map(entries) if entries.is_empty())
+    matches!(&node.value, Value::Map(entries) if entries.is_empty())
 }
 
 fn outside(findings: &mut Findings, file: &File, item: &Node, range: &AddrRange, cut: &AddrRange) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::policy::model::{
-    AddrRange, Defaults, Member, Origin, Protect, Rule, Segment, Transport,
+    AddrRange, Defaults, Member, Origin, Protect, Rule, Rules, Segment, Transport,
 };
 
 const A: u32 = 0; // 10.1.0.0/24 and fd00:1::/64
@@ -36,7 +36,7 @@ fn segment(name: &str, mode: Mode, protect: Protect, members: Vec<Member>) -> Se
     Segment {
         name: name.to_owned(),
         description: String::new(),
-        members,
+        members: members.into(),
         mode,
         protect,
         interfaces: vec![],
@@ -76,7 +76,7 @@ fn base() -> Policy {
             ),
         ],
         groups: vec![],
-        rules: vec![],
+        rules: Rules::default(),
         tests: vec![],
     }
 }
@@ -235,7 +235,7 @@ fn the_first_allow_speaks_and_a_deny_goes_before_it() {
     use Reason::*;
     let mut p = base();
     let q = ask("10.1.0.1", "10.2.0.1", 6, 80);
-    p.rules = vec![
+    *p.rules = vec![
         rule(Allow, seg(&[B]), seg(&[A]), Service::Any), // the other direction
         rule(Allow, seg(&[A]), seg(&[B]), tcp(80, 80)),
         rule(Allow, any(), any(), Service::Any),
@@ -268,7 +268,7 @@ fn what_has_expired_is_not_there_and_gives_way_to_what_has_no_limit() {
     };
     let mut p = base();
     let allow = || rule(Allow, seg(&[A]), seg(&[B]), tcp(80, 80));
-    p.rules = vec![
+    *p.rules = vec![
         until(100, allow()),
         until(200, allow()),
         Rule {
@@ -340,27 +340,27 @@ fn a_deny_is_as_strong_as_the_segments_it_matched_through() {
     p.segments[1].mode = Mode::Off;
     let q = ask("10.1.0.1", "10.2.0.1", 6, 80);
     // Through b only, although a (enforce) is the source.
-    p.rules = vec![rule(Deny, any(), seg(&[B]), Service::Any)];
+    *p.rules = vec![rule(Deny, any(), seg(&[B]), Service::Any)];
     check(&p, q, (Off, RuleDeny, Some(0), None));
     // Through nothing: defaults.mode.
-    p.rules = vec![rule(Deny, any(), any(), Service::Any)];
+    *p.rules = vec![rule(Deny, any(), any(), Service::Any)];
     check(&p, q, (WouldDeny, RuleDeny, Some(0), None));
     // The rule also matches by `any`, yet b is named: it speaks for the flow.
     let both = Endpoints {
         any: true,
         ..seg(&[B])
     };
-    p.rules = vec![rule(Deny, any(), both, Service::Any)];
+    *p.rules = vec![rule(Deny, any(), both, Service::Any)];
     check(&p, q, (Off, RuleDeny, Some(0), None));
     // Of several denies the strongest, whatever the order; of equals the first.
-    p.rules = vec![
+    *p.rules = vec![
         rule(Deny, any(), seg(&[B]), Service::Any),
         rule(Deny, seg(&[A]), any(), Service::Any),
         rule(Deny, seg(&[A]), seg(&[B]), Service::Any),
     ];
     check(&p, q, (Denied, RuleDeny, Some(1), None));
     // Naming c does not lend its mode to a flow that is not in c.
-    p.rules = vec![rule(Deny, any(), seg(&[B, C]), Service::Any)];
+    *p.rules = vec![rule(Deny, any(), seg(&[B, C]), Service::Any)];
     check(&p, q, (Off, RuleDeny, Some(0), None));
     check(
         &p,
@@ -389,7 +389,7 @@ fn builtins() {
     };
     let allowed = |i| (Allowed, RuleAllow, Some(i), None);
     let default_a = (Denied, DefaultDeny, None, Some(A));
-    p.rules = vec![
+    *p.rules = vec![
         rule(Allow, seg(&[A]), multicast, tcp(1, 1)),
         rule(Allow, seg(&[A]), unsegmented, tcp(2, 2)),
         rule(Allow, seg(&[A]), host, tcp(3, 3)),
@@ -550,7 +550,7 @@ fn services() {
         let q = ask(src, dst, protocol, selector);
         let silent = (Denied, DefaultDeny, None, Some(A));
         let mut p = base();
-        p.rules = vec![rule(Action::Allow, any(), any(), service)];
+        *p.rules = vec![rule(Action::Allow, any(), any(), service)];
         check(
             &p,
             q,
@@ -560,7 +560,7 @@ fn services() {
                 silent
             },
         );
-        p.rules = vec![rule(Action::Deny, any(), any(), service)];
+        *p.rules = vec![rule(Action::Deny, any(), any(), service)];
         check(
             &p,
             q,
@@ -625,7 +625,7 @@ fn a_failing_test_says_what_happened_and_where() {
             "10.1.0.1 is in a; 10.2.0.130 is in b, c"
         ]
     );
-    p.rules = vec![rule(Action::Allow, any(), any(), Service::Any)];
+    *p.rules = vec![rule(Action::Allow, any(), any(), Service::Any)];
     let failed = run_tests(&p, &env);
     assert_eq!(failed[0].notes[0], "allowed by rule `r` (p.yaml:9)");
     assert_eq!(failed.len(), 1);
