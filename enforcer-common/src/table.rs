@@ -164,8 +164,8 @@ pub fn worth(age: u32, state: u32, rest: u32, hz: u32) -> u32 {
     if state & LIVE == 0 {
         return FREE;
     }
-    // In four ticks: 37 hours at 1 000 Hz fit.
-    let scaled = (age >> 2).min(CLASS - 1);
+    // Nine hours at 1 000 Hz; older ones are all alike.
+    let scaled = age.min(CLASS - 1);
     let seconds = bound(rest as u8, state);
     if state & SESSION == 0 && u64::from(age) > seconds * u64::from(hz) {
         return (2 * CLASS) | scaled;

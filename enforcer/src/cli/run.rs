@@ -43,7 +43,7 @@ pub struct Args {
     /// Flows that the kernel remembers, of IPv4 and of IPv6 each; rounded up to a power of two.
     /// 64 bytes each for IPv4, 128 for IPv6.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_FLOWS,
-        value_parser = clap::value_parser!(u32).range(1024..=1 << 24))]
+        value_parser = clap::value_parser!(u32).range(2048..=1 << 24))]
     flows: u32,
     /// Print the kernel programs' rare debug messages.
     #[arg(long)]
