@@ -228,6 +228,10 @@ fn bonded(net: &Pair, options: &str) -> bool {
                 "link set {name} down\nlink set {name} master team0\n"
             ));
         }
+        if options.contains("active-backup") {
+            // Or the ends may settle on different cables.
+            namespace.ip("link set team0 type bond primary leg1\n");
+        }
         namespace.ip("link set leg1 up\nlink set leg2 up\nlink set team0 up\n");
     }
     addresses(net, "team0");
