@@ -73,8 +73,9 @@ fn detach_old(name: &'static str, direction: TcAttachType, interface: &str) {
 }
 
 /// Whether the discipline that a filter hangs from is not there: `EINVAL` with "Parent Qdisc
-/// doesn't exists" (`__tcf_qdisc_find` in `net/sched/cls_api.c`). Seen once on a loaded 6.1 right
-/// after it had been made; and others may remove it.
+/// doesn't exists" (`__tcf_qdisc_find` in `net/sched/cls_api.c`). Others may remove it between
+/// our two calls. On a 6.1 that had run for half an hour it was refused right after it had been made,
+/// and trying again did not help: see docs/limits.md.
 fn is_without_parent(error: &ProgramError) -> bool {
     has_errno(error, libc::EINVAL) || has_errno(error, libc::ENOENT)
 }
