@@ -23,6 +23,25 @@ pub trait FlowTable {
     fn insert_fragment(&self, key: &FragmentKey, entry: &FragmentEntry) -> bool;
 }
 
+/// What a look without waiting finds.
+#[derive(Clone, Copy, Debug)]
+pub enum Glance<S> {
+    /// The entry.
+    Entry(S),
+    /// A writer is where it may be.
+    Busy,
+    /// It is not there.
+    Nothing,
+}
+
+/// A table that can be looked into without waiting for its writers.
+pub trait Glances {
+    /// An entry found.
+    type Slot: FlowSlot;
+    /// The entry of a key, whatever its age.
+    fn glance(&self, key: &FlowKey) -> Glance<Self::Slot>;
+}
+
 /// One entry of a table, in place.
 pub trait FlowSlot {
     /// The entry's fields.
@@ -148,7 +167,10 @@ pub fn key_of(tuple: &Tuple, ifindex: u32) -> (FlowKey, bool) {
     let forward = match tuple.kind {
         Kind::IcmpRequest => true,
         Kind::IcmpReply => false,
-        Kind::Other | Kind::Tcp | Kind::Ports | Kind::IcmpError | Kind::IcmpOther => ordered(tuple),
+        Kind::Other | Kind::Tcp | Kind::Ports | Kind::IcmpError | Kind::IcmpOther => {
+            let ports = (tuple.source_port, tuple.destination_port);
+            ordered(&tuple.source, &tuple.destination, ports)
+        }
     };
     let scope = if link_local(&tuple.source, tuple.v6) || link_local(&tuple.destination, tuple.v6) {
         ifindex
@@ -190,10 +212,10 @@ const fn request_of(reply: u16) -> u16 {
     }
 }
 
+/// Whether the source is the low end of its flow, unless that is an ICMP request's.
 #[inline(always)]
-fn ordered(tuple: &Tuple) -> bool {
+pub(crate) fn ordered(s: &[u32; 4], d: &[u32; 4], ports: (u16, u16)) -> bool {
     let half = |a: &[u32; 4], at: usize| (u64::from(a[at]) << 32) | u64::from(a[at + 1]);
-    let (s, d) = (&tuple.source, &tuple.destination);
     // Halves, not words: each comparison is a fork for the verifier.
     if half(s, 0) != half(d, 0) {
         return half(s, 0) < half(d, 0);
@@ -201,7 +223,7 @@ fn ordered(tuple: &Tuple) -> bool {
     if half(s, 2) != half(d, 2) {
         return half(s, 2) < half(d, 2);
     }
-    tuple.source_port <= tuple.destination_port
+    ports.0 <= ports.1
 }
 
 #[inline(always)]

@@ -8,6 +8,8 @@
 //! - [`flow`]: what an entry of the flow table means
 //! - [`judge`]: the judgement of a packet: flow table, then image
 //! - [`swift`]: its short way for packets of established flows
+//! - [`case`]: a packet and its verdict, as records have them
+//! - [`opening`]: its middle way for packets that open one
 //! - [`table`]: the flow table, in whatever memory
 //! - [`wire`]: map values and event records, byte for byte
 //!
@@ -16,11 +18,13 @@
 #![cfg_attr(not(feature = "user"), forbid(unsafe_code))]
 #![deny(unsafe_code)] // with `user`, pod.rs alone opts out: aya's Pod is an unsafe trait
 
+pub mod case;
 mod conclude;
 pub mod decide;
 pub mod flow;
 pub mod image;
 pub mod judge;
+pub mod opening;
 pub mod packet;
 #[cfg(feature = "user")]
 mod pod;

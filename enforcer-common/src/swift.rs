@@ -7,7 +7,8 @@
 
 use crate::{
     flow::{
-        CLOSING, Clock, FlowSlot as _, FlowTable, OPENER_IS_LOW, REPLIED, SESSION, TIMED, fresh,
+        CLOSING, Clock, FlowSlot as _, Glance, Glances, OPENER_IS_LOW, REPLIED, SESSION, TIMED,
+        fresh,
     },
     packet::{Kind, Link, Tuple, tcp},
     wire::FlowKey,
@@ -80,7 +81,7 @@ pub struct Plain {
 pub enum Known {
     /// It is of an established flow, whose entry is up to date now.
     Established,
-    /// It has an entry that must be looked at.
+    /// It has an entry that must be looked at, or may have one.
     Entry,
     /// It has none.
     Nothing,
@@ -93,6 +94,8 @@ pub struct Moment {
     pub ingress: bool,
     /// The interface.
     pub ifindex: u32,
+    /// Its slot in the image's bitmaps.
+    pub slot: u32,
     /// Generation of the live image, 0 if there is none.
     pub generation: u32,
     /// Jiffies.
@@ -128,9 +131,11 @@ pub fn read6<W: Window + ?Sized>(window: &W) -> Option<Plain> {
 
 /// Looks a plain packet's flow up, and brings its entry up to date if it is established.
 #[inline(always)]
-pub fn look<F: FlowTable>(table: &F, packet: &Plain, moment: &Moment, length: u32) -> Known {
-    let Some(slot) = table.find(&packet.key) else {
-        return Known::Nothing;
+pub fn look<F: Glances>(table: &F, packet: &Plain, moment: &Moment, length: u32) -> Known {
+    let slot = match table.glance(&packet.key) {
+        Glance::Entry(slot) => slot,
+        Glance::Busy => return Known::Entry,
+        Glance::Nothing => return Known::Nothing,
     };
     let tuple = &packet.tuple;
     let entry = slot.load();

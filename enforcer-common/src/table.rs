@@ -17,8 +17,8 @@
 
 use crate::{
     flow::{
-        CLOSING, Change, FlowSlot, OPENER_IS_LOW, PROTECTED, REPLIED, SESSION, TIMED, age, bound,
-        idle,
+        CLOSING, Change, FlowSlot, Glance, Glances, OPENER_IS_LOW, PROTECTED, REPLIED, SESSION,
+        TIMED, age, bound, idle,
     },
     wire::{FlowEntry, FlowKey},
 };
@@ -124,7 +124,7 @@ impl Place {
     /// The lock of both.
     #[inline(always)]
     pub const fn stripe(&self) -> u32 {
-        self.home & (STRIPES - 1)
+        stripe(self.home)
     }
 }
 
@@ -219,7 +219,7 @@ impl Family for Key6<'_> {
     }
 }
 
-/// Half a product for each word, the key's last two words first.
+/// Half a product for each word, the key's words in their order.
 #[inline(always)]
 fn hash<M: Memory, F: Family>(memory: &M, key: &F) -> u32 {
     let mut sum = memory.secret(0);
@@ -242,11 +242,17 @@ const fn fold(sum: u64) -> u32 {
     ((sum ^ sum >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 32) as u32
 }
 
+/// The lock of a bucket: a group of sixteen has one.
+#[inline(always)]
+const fn stripe(bucket: u32) -> u32 {
+    bucket >> 4 & (STRIPES - 1)
+}
+
 #[inline(always)]
 fn place(hash: u32, mask: u32) -> Place {
     let home = hash & mask;
-    // Another bucket of the same stripe.
-    let other = (hash >> 10) & !(STRIPES - 1) | STRIPES;
+    // Another one on the same page, so that a key which is not there costs one miss of the TLB.
+    let other = hash >> 28 | 1;
     Place {
         home,
         second: home ^ (other & mask),
@@ -364,7 +370,7 @@ pub fn find<M: Memory>(memory: &M, key: &FlowKey, found: &mut Found) -> bool {
     if torn & 1 == 0 {
         return false;
     }
-    let (v6, stripe) = (key.is_v6(), found.bucket & (STRIPES - 1));
+    let (v6, stripe) = (key.is_v6(), stripe(found.bucket));
     let locked = memory.lock(v6, stripe);
     let there = glance(memory, key, found, &mut torn).is_some();
     if locked {
@@ -456,7 +462,7 @@ pub fn change<M: Memory>(memory: &M, found: &Found, change: &Change) {
 
 #[inline(always)]
 fn change_in<M: Memory, F: Family>(memory: &M, found: &Found, change: &Change) {
-    let stripe = found.bucket & (STRIPES - 1);
+    let stripe = stripe(found.bucket);
     let Some(bucket) = memory.bucket(F::V6, found.bucket) else {
         return;
     };
@@ -679,7 +685,7 @@ pub fn sweep<M: Memory>(memory: &M, v6: bool, index: u32, now: u64, hz: u32) -> 
 
 #[inline(always)]
 fn sweep_in<M: Memory, F: Family>(memory: &M, index: u32, now: u64, hz: u32) -> u32 {
-    let stripe = index & (STRIPES - 1);
+    let stripe = stripe(index);
     let Some(bucket) = memory.bucket(F::V6, index) else {
         return 0;
     };
@@ -782,18 +788,21 @@ pub struct Held<M: Memory> {
     found: Found,
 }
 
-impl<M: Memory + Clone> Flows<M> {
-    /// The entry of a key, whatever its age; one that is being written may be missed, for those
-    /// who then go the long way.
+impl<M: Memory + Clone> Glances for Flows<M> {
+    type Slot = Held<M>;
+
     #[inline(always)]
-    pub fn find(&self, key: &FlowKey) -> Option<Held<M>> {
-        let mut found = Found::EMPTY;
-        let bucket = glance(&self.0, key, &mut found, &mut 0)?;
-        Some(Held {
-            memory: self.0.clone(),
-            bucket,
-            found,
-        })
+    fn glance(&self, key: &FlowKey) -> Glance<Held<M>> {
+        let (mut found, mut torn) = (Found::EMPTY, 0);
+        match glance(&self.0, key, &mut found, &mut torn) {
+            Some(bucket) => Glance::Entry(Held {
+                memory: self.0.clone(),
+                bucket,
+                found,
+            }),
+            None if torn & 1 != 0 => Glance::Busy,
+            None => Glance::Nothing,
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use aya_ebpf::{
 };
 use enforcer_common::{
     flow::{Change, FlowSlot, FlowTable},
-    table::{self, Bucket, Found, Held, Memory, SECRETS, SLOTS, STRIPES, WORDS4, WORDS6},
+    table::{self, Bucket, Found, Memory, SECRETS, SLOTS, STRIPES, WORDS4, WORDS6},
     wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
 
@@ -344,32 +344,5 @@ impl FlowSlot for Entry {
     #[inline(always)]
     fn change(&self, change: &Change) {
         flow_change(&raw const self.0, change);
-    }
-}
-
-/// The table for the short way: all of a look-up in line.
-pub struct Swift;
-
-impl FlowTable for Swift {
-    type Slot = Held<Maps>;
-
-    #[inline(always)]
-    fn find(&self, key: &FlowKey) -> Option<Held<Maps>> {
-        table::Flows(Maps).find(key)
-    }
-
-    #[inline(always)]
-    fn insert(&self, _: &FlowKey, _: &FlowEntry) -> bool {
-        false
-    }
-
-    #[inline(always)]
-    fn fragment(&self, _: &FragmentKey) -> Option<FragmentEntry> {
-        None
-    }
-
-    #[inline(always)]
-    fn insert_fragment(&self, _: &FragmentKey, _: &FragmentEntry) -> bool {
-        false
     }
 }

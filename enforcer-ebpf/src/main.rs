@@ -24,14 +24,16 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::info;
 use enforcer_common::{
+    case::Case,
     decide::{Decision, generation},
     flow::Clock,
-    judge, packet,
+    judge, opening, packet,
     swift::{self, Known, Moment, Window as _},
+    table::Flows as Table,
     verdict::{Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::CONTROL_DEBUG,
 };
-use flows::{Flows, Swift};
+use flows::Flows;
 use maps::{KernelTime, Work};
 
 /// Packets coming into the host.
@@ -140,17 +142,23 @@ fn run(ctx: &TcContext, hook: Hook) -> i32 {
 
 /// No action's number: the long way.
 const LONG: u32 = 0xffff;
+/// Nor this: no entry speaks for the packet.
+const UNKNOWN: u32 = 0xfffe;
 
-/// The short way, see `enforcer_common::swift`: the action for a packet of an established flow or
-/// one that was denied a moment ago.
+/// The short way, see `enforcer_common::swift`, and the middle one: the action for a packet of an
+/// established flow, one that was denied a moment ago, or one that opens a flow.
 #[inline(always)]
 fn short(skb: *mut __sk_buff, hook: Hook) -> u32 {
     // SAFETY: a load from the context.
-    match u16::from_be(unsafe { (*skb).protocol } as u16) {
+    let known = match u16::from_be(unsafe { (*skb).protocol } as u16) {
         0x0800 => short4(skb, hook as u32),
         0x86dd => short6(skb, hook as u32),
-        _ => LONG,
+        _ => return LONG,
+    };
+    if known == UNKNOWN {
+        return unknown(skb, hook as u32);
     }
+    known
 }
 
 /// The short way of IPv4. A function of its own for its stack, and one for each family: in one, the
@@ -170,7 +178,7 @@ pub extern "C" fn short6(skb: *mut __sk_buff, hook: u32) -> u32 {
 
 /// Which of the two TC hooks.
 #[inline(always)]
-fn tc_hook(hook: u32) -> Hook {
+pub fn tc_hook(hook: u32) -> Hook {
     if hook == Hook::TcIngress as u32 {
         Hook::TcIngress
     } else {
@@ -184,13 +192,12 @@ fn front(skb: *mut __sk_buff, hook: Hook) -> Option<(ctx::Front, Moment)> {
     let ingress = matches!(hook, Hook::TcIngress);
     // SAFETY: a load from the context.
     let ifindex = unsafe { (*skb).ifindex };
-    if !maps::is_ethernet(ifindex) {
-        return None;
-    }
+    let slot = maps::ethernet(ifindex)?;
     let front = ctx::Front::of(&TcContext::new(skb), ingress)?;
     let moment = Moment {
         ingress,
         ifindex,
+        slot,
         generation: maps::live_generation(),
         clock: Clock {
             now: now(),
@@ -213,7 +220,7 @@ fn established(
     let Some(packet) = read(&front) else {
         return LONG;
     };
-    match swift::look(&Swift, &packet, &moment, front.length()) {
+    match swift::look(&Table(flows::Maps), &packet, &moment, front.length()) {
         Known::Established => {
             maps::count(
                 packet_counter(hook, Outcome::Allowed, Reason::Established),
@@ -221,24 +228,100 @@ fn established(
             );
             TC_ACT_UNSPEC as u32
         }
-        Known::Nothing => denied_again(skb, hook as u32),
+        Known::Nothing => UNKNOWN,
         Known::Entry => LONG,
     }
 }
 
-/// The short way of a packet without a flow. It reads the packet anew: what established flows need
-/// stays in registers that way.
+/// The way of a plain packet without a flow.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn denied_again(skb: *mut __sk_buff, hook: u32) -> u32 {
-    let hook = tc_hook(hook);
-    let Some((front, moment)) = front(skb, hook) else {
+pub extern "C" fn unknown(skb: *mut __sk_buff, hook: u32) -> u32 {
+    let mut case = Case::EMPTY;
+    match read(skb, hook, &raw mut case) {
+        READ => {}
+        AGAIN => return TC_ACT_SHOT as u32,
+        _ => return LONG,
+    }
+    if policy(&raw mut case) == 0 {
         return LONG;
+    }
+    let (outcome, reason) = (
+        Outcome::from_bits(case.outcome),
+        Reason::from_bits(case.reason),
+    );
+    if outcome.passes() && enter(&raw const case) == 0 {
+        return LONG;
+    }
+    maps::count(packet_counter(tc_hook(hook), outcome, reason), 1);
+    if outcome.passes() {
+        return TC_ACT_UNSPEC as u32;
+    }
+    record(skb, &raw const case);
+    TC_ACT_SHOT as u32
+}
+
+/// What [`read`] says: there is a case.
+const READ: u32 = 1;
+/// What [`read`] says: like one that was denied a moment ago, and counted.
+const AGAIN: u32 = 2;
+
+/// Reads a plain packet without a flow. It has been read before: what established flows need stays
+/// in registers that way. 0: it is not plain.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn read(skb: *mut __sk_buff, hook: u32, case: *mut Case) -> u32 {
+    // SAFETY: the caller's, or null to the verifier.
+    let (Some(case), Some((front, moment))) = (unsafe { case.as_mut() }, front(skb, tc_hook(hook)))
+    else {
+        return 0;
     };
     match swift::read(&front) {
-        Some(packet) if events::denied_again(&packet.tuple, hook, &moment) => TC_ACT_SHOT as u32,
-        _ => LONG,
+        Some(packet) => {
+            *case = opening::case(&packet, &moment);
+            if events::denied_again(case) {
+                AGAIN
+            } else {
+                READ
+            }
+        }
+        None => 0,
     }
+}
+
+/// Asks the live image about a packet without a flow. 0: the long way.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn policy(case: *mut Case) -> u32 {
+    // SAFETY: as in `read`.
+    let (Some(case), Some(image)) = (unsafe { case.as_mut() }, maps::live()) else {
+        return 0;
+    };
+    let time = KernelTime::new(&maps::control());
+    u32::from(opening::settle(&image, &time, case))
+}
+
+/// Enters the flow that a packet opens. 0: the table took it not.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn enter(case: *const Case) -> u32 {
+    // SAFETY: as in `read`.
+    let Some(case) = (unsafe { case.as_ref() }) else {
+        return 0;
+    };
+    let (key, entry) = opening::flow(case);
+    flows::flow_insert(&raw const key, &raw const entry, case.hz)
+}
+
+/// See `events::record`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn record(skb: *mut __sk_buff, case: *const Case) -> u32 {
+    // SAFETY: as in `read`.
+    if let Some(case) = unsafe { case.as_ref() } {
+        events::record(&TcContext::new(skb), case);
+    }
+    0
 }
 
 // The steps of a judgement. Global functions: the verifier goes through each once, on its own, and

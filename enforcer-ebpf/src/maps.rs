@@ -51,6 +51,10 @@ pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentEntry, FRAGMENTED> = LruHa
 static VLANS: HashMap<u64, u32, VLAN_DEVICES> = HashMap::new();
 #[btf_map]
 pub static DENIED: PerCpuArray<DeniedSlot, { DENIED_SLOTS as usize }> = PerCpuArray::new();
+/// Hashes of the flows in `DENIED`: a packet of another flow is told by one load from a table that
+/// stays in the caches; `DENIED` does not.
+#[btf_map]
+pub static DENIED_TAGS: PerCpuArray<u32, { DENIED_SLOTS as usize }> = PerCpuArray::new();
 #[btf_map]
 pub static EVENTS: RingBuf<Event, EVENT_BYTES> = RingBuf::new();
 #[btf_map]
@@ -125,13 +129,8 @@ pub fn hz() -> u32 {
 /// An interface; Ethernet without a slot if it is not listed.
 #[inline(always)]
 pub fn interface(ifindex: u32) -> Interface {
-    if let Some([known, slot]) = ETHERNET.get(ifindex & (ETHERNET_LINKS - 1))
-        && *known == ifindex
-    {
-        return Interface {
-            flags: 0,
-            slot: *slot,
-        };
+    if let Some(slot) = ethernet(ifindex) {
+        return Interface { flags: 0, slot };
     }
     // SAFETY: two plain u32 that only the daemon writes.
     match unsafe { INTERFACES.get(&ifindex) } {
@@ -140,13 +139,11 @@ pub fn interface(ifindex: u32) -> Interface {
     }
 }
 
-/// Whether an interface is known to have Ethernet frames.
+/// The slot of an interface that is known to have Ethernet frames.
 #[inline(always)]
-pub fn is_ethernet(ifindex: u32) -> bool {
-    match ETHERNET.get(ifindex & (ETHERNET_LINKS - 1)) {
-        Some([known, _]) => *known == ifindex,
-        None => false,
-    }
+pub fn ethernet(ifindex: u32) -> Option<u32> {
+    let [known, slot] = ETHERNET.get(ifindex & (ETHERNET_LINKS - 1))?;
+    (*known == ifindex).then_some(*slot)
 }
 
 /// Whether frames with this tag are judged on their VLAN device.
@@ -231,6 +228,7 @@ pub struct Work {
 pub trait Zero {}
 impl Zero for Packet {}
 impl Zero for Found {}
+impl Zero for Process {}
 
 const _: () = {
     // `Packet::EMPTY` is what `clear` writes.

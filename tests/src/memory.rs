@@ -6,7 +6,7 @@ use std::{
 };
 
 use enforcer_common::{
-    flow::FlowTable,
+    flow::{FlowTable, Glance, Glances as _},
     table::{self, Bucket, Flow, Flows, Held, Memory, SECRETS, SLOTS, WORDS4, WORDS6},
     wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
@@ -226,7 +226,10 @@ impl<'a> FlowTable for HostTable<'a> {
     type Slot = Held<&'a HostMemory>;
 
     fn find(&self, key: &FlowKey) -> Option<Self::Slot> {
-        Flows(self.memory).find(key)
+        match Flows(self.memory).glance(key) {
+            Glance::Entry(slot) => Some(slot),
+            Glance::Busy | Glance::Nothing => None,
+        }
     }
 
     fn insert(&self, key: &FlowKey, entry: &FlowEntry) -> bool {

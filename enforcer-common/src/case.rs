@@ -1,0 +1,199 @@
+//! A packet and its verdict in plain words: what records are made of, and what the middle way
+//! hands from step to step.
+//!
+//! Without padding and without references, so that the kernel passes it by address from one
+//! function to another.
+
+use crate::{
+    decide::Decision,
+    flow::Clock,
+    packet::{Kind, Tuple, tcp},
+    verdict::{Hook, Outcome, Reason},
+    wire::DeniedSlot,
+};
+
+/// A packet at a hook, and what became of it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Case {
+    /// Jiffies.
+    pub now: u64,
+    /// Jiffies a second.
+    pub hz: u32,
+    /// Generation of the image that judged.
+    pub generation: u32,
+    /// As in [`Tuple`].
+    pub source: [u32; 4],
+    /// As in [`Tuple`].
+    pub destination: [u32; 4],
+    /// Source port `<< 16 |` destination port.
+    pub ports: u32,
+    /// Selector `<< 16 |` protocol `<< 8 |` TCP flags.
+    pub service: u32,
+    /// Ethertype `<< 16 |` family (4, 6, 0: addresses not read) `<< 8 |` [`Kind`].
+    pub shape: u32,
+    /// The interface.
+    pub ifindex: u32,
+    /// Its slot in the image's bitmaps.
+    pub slot: u32,
+    /// [`Hook`].
+    pub hook: u32,
+    /// [`Outcome`].
+    pub outcome: u32,
+    /// [`Reason`].
+    pub reason: u32,
+    /// As in [`Decision`].
+    pub rule: u32,
+    /// As in [`Decision`].
+    pub segment: u32,
+    /// Not 0: the image alone denied the packet, whatever the time; then it denies the next one
+    /// like it as long as it is live and no flow of it has come to be. Denials of form are none of
+    /// these: they may be about what the short way does not look at.
+    pub lasting: u32,
+    /// Always 0.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<Case>() == 96 && align_of::<Case>() == 8);
+
+impl Case {
+    /// Nothing.
+    pub const EMPTY: Self = Self::new(
+        &Tuple::EMPTY,
+        0,
+        0,
+        Hook::TcIngress,
+        &Clock { now: 0, hz: 0 },
+    );
+
+    /// A packet that nobody has judged.
+    #[inline(always)]
+    pub const fn new(tuple: &Tuple, ethertype: u16, family: u8, hook: Hook, clock: &Clock) -> Self {
+        Self {
+            now: clock.now,
+            hz: clock.hz,
+            generation: 0,
+            source: tuple.source,
+            destination: tuple.destination,
+            ports: (tuple.source_port as u32) << 16 | tuple.destination_port as u32,
+            service: (tuple.selector as u32) << 16
+                | (tuple.protocol as u32) << 8
+                | tuple.tcp_flags as u32,
+            shape: (ethertype as u32) << 16 | (family as u32) << 8 | tuple.kind as u32,
+            ifindex: 0,
+            slot: 0,
+            hook: hook as u32,
+            outcome: Outcome::Denied as u32,
+            reason: Reason::NoPolicy as u32,
+            rule: u32::MAX,
+            segment: u32::MAX,
+            lasting: 0,
+            reserved: 0,
+        }
+    }
+
+    /// The addresses and the transport.
+    #[inline(always)]
+    pub const fn tuple(&self) -> Tuple {
+        Tuple {
+            source: self.source,
+            destination: self.destination,
+            source_port: self.source_port(),
+            destination_port: self.destination_port(),
+            protocol: self.protocol(),
+            v6: self.family() == 6,
+            kind: Kind::from_bits(self.shape & 0xff),
+            tcp_flags: self.service as u8,
+            selector: self.selector(),
+        }
+    }
+
+    /// Of the packet.
+    #[inline(always)]
+    pub const fn source_port(&self) -> u16 {
+        (self.ports >> 16) as u16
+    }
+
+    /// Of the packet.
+    #[inline(always)]
+    pub const fn destination_port(&self) -> u16 {
+        self.ports as u16
+    }
+
+    /// IP protocol.
+    #[inline(always)]
+    pub const fn protocol(&self) -> u8 {
+        (self.service >> 8) as u8
+    }
+
+    /// As in [`Tuple`].
+    #[inline(always)]
+    pub const fn selector(&self) -> u16 {
+        (self.service >> 16) as u16
+    }
+
+    /// TCP flags, else 0.
+    #[inline(always)]
+    pub const fn tcp_flags(&self) -> u8 {
+        self.service as u8
+    }
+
+    /// After VLAN tags, 0 if not read.
+    #[inline(always)]
+    pub const fn ethertype(&self) -> u16 {
+        (self.shape >> 16) as u16
+    }
+
+    /// 4, 6, or 0 when the addresses were not read.
+    #[inline(always)]
+    pub const fn family(&self) -> u8 {
+        (self.shape >> 8) as u8
+    }
+
+    /// Writes the verdict of an image.
+    #[inline(always)]
+    pub const fn decided(&mut self, decision: &Decision, generation: u32, lasting: bool) {
+        self.generation = generation;
+        self.outcome = decision.outcome as u32;
+        self.reason = decision.reason as u32;
+        self.rule = decision.rule;
+        self.segment = decision.segment;
+        self.lasting = lasting as u32;
+    }
+
+    /// Where it is counted: any spread will do, a collision costs a record more, not a count. Hook
+    /// and interface take part: a forwarded packet that is only observed comes by twice. TCP flags
+    /// because the reason follows from them.
+    #[inline(always)]
+    pub const fn hash(&self) -> u32 {
+        const TURNS: u32 = (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN) as u32;
+        let (s, d) = (&self.source, &self.destination);
+        let service = self.service & (0xff00 | TURNS) | (self.shape & 0xff) << 16;
+        let mut h = s[3] ^ s[2].rotate_left(7) ^ s[1].rotate_left(13);
+        h = h.wrapping_mul(0x9e37_79b1) ^ d[3] ^ d[2].rotate_left(9);
+        h = h.wrapping_mul(0x85eb_ca77) ^ self.ports;
+        h = h.wrapping_mul(0xc2b2_ae3d) ^ service ^ self.service >> 16;
+        h = h.wrapping_mul(0x27d4_eb2f) ^ (self.ifindex << 2 | self.hook);
+        h ^ (h >> 15)
+    }
+
+    /// Whether the slot's packets are like this one but for the verdict. The source port takes
+    /// part: TCP and UDP clients take a new one for each attempt, and each attempt is worth a
+    /// record of its own.
+    #[inline(always)]
+    pub fn is_in(&self, slot: &DeniedSlot) -> bool {
+        let event = &slot.event;
+        slot.epoch_end != 0
+            && event.source == self.source
+            && event.destination == self.destination
+            && event.source_port == self.source_port()
+            && event.destination_port == self.destination_port()
+            && event.protocol == self.protocol()
+            && event.selector == self.selector()
+            && event.ethertype == self.ethertype()
+            && event.family == self.family()
+            && u32::from(event.hook) == self.hook
+            && event.generation == self.generation
+            && event.ifindex == self.ifindex
+    }
+}
