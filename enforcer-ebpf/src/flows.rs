@@ -34,6 +34,11 @@ type Lock = [u64; 8];
 static FLOWS4: Array<Bucket4, BUCKETS, MAPPED> = Array::new();
 #[btf_map]
 static FLOWS6: Array<Bucket6, BUCKETS, MAPPED> = Array::new();
+/// The tags of a bucket's slots.
+#[btf_map]
+static FLOW_TAGS4: Array<u64, BUCKETS, MAPPED> = Array::new();
+#[btf_map]
+static FLOW_TAGS6: Array<u64, BUCKETS, MAPPED> = Array::new();
 #[btf_map]
 static FLOW_LOCKS: Array<Lock, { 2 * STRIPES as usize }, MAPPED> = Array::new();
 #[btf_map]
@@ -103,6 +108,12 @@ impl Bucket for Words {
     }
 
     #[inline(always)]
+    fn set_pair(&self, at: u32, value: u64) {
+        // SAFETY: as in `pair`.
+        unsafe { self.0.add(at as usize).cast::<u64>().write_volatile(value) }
+    }
+
+    #[inline(always)]
     fn publish(&self, at: u32, value: u32) {
         // SAFETY: as in `get`. An exchange is fully ordered (Documentation/bpf/standardization,
         // atomic operations; the JITs emit a full barrier with it).
@@ -129,6 +140,15 @@ fn exchange(lock: *mut u64, value: u64) -> u64 {
 }
 
 #[inline(always)]
+fn tags(v6: bool, index: u32) -> Option<*mut u64> {
+    if v6 {
+        FLOW_TAGS6.get_ptr_mut(index)
+    } else {
+        FLOW_TAGS4.get_ptr_mut(index)
+    }
+}
+
+#[inline(always)]
 fn lock_word(v6: bool, stripe: u32) -> Option<*mut u64> {
     let lock = FLOW_LOCKS.get_ptr_mut(stripe & (STRIPES - 1) | (v6 as u32) << 8)?;
     Some(lock.cast())
@@ -145,6 +165,24 @@ impl Memory for Maps {
             FLOWS6.get_ptr_mut(index).map(|words| Words(words.cast()))
         } else {
             FLOWS4.get_ptr_mut(index).map(|words| Words(words.cast()))
+        }
+    }
+
+    #[inline(always)]
+    fn tags(&self, v6: bool, index: u32) -> u64 {
+        match tags(v6, index) {
+            // SAFETY: a live element that other CPUs write.
+            Some(tags) => unsafe { tags.read_volatile() },
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn set_tag(&self, v6: bool, index: u32, slot: u32, tag: u32) {
+        if let Some(tags) = tags(v6, index) {
+            let slot = (slot & (SLOTS - 1)) as usize;
+            // SAFETY: one of the four halves of a live element.
+            unsafe { tags.cast::<u16>().add(slot).write_volatile(tag as u16) }
         }
     }
 

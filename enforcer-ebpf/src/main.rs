@@ -193,7 +193,7 @@ fn front(skb: *mut __sk_buff, hook: Hook) -> Option<(ctx::Front, Moment)> {
     // SAFETY: a load from the context.
     let ifindex = unsafe { (*skb).ifindex };
     let slot = maps::ethernet(ifindex)?;
-    let front = ctx::Front::of(&TcContext::new(skb), ingress)?;
+    let front = ctx::Front::of(&TcContext::new(skb))?;
     let moment = Moment {
         ingress,
         ifindex,

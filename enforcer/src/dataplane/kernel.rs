@@ -74,6 +74,15 @@ pub struct KernelDataplane {
     events: Option<RingBuf<MapData>>,
 }
 
+/// An image in a map of its own.
+pub struct WrittenImage {
+    map: OwnedFd,
+    generation: u32,
+}
+
+/// Where the programs keep [`Control`].
+const CONTROL: &str = ".bss.control";
+
 struct Attached {
     name: String,
     slot: u32,
@@ -118,6 +127,8 @@ impl KernelDataplane {
             netns_cookie,
             hz,
             flags: if options.debug { CONTROL_DEBUG } else { 0 },
+            generation: 0,
+            reserved: 0,
         };
         let mut this = Self {
             ebpf,
@@ -156,8 +167,9 @@ impl KernelDataplane {
 
     fn write_control(&mut self) -> Result<(), DataplaneError> {
         let control = self.control;
-        let mut map: Array<_, Control> = typed_mut(&mut self.ebpf, "CONTROL")?;
-        map.set(0, control, 0).map_err(map_error("write CONTROL"))
+        let mut map: Array<_, Control> = typed_mut(&mut self.ebpf, CONTROL)?;
+        map.set(0, control, 0)
+            .map_err(map_error("write the settings"))
     }
 
     /// Notes an interface, and its slot if its frames begin with an Ethernet header, where the
@@ -196,7 +208,7 @@ impl KernelDataplane {
     ///
     /// # Errors
     /// When the image does not fit, or the kernel says no.
-    pub fn write_image(&self, image: &Image) -> Result<OwnedFd, DataplaneError> {
+    pub fn write_image(&self, image: &Image) -> Result<WrittenImage, DataplaneError> {
         let limit = self.image_words as usize;
         if image.words().len() > limit {
             return Err(DataplaneError::ImageTooLarge {
@@ -213,20 +225,37 @@ impl KernelDataplane {
             .map_err(syscall("create the image map"))?;
         sys::update_words(inner.as_fd(), 0, &words).map_err(syscall("write the image"))?;
         sys::freeze(inner.as_fd()).map_err(syscall("freeze the image"))?;
-        Ok(inner)
+        Ok(WrittenImage {
+            map: inner,
+            generation: image.generation(),
+        })
     }
 
     /// Makes a written image the one that judges; returns when no packet is judged by another.
     ///
     /// # Errors
     /// When the kernel says no; then the image in force stays.
-    pub fn make_live(&mut self, inner: &OwnedFd) -> Result<(), DataplaneError> {
+    pub fn make_live(&mut self, image: &WrittenImage) -> Result<(), DataplaneError> {
+        // Between the two writes of the generation every packet goes the long way. Should this
+        // process end there, they go on to: slow, and right.
+        let before = std::mem::take(&mut self.control.generation);
+        self.write_control()?;
+        let swapped = self.swap(image);
+        self.control.generation = match swapped {
+            Ok(()) => image.generation,
+            Err(_) => before,
+        };
+        self.write_control()?;
+        swapped
+    }
+
+    fn swap(&self, image: &WrittenImage) -> Result<(), DataplaneError> {
         let Some(Map::ArrayOfMaps(policy)) = self.ebpf.map("POLICY") else {
             return Err(missing("POLICY"));
         };
         // The one pointer write. It returns after a grace period: from then on no packet is
         // judged by the old image.
-        sys::update_inner(policy.fd().as_fd(), slot::LIVE, inner.as_fd())
+        sys::update_inner(policy.fd().as_fd(), slot::LIVE, image.map.as_fd())
             .map_err(syscall("swap the live image"))
     }
 }
