@@ -13,7 +13,7 @@ use aya_ebpf::{
 };
 use enforcer_common::{
     flow::{Change, FlowSlot, FlowTable},
-    table::{self, Bucket, Found, Memory, SECRETS, SLOTS, STRIPES, WORDS4, WORDS6},
+    table::{self, Bucket, Found, Look, Memory, SECRETS, SLOTS, STRIPES, WORDS4, WORDS6},
     wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
 
@@ -86,6 +86,9 @@ impl Bucket for Words {
         // x86 keeps loads in order. arm64 does not, but it orders a load behind the one that its
         // address was computed from (Arm ARM, "address dependency"), though the value has no
         // influence. In assembly, because a compiler would see through it.
+        if cfg!(feature = "tso") {
+            return *self;
+        }
         let mut none = seen;
         // SAFETY: one instruction on a register.
         unsafe { asm!("{none} &= 0", none = inout(reg) none, options(pure, nomem)) };
@@ -95,6 +98,9 @@ impl Bucket for Words {
 
     #[inline(always)]
     fn hidden(&self, value: u64) -> u64 {
+        if cfg!(feature = "tso") {
+            return value;
+        }
         let mut value = value;
         // SAFETY: no instruction.
         unsafe { asm!("/* {value} */", value = inout(reg) value, options(pure, nomem)) };
@@ -115,6 +121,9 @@ impl Bucket for Words {
 
     #[inline(always)]
     fn publish(&self, at: u32, value: u32) {
+        if cfg!(feature = "tso") {
+            return self.set(at, value);
+        }
         // SAFETY: as in `get`. An exchange is fully ordered (Documentation/bpf/standardization,
         // atomic operations; the JITs emit a full barrier with it).
         unsafe {
@@ -216,7 +225,13 @@ impl Memory for Maps {
 
     #[inline(always)]
     fn unlock(&self, v6: bool, stripe: u32) {
-        if let Some(lock) = lock_word(v6, stripe) {
+        let Some(lock) = lock_word(v6, stripe) else {
+            return;
+        };
+        if cfg!(feature = "tso") {
+            // SAFETY: as in `exchange`.
+            unsafe { lock.write_volatile(0) };
+        } else {
             exchange(lock, 0);
         }
     }
@@ -250,18 +265,22 @@ impl Memory for Maps {
     }
 
     #[inline(always)]
-    fn worth(&self, age: u32, state: u32, rest: u32, hz: u32) -> u32 {
-        flow_worth(age, state, rest, hz)
+    fn best(&self, key: &FlowKey, look: &Look) -> u32 {
+        flow_best(key, look)
     }
 }
 
 // Global functions, which the verifier goes through once each.
 
-/// See [`table::worth`].
+/// See [`table::best`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn flow_worth(age: u32, state: u32, rest: u32, hz: u32) -> u32 {
-    table::worth(age, state, rest, hz)
+pub extern "C" fn flow_best(key: *const FlowKey, look: *const Look) -> u32 {
+    // SAFETY: the caller's, or null to the verifier.
+    match unsafe { (key.as_ref(), look.as_ref()) } {
+        (Some(key), Some(look)) => table::best(&Maps, key, look),
+        _ => 0,
+    }
 }
 
 /// See [`table::find`].

@@ -100,6 +100,9 @@ impl Programs {
             flows,
         };
         let mut dataplane = KernelDataplane::load(&options).expect("the programs load");
+        let verdict = dataplane.ebpf_mut().program_mut("verdict").unwrap();
+        let verdict: &mut SchedClassifier = verdict.try_into().unwrap();
+        verdict.load().expect("the program for tests loads");
         let events = dataplane.take_events().expect("the first to ask");
         let last = dataplane.counters().expect("counters");
         let mut this = Self {

@@ -24,7 +24,7 @@ mod layout;
 mod write;
 
 pub use find::{find, known};
-pub use write::{change, insert, renew, sweep};
+pub use write::{best, change, insert, renew, sweep};
 
 use crate::{
     flow::{Change, FlowSlot, Glance, Glances, PROTECTED, SESSION, bound, idle},
@@ -99,9 +99,12 @@ pub trait Memory {
     fn protect(&self, hash: u32, by: u32);
     /// How many an opener may have.
     fn cap(&self) -> u32;
-    /// [`worth`], which the kernel calls as a function that is verified once.
-    fn worth(&self, age: u32, state: u32, rest: u32, hz: u32) -> u32 {
-        worth(age, state, rest, hz)
+    /// [`best`], which the kernel calls as a function that is verified once.
+    fn best(&self, key: &FlowKey, look: &Look) -> u32
+    where
+        Self: Sized,
+    {
+        best(self, key, look)
     }
 }
 
@@ -137,10 +140,30 @@ const FREE: u32 = (1 << 27) - 1;
 /// Above this, an entry may go for that it has not been answered.
 const EVICTABLE: u32 = 1 << 25;
 
+/// What a writer looks for in a bucket. Plain words, passed by address in the kernel.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Look {
+    /// Jiffies.
+    pub now: u64,
+    /// Jiffies a second.
+    pub hz: u32,
+    /// Number of the bucket.
+    pub bucket: u32,
+    /// The key's tag.
+    pub tag: u32,
+    /// Not 0: only the key's own slot, or a free one, is of interest.
+    pub enough: u32,
+    /// The best so far.
+    pub best: u32,
+    /// What is added to the number of a slot in this bucket.
+    pub number: u32,
+}
+
 /// How much an entry deserves to be evicted: 0 not at all, the highest first. `rest` is the key's
 /// last word. At most 27 bits.
 #[inline(always)]
-pub fn worth(age: u32, state: u32, rest: u32, hz: u32) -> u32 {
+fn worth(age: u32, state: u32, rest: u32, hz: u32) -> u32 {
     const CLASS: u32 = EVICTABLE;
     if state & LIVE == 0 {
         return FREE;

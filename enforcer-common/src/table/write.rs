@@ -1,7 +1,7 @@
 //! Writers: each holds the lock of its key's stripe, but for the ages and counters of an entry.
 
 use super::{
-    Bucket, EVICTABLE, FREE, Found, Memory, SLOTS,
+    Bucket, EVICTABLE, FREE, Found, Look, Memory, SLOTS,
     layout::{Family, Key4, Key6, LIVE, behind, key_at, opener, place, stripe, tag_of, word},
 };
 use crate::{
@@ -144,17 +144,23 @@ fn insert_key<M: Memory, F: Family>(
         return false;
     }
     let mut look = Look {
-        tag: place.tag,
         now: entry.last_seen,
         hz,
+        bucket: place.home,
+        tag: place.tag,
         enough: 0,
+        best: 0,
+        number: SLOTS,
     };
     // The best of both buckets: worth above, number of the slot below. The home bucket has the
-    // higher numbers, so of equals its own goes, and readers find the flow where they look first.
-    let mut best = candidates(memory, place.home, pairs, &look, SLOTS, 0);
+    // higher numbers, and in each the first slot, so that of equals the one goes where readers look
+    // first.
+    look.best = memory.best(key, &look);
     // If the home bucket has one that can go, the other's are only asked whether one is free.
-    look.enough = u32::from(best / (2 * SLOTS) >= EVICTABLE | hz / 4);
-    best = candidates(memory, place.second, pairs, &look, 0, best);
+    look.enough = u32::from(look.best / (2 * SLOTS) >= EVICTABLE | hz / 4);
+    look.bucket = place.second;
+    look.number = 0;
+    let best = memory.best(key, &look);
     let mut taken = best >= 2 * SLOTS;
     if taken {
         let index = if best & SLOTS != 0 {
@@ -162,7 +168,7 @@ fn insert_key<M: Memory, F: Family>(
         } else {
             place.second
         };
-        let slot = best & (SLOTS - 1);
+        let slot = SLOTS - 1 - (best & (SLOTS - 1));
         match memory.bucket(F::V6, index) {
             Some(bucket) => {
                 overwrite(memory, bucket, slot * F::WORDS, pairs, key, entry);
@@ -175,31 +181,25 @@ fn insert_key<M: Memory, F: Family>(
     taken
 }
 
-/// What a writer looks for.
-struct Look {
-    tag: u32,
-    now: u64,
-    hz: u32,
-    /// Not 0: only the key's own slot, or a free one, is of interest.
-    enough: u32,
+/// The slot of a bucket to write to, if one is better than the best so far: the key's own goes
+/// before all.
+#[inline(always)]
+pub fn best<M: Memory>(memory: &M, key: &FlowKey, look: &Look) -> u32 {
+    if key.is_v6() {
+        candidates(memory, &Key6(key), look)
+    } else {
+        candidates(memory, &Key4(key), look)
+    }
 }
 
-/// The slot of a bucket to write to, if one is better than `best`: the key's own goes before all.
 #[inline(always)]
-fn candidates<M: Memory, F: Family>(
-    memory: &M,
-    index: u32,
-    key: &F,
-    look: &Look,
-    number: u32,
-    best: u32,
-) -> u32 {
+fn candidates<M: Memory, F: Family>(memory: &M, key: &F, look: &Look) -> u32 {
     const OWN: u32 = u32::MAX / (2 * SLOTS);
-    let Some(bucket) = memory.bucket(F::V6, index) else {
-        return best;
+    let Some(bucket) = memory.bucket(F::V6, look.bucket) else {
+        return look.best;
     };
-    let tags = memory.tags(F::V6, index);
-    let mut best = best;
+    let tags = memory.tags(F::V6, look.bucket);
+    let mut best = look.best;
     let mut slot = 0;
     while slot < SLOTS {
         let base = slot * F::WORDS;
@@ -219,10 +219,11 @@ fn candidates<M: Memory, F: Family>(
             let state = bucket.get(base + F::BEHIND + behind::STATE);
             // The key's last word: above its ports.
             let rest = (bucket.pair(base + F::BEHIND - 2) >> 32) as u32;
-            worth = memory.worth(age, state, rest, look.hz);
+            worth = super::worth(age, state, rest, look.hz);
         }
         // Not by a branch of its own whether it is worth anything: each doubles the verifier's ways.
-        best = best.max(worth.wrapping_mul(2 * SLOTS) | (number + slot));
+        let number = look.number + (SLOTS - 1 - slot);
+        best = best.max(worth.wrapping_mul(2 * SLOTS) | number);
         slot += 1;
     }
     best
