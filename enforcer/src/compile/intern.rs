@@ -132,6 +132,11 @@ impl Interner {
         &self.words
     }
 
+    /// Whether the same lists have the same numbers.
+    pub(super) fn same(&self, other: &Self) -> bool {
+        self.ends == other.ends && self.words == other.words
+    }
+
     /// Number of lists.
     pub(super) fn len(&self) -> usize {
         self.ends.len()

@@ -17,6 +17,7 @@ mod image;
 mod intern;
 mod intervals;
 mod key;
+mod known;
 mod local;
 mod marks;
 mod matches;
@@ -33,11 +34,12 @@ mod v6;
 mod validate;
 mod writer;
 
-use std::{net::IpAddr, thread};
+use std::{net::IpAddr, sync::Arc, thread};
 
 pub use image::{Image, ImageError, Stats};
+pub use known::{Changed, Known};
 pub use settings::{Failsafe, Options};
-pub use validate::validate;
+pub use validate::{validate, validate_changes};
 
 use enforcer_common::{
     decide::verdict_word,
@@ -47,7 +49,8 @@ use enforcer_common::{
 
 use crate::policy::model::{Environment, Policy};
 
-use rows::{Exception, Refused};
+use known::Content;
+use rows::{Refused, Rows};
 use table::{Keys, Placed};
 use writer::{Full, Writer};
 
@@ -170,6 +173,35 @@ pub fn compile(
     compile_within(policy, env, options, image::largest() as usize, EFFORT)
 }
 
+/// [`compile`] for one who has compiled other versions of the policy: what those had in common with
+/// this one is not done again. The image is the same, bit for bit.
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_again(
+    policy: &Policy,
+    env: &Environment,
+    options: &Options,
+    known: &mut Known,
+) -> Result<Image, CompileError> {
+    let bounds = Bounds {
+        limit: image::largest() as usize,
+        effort: EFFORT,
+    };
+    let (image, content) = build(policy, env, options, bounds, known.content())?;
+    known.keep(content);
+    Ok(image)
+}
+
+/// How far the compiler goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Bounds {
+    /// Words of an image.
+    limit: usize,
+    /// Looks at a service class under a rule.
+    effort: u64,
+}
+
 fn compile_within(
     policy: &Policy,
     env: &Environment,
@@ -177,14 +209,32 @@ fn compile_within(
     limit: usize,
     effort: u64,
 ) -> Result<Image, CompileError> {
+    let bounds = Bounds { limit, effort };
+    build(policy, env, options, bounds, None).map(|(image, _)| image)
+}
+
+fn build(
+    policy: &Policy,
+    env: &Environment,
+    options: &Options,
+    bounds: Bounds,
+    known: Option<&Content>,
+) -> Result<(Image, Content), CompileError> {
     settings::check(env, options)?;
+    let limit = bounds.limit;
     let complex = |classes, service_classes| CompileError::TooComplex {
         rules: policy.rules.len(),
         classes,
         service_classes,
     };
-    let services =
-        services::Services::new(policy, &options.failsafes).map_err(|_| complex(0, 0))?;
+    // Rules and bounds are the same as well where something is `known` from here on.
+    let known = known.filter(|known| known.serves(policy, &options.failsafes, bounds));
+    let services = match known {
+        Some(known) => Arc::clone(&known.services),
+        None => Arc::new(
+            services::Services::new(policy, &options.failsafes).map_err(|_| complex(0, 0))?,
+        ),
+    };
     let too_large = |full: Full, classes: usize, rows: usize| CompileError::TooLarge {
         classes,
         service_classes: services.count,
@@ -211,13 +261,21 @@ fn compile_within(
     writer.set(header::SERVICES, services_at);
 
     let taken = writer.words().len() + pairs;
+    // A row is made from rules, services and behaviours, and fits where it did.
+    let known_rows =
+        known.filter(|known| known.taken >= taken && classes.behave_as(&known.classes));
     let members: usize = policy.segments.iter().map(|s| s.members.len()).sum();
     let (rows, tries) = both(
-        members >= THREADS_PAY,
-        || rows::build(policy, &classes, &services, effort, taken, limit),
+        known_rows.is_none() && members >= THREADS_PAY,
+        || match known_rows {
+            Some(known) => Ok(Arc::clone(&known.rows)),
+            None => {
+                rows::build(policy, &classes, &services, bounds.effort, taken, limit).map(Arc::new)
+            }
+        },
         || Tries::write(sweep, &mut writer),
     );
-    let mut rows = rows.map_err(|refused| match refused {
+    let rows = rows.map_err(|refused| match refused {
         Refused::Full(full, rows) => too_large(full, class_count, rows),
         Refused::Timeline(entries) => CompileError::Timeline { entries },
         Refused::Effort => complex(class_count, services.count),
@@ -225,26 +283,24 @@ fn compile_within(
     let row_count = rows.count();
     let late = |full: Full| too_large(full, class_count, row_count);
     let tries = tries.map_err(late)?;
-    rows.write_timelines(&mut writer).map_err(late)?;
-    let rows_at = writer.append_aligned(&rows.words).map_err(late)?;
+    let timelines = rows.write_timelines(&mut writer).map_err(late)?;
+    let rows_at = rows.write(timelines, &mut writer).map_err(late)?;
     let matrix = rows.matrix(&classes);
     let pairs_at = writer.append_each(pairs, matrix).map_err(late)?;
     writer.set(header::ROWS, rows_at);
     writer.set(header::PAIRS, pairs_at);
     classes.write_marks(&mut writer).map_err(late)?;
     let sources: Vec<u32> = classes.classes.iter().map(|(source, _)| *source).collect();
-    // The rest is in the image now.
-    drop(classes);
-    let exceptions = rows.into_exceptions();
 
     let tables = Tables {
         hosts4: &tries.hosts4,
         hosts6: &tries.hosts6,
         nets6: &tries.nets6,
-        exceptions: &exceptions,
+        rows: &rows,
+        timelines,
     };
     writer.reserve(tables.size()).map_err(late)?;
-    let (seed, placed) = tables.place().ok_or(CompileError::Placement)?;
+    let (seed, placed) = tables.place(known).ok_or(CompileError::Placement)?;
     writer.set(header::SEED_LO, seed as u32);
     writer.set(header::SEED_HI, (seed >> 32) as u32);
     tables.write(&placed, &mut writer).map_err(late)?;
@@ -263,14 +319,27 @@ fn compile_within(
         (header::SEGMENTS, policy.segments.len()),
         (header::SERVICE_CLASSES, services.count),
         (header::ROW_COUNT, row_count),
-        (header::EXCEPTION_COUNT, exceptions.len()),
+        (header::EXCEPTION_COUNT, rows.exceptions().len()),
         (header::V4_HOST_COUNT, tries.hosts4.len()),
         (header::V6_HOST_COUNT, tries.hosts6.len()),
         (header::V6_NET_COUNT, tries.nets6.len()),
     ] {
         writer.set(index, word(count));
     }
-    Ok(Image::seal(writer.finish(), options.generation))
+    let image = Image::seal(writer.finish(), options.generation);
+    let content = Content {
+        policy: policy.clone(),
+        failsafes: options.failsafes.clone(),
+        bounds,
+        services,
+        classes,
+        taken,
+        rows,
+        tries,
+        seed,
+        placed,
+    };
+    Ok((image, content))
 }
 
 /// How long sessions may be, rule by rule.
@@ -341,7 +410,10 @@ struct Tables<'a> {
     hosts4: &'a [(u32, u32)],
     hosts6: &'a [(u128, u32)],
     nets6: &'a [(u64, u32)],
-    exceptions: &'a [Exception],
+    /// With the exceptions.
+    rows: &'a Arc<Rows>,
+    /// Where their timelines are.
+    timelines: u32,
 }
 
 impl Tables<'_> {
@@ -350,14 +422,20 @@ impl Tables<'_> {
         self.hosts4.len() * layout::V4_HOST_WORDS as usize
             + self.hosts6.len() * layout::V6_HOST_WORDS as usize
             + self.nets6.len() * layout::V6_NET_WORDS as usize
-            + self.exceptions.len() * layout::EXCEPTION_WORDS as usize
+            + self.rows.exceptions().len() * layout::EXCEPTION_WORDS as usize
     }
 
-    fn place(&self) -> Option<(u64, Vec<Placed>)> {
+    fn place(&self, known: Option<&Content>) -> Option<(u64, Vec<Arc<Placed>>)> {
+        let before = |table: usize, same: &dyn Fn(&Content) -> bool| {
+            let known = known.filter(|known| same(known))?;
+            Some((known.seed, known.placed.get(table)?))
+        };
+        let exceptions = self.rows.exceptions();
         table::place(&[
             Keys {
                 count: self.hosts4.len(),
                 hash: &|key, seed| layout::hash_v4(self.hosts4[key].0, seed),
+                known: before(0, &|known| keys(&known.tries.hosts4).eq(keys(self.hosts4))),
             },
             Keys {
                 count: self.hosts6.len(),
@@ -365,22 +443,25 @@ impl Tables<'_> {
                     let address = self.hosts6[key].0;
                     layout::hash_v6((address >> 64) as u64, address as u64, seed)
                 },
+                known: before(1, &|known| keys(&known.tries.hosts6).eq(keys(self.hosts6))),
             },
             Keys {
                 count: self.nets6.len(),
                 hash: &|key, seed| layout::hash_net(self.nets6[key].0, seed),
+                known: before(2, &|known| keys(&known.tries.nets6).eq(keys(self.nets6))),
             },
             Keys {
-                count: self.exceptions.len(),
+                count: exceptions.len(),
                 hash: &|key, seed| {
-                    let exception = &self.exceptions[key];
+                    let exception = &exceptions[key];
                     layout::hash_exception(exception.row, exception.service, seed)
                 },
+                known: before(3, &|known| Arc::ptr_eq(&known.rows, self.rows)),
             },
         ])
     }
 
-    fn write(&self, placed: &[Placed], writer: &mut Writer) -> Result<(), Full> {
+    fn write(&self, placed: &[Arc<Placed>], writer: &mut Writer) -> Result<(), Full> {
         let [hosts4, hosts6, nets6, exceptions] = placed else {
             return Ok(());
         };
@@ -405,12 +486,15 @@ impl Tables<'_> {
             })
         })?;
         slots(writer, header::EXCEPTIONS, exceptions, |key| {
-            let exception = self.exceptions.get(key as usize);
-            exception.map_or([EMPTY, EMPTY, 0, 0], |e| {
-                [e.row, e.service, e.verdict.0, e.verdict.1]
-            })
+            let exception = self.rows.exceptions().get(key as usize);
+            exception.map_or([EMPTY, EMPTY, 0, 0], |e| e.words(self.timelines))
         })
     }
+}
+
+/// What a table finds its values by.
+fn keys<K: Copy>(table: &[(K, u32)]) -> impl Iterator<Item = K> {
+    table.iter().map(|(key, _)| *key)
 }
 
 /// Writes a table's pilots, each slot's words, and where they are. `slot` is asked with [`EMPTY`], no

@@ -266,6 +266,14 @@ impl Classes {
         self.marks.write(&self.marks_of, writer)
     }
 
+    /// Whether the behaviours are the same, under the same numbers.
+    pub(super) fn behave_as(&self, other: &Self) -> bool {
+        self.sources.same(&other.sources)
+            && self.destinations.same(&other.destinations)
+            && self.any_source == other.any_source
+            && self.any_destination == other.any_destination
+    }
+
     /// Pairs of behaviours.
     pub(super) fn pairs(&self) -> usize {
         self.sources.len() * self.destinations.len()

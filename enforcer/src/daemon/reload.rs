@@ -16,7 +16,7 @@ use crate::{
     compile::{CompileError, Image},
     dataplane::{DataplaneError, release_memory},
     policy::{
-        Cache, Severity,
+        Severity,
         model::{Environment, Policy},
     },
     settings::Settings,
@@ -25,7 +25,7 @@ use crate::{
 use super::{
     control::log_warnings,
     files::{self, Sources, Texts},
-    load::{self, Loaded, Rejected},
+    load::{self, Loaded, Memory, Rejected},
     progress,
     state::{Live, Shared},
 };
@@ -46,8 +46,8 @@ pub struct Reloads {
     shared: Arc<Shared>,
     /// What was tried last, good or bad; `None` when reading it failed.
     tried: Option<Texts>,
-    /// What the files said then.
-    cache: Arc<Mutex<Cache>>,
+    /// What was found out then.
+    memory: Arc<Mutex<Memory>>,
     generation: u32,
     /// What the live image was compiled for, as far as it depends on it.
     environment: Environment,
@@ -124,7 +124,7 @@ impl Reloads {
         sources: Sources,
         shared: Arc<Shared>,
         texts: Texts,
-        cache: Cache,
+        memory: Memory,
         environment: &Environment,
     ) -> Self {
         let live = shared.live();
@@ -134,7 +134,7 @@ impl Reloads {
             sources,
             shared,
             tried: Some(texts),
-            cache: Arc::new(Mutex::new(cache)),
+            memory: Arc::new(Mutex::new(memory)),
             generation,
             environment,
             stale: None,
@@ -208,9 +208,9 @@ impl Reloads {
         if let Some(wanted) = self.wanted.take() {
             let sources = self.sources.clone();
             let tried = self.tried.clone().filter(|_| !wanted.always);
-            let (environment, cache) = (now.clone(), Arc::clone(&self.cache));
+            let (environment, memory) = (now.clone(), Arc::clone(&self.memory));
             self.start(wanted.cause, wanted.asks, now, move || {
-                from_files(&sources, tried.as_ref(), &environment, &cache)
+                from_files(&sources, tried.as_ref(), &environment, &memory)
             });
             return;
         }
@@ -225,10 +225,14 @@ impl Reloads {
             };
             // Not the files: they may be broken, or waiting for somebody's word.
             let environment = relevant.clone();
+            let memory = Arc::clone(&self.memory);
             self.start(cause, Vec::new(), &relevant, move || {
+                let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+                let (policy, settings, known) = (&live.policy, &live.settings, &mut memory.image);
                 let image = progress::logged(|progress| {
-                    load::image(&live.policy, &live.settings, &environment, progress)
+                    load::image(policy, settings, &environment, known, progress)
                 });
+                drop(memory);
                 Output::Host(live, image)
             });
         }
@@ -412,14 +416,14 @@ fn from_files(
     sources: &Sources,
     tried: Option<&Texts>,
     environment: &Environment,
-    cache: &Mutex<Cache>,
+    memory: &Mutex<Memory>,
 ) -> Output {
     match files::read_all(sources) {
         Ok(texts) if Some(&texts) == tried => Output::SameFiles,
         Ok(texts) => {
-            let mut cache = cache.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
             let result = progress::logged(|progress| {
-                load::compile_again(texts.clone(), environment, &mut cache, progress)
+                load::compile_again(texts.clone(), environment, &mut memory, progress)
             });
             Output::Files(Some(texts), Box::new(result))
         }
@@ -502,8 +506,8 @@ mod tests {
             segments: PathBuf::from("p.yaml"),
             settings: None,
         };
-        let (shared, cache) = (Arc::new(shared), Cache::default());
-        Reloads::new(sources, shared, texts, cache, &Environment::default())
+        let (shared, memory) = (Arc::new(shared), Memory::default());
+        Reloads::new(sources, shared, texts, memory, &Environment::default())
     }
 
     fn host(interfaces: &[(u32, &str)], addresses: &[&str]) -> Environment {

@@ -65,6 +65,7 @@ pub struct LoadOptions {
 pub struct KernelDataplane {
     ebpf: Ebpf,
     image_words: u32,
+    staging: sys::Staging,
     flow_buckets: u32,
     control: Control,
     attached: BTreeMap<u32, Attached>,
@@ -119,9 +120,11 @@ impl KernelDataplane {
             hz,
             flags: if options.debug { CONTROL_DEBUG } else { 0 },
         };
+        let staging = sys::Staging::new(image_words as usize);
         let mut this = Self {
             ebpf,
             image_words,
+            staging: staging.map_err(syscall("make room for images"))?,
             flow_buckets: shape.buckets(),
             control,
             attached: BTreeMap::new(),
@@ -196,22 +199,17 @@ impl KernelDataplane {
     ///
     /// # Errors
     /// When the image does not fit, or the kernel says no.
-    pub fn write_image(&self, image: &Image) -> Result<OwnedFd, DataplaneError> {
-        let limit = self.image_words as usize;
-        if image.words().len() > limit {
+    pub fn write_image(&mut self, image: &Image) -> Result<OwnedFd, DataplaneError> {
+        let Some(words) = self.staging.fill(image.words()) else {
             return Err(DataplaneError::ImageTooLarge {
                 needed: image.words().len(),
-                limit,
+                limit: self.image_words as usize,
             });
-        }
+        };
         // Written by one update and frozen before any program can see it.
-        let mut words = vec![0; limit];
-        if let Some(used) = words.get_mut(..image.words().len()) {
-            used.copy_from_slice(image.words());
-        }
         let inner = sys::create_image_map(self.image_words, image.generation())
             .map_err(syscall("create the image map"))?;
-        sys::update_words(inner.as_fd(), 0, &words).map_err(syscall("write the image"))?;
+        sys::update_words(inner.as_fd(), 0, words).map_err(syscall("write the image"))?;
         sys::freeze(inner.as_fd()).map_err(syscall("freeze the image"))?;
         Ok(inner)
     }

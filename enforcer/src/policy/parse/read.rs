@@ -12,9 +12,10 @@ use std::{
 use super::{
     ParseOutcome, SourceFile, lower,
     raw::{self, Node, Refusal},
+    reuse::Kept,
     segments,
 };
-use crate::policy::{diag::Diagnostic, model::Rules};
+use crate::policy::diag::Diagnostic;
 
 /// What one file says, before names of other files are looked up.
 #[derive(Debug)]
@@ -40,7 +41,7 @@ impl Reading {
 pub struct Cache {
     sources: Arc<Vec<SourceFile>>,
     readings: Vec<Arc<Reading>>,
-    rules: Rules,
+    kept: Kept,
 }
 
 impl Cache {
@@ -62,13 +63,8 @@ impl Cache {
             (**text == source.text).then(|| Arc::clone(reading))
         });
         self.sources = Arc::clone(sources);
-        let mut outcome = lower::lower(&self.readings)?;
-        let rules = &mut outcome.policy.rules;
-        if *rules == self.rules {
-            rules.clone_from(&self.rules);
-        } else {
-            self.rules.clone_from(rules);
-        }
+        let (outcome, kept) = lower::lower(&self.readings, &self.kept)?;
+        self.kept = kept;
         Ok(outcome)
     }
 }
@@ -197,7 +193,8 @@ mod tests {
         let first = cache.parse(&of("10.1.0.1/32")).unwrap().policy;
         let second = cache.parse(&of("10.1.0.2/32")).unwrap().policy;
         assert_ne!(first, second);
-        assert!(std::ptr::eq(first.rules.as_ptr(), second.rules.as_ptr()));
+        let rules = |policy: &crate::policy::model::Policy| policy.rules.parts()[0].as_ptr();
+        assert!(std::ptr::eq(rules(&first), rules(&second)));
         let members =
             |policy: &crate::policy::model::Policy, at: usize| policy.segments[at].members.as_ptr();
         assert!(std::ptr::eq(members(&first, 0), members(&second, 0)));
