@@ -419,7 +419,7 @@ fn from_files(
     memory: &Mutex<Memory>,
 ) -> Output {
     match files::read_all(sources) {
-        Ok(texts) if Some(&texts) == tried => Output::SameFiles,
+        Ok(texts) if tried.is_some_and(|tried| tried.same(&texts)) => Output::SameFiles,
         Ok(texts) => {
             let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
             let result = progress::logged(|progress| {
