@@ -16,6 +16,7 @@ use crate::policy::{
 use super::{
     intervals::{Follow, Intervals, push, sweep, value_at},
     services::Services,
+    table::{Keys, Placed},
     *,
 };
 
