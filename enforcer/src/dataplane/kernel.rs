@@ -65,6 +65,7 @@ pub struct LoadOptions {
 pub struct KernelDataplane {
     ebpf: Ebpf,
     image_words: u32,
+    staging: sys::Staging,
     flow_buckets: u32,
     control: Control,
     attached: BTreeMap<u32, Attached>,
@@ -130,9 +131,11 @@ impl KernelDataplane {
             generation: 0,
             reserved: 0,
         };
+        let staging = sys::Staging::new(image_words as usize);
         let mut this = Self {
             ebpf,
             image_words,
+            staging: staging.map_err(syscall("make room for images"))?,
             flow_buckets: shape.buckets(),
             control,
             attached: BTreeMap::new(),
@@ -208,22 +211,17 @@ impl KernelDataplane {
     ///
     /// # Errors
     /// When the image does not fit, or the kernel says no.
-    pub fn write_image(&self, image: &Image) -> Result<WrittenImage, DataplaneError> {
-        let limit = self.image_words as usize;
-        if image.words().len() > limit {
+    pub fn write_image(&mut self, image: &Image) -> Result<WrittenImage, DataplaneError> {
+        let Some(words) = self.staging.fill(image.words()) else {
             return Err(DataplaneError::ImageTooLarge {
                 needed: image.words().len(),
-                limit,
+                limit: self.image_words as usize,
             });
-        }
+        };
         // Written by one update and frozen before any program can see it.
-        let mut words = vec![0; limit];
-        if let Some(used) = words.get_mut(..image.words().len()) {
-            used.copy_from_slice(image.words());
-        }
         let inner = sys::create_image_map(self.image_words, image.generation())
             .map_err(syscall("create the image map"))?;
-        sys::update_words(inner.as_fd(), 0, &words).map_err(syscall("write the image"))?;
+        sys::update_words(inner.as_fd(), 0, words).map_err(syscall("write the image"))?;
         sys::freeze(inner.as_fd()).map_err(syscall("freeze the image"))?;
         Ok(WrittenImage {
             map: inner,
@@ -239,13 +237,15 @@ impl KernelDataplane {
         // Between the two writes of the generation every packet goes the long way. Should this
         // process end there, they go on to: slow, and right.
         let before = std::mem::take(&mut self.control.generation);
-        self.write_control()?;
-        let swapped = self.swap(image);
+        let swapped = self.write_control().and_then(|()| self.swap(image));
         self.control.generation = match swapped {
             Ok(()) => image.generation,
             Err(_) => before,
         };
-        self.write_control()?;
+        if let Err(error) = self.write_control() {
+            // Whatever is in force stays so; the next write of the settings makes it quick again.
+            tracing::warn!("packets go the long way for now: {error}");
+        }
         swapped
     }
 
