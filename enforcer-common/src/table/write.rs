@@ -157,7 +157,7 @@ fn insert_key<M: Memory, F: Family>(
     // first.
     look.best = memory.best(key, &look);
     // If the home bucket has one that can go, the other's are only asked whether one is free.
-    look.enough = u32::from(look.best / (2 * SLOTS) >= EVICTABLE | hz / 4);
+    look.enough = u32::from(look.best / (2 * SLOTS) >= EVICTABLE | (hz / 4));
     look.bucket = place.second;
     look.number = 0;
     let best = memory.best(key, &look);
