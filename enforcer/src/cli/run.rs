@@ -13,7 +13,7 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    daemon::{self, Config, RunError, files::SettingsPath, netlink, preflight::preflight},
+    daemon::{self, Config, RunError, files::SettingsPath, guard::Trust, netlink, preflight::preflight},
     dataplane::{SocketHooks, flows::DEFAULT_FLOWS},
     policy::pattern::Pattern,
 };
@@ -31,6 +31,10 @@ pub struct Args {
     /// The daemon's own settings: essentials, ethertypes, failsafes.
     #[arg(long, value_name = "PATH", help = CONFIG_HELP)]
     config: Option<PathBuf>,
+    /// Take files of policy and settings that are symbolic links, if root owns the links and where
+    /// they lead is as safe: Kubernetes mounts ConfigMaps so.
+    #[arg(long)]
+    follow_links: bool,
     /// Interfaces to enforce on; `*` and `?` are globs. Those that appear later are enforced, too.
     #[arg(long, value_name = "IF", required = true, value_delimiter = ',')]
     pub interface: Vec<Pattern>,
@@ -85,6 +89,9 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
             path: args.config.clone().unwrap_or(DEFAULT_SETTINGS.into()),
             required: args.config.is_some(),
         }),
+        trust: Trust::Owner {
+            links: args.follow_links,
+        },
         interfaces: args.interface.clone(),
         socket: globals.socket.clone(),
         socket_hooks,

@@ -8,6 +8,7 @@ pub mod control;
 pub mod environment;
 pub mod explain;
 pub mod files;
+pub mod guard;
 pub mod links;
 pub mod load;
 pub mod netlink;
@@ -58,6 +59,7 @@ use crate::policy::pattern::Pattern;
 use control::Control;
 use environment::Host;
 use files::{SettingsPath, Sources};
+use guard::Trust;
 use links::Links;
 use load::Rejected;
 use state::{Live, Shared};
@@ -69,6 +71,8 @@ pub struct Config {
     pub segments: PathBuf,
     /// The daemon's own settings.
     pub settings: Option<SettingsPath>,
+    /// What is asked of these files.
+    pub trust: Trust,
     /// Where to enforce.
     pub interfaces: Vec<Pattern>,
     /// Where to listen.
@@ -129,6 +133,7 @@ pub async fn run(
     let sources = Sources {
         segments: config.segments.clone(),
         settings: config.settings.clone(),
+        trust: config.trust,
     };
     let (from, environment) = (sources.clone(), host.environment.clone());
     let loading = spawn_blocking(move || {

@@ -19,7 +19,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Config, RunError, fake::Handle, run};
+use super::{Config, RunError, fake::Handle, guard::Trust, run};
 use crate::{
     api::{
         client::{Client, ClientError, DenialsQuery, Records},
@@ -56,6 +56,7 @@ fn config(dir: &Path) -> Config {
     Config {
         segments: dir.join("segments"),
         settings: None,
+        trust: Trust::Owner { links: false },
         interfaces: vec!["lo".parse().unwrap()],
         socket: dir.join("run/control.sock"),
         socket_hooks: SocketHooks::Observe,
