@@ -315,7 +315,9 @@ mod tests {
         };
         assert_eq!(load_settings(&settings, Trust::Anyone).unwrap(), None);
         settings.required = true;
-        let error = load_settings(&settings, Trust::Anyone).unwrap_err().to_string();
+        let error = load_settings(&settings, Trust::Anyone)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("No such file"), "{error}");
         fs::write(&settings.path, "version: 1").unwrap();
         let file = load_settings(&settings, Trust::Anyone).unwrap().unwrap();

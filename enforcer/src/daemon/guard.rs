@@ -321,7 +321,10 @@ mod tests {
         // A directory above all that may be renamed.
         chmod(&place, 0o777);
         let said = refused(&inner.join("p.yaml"), false);
-        assert!(said.contains("everybody may write it (mode 0777)"), "{said}");
+        assert!(
+            said.contains("everybody may write it (mode 0777)"),
+            "{said}"
+        );
     }
 
     #[test]
@@ -338,7 +341,10 @@ mod tests {
         open(&at("..data/p.yaml"), false).unwrap();
         open(&at("..data/../..1/p.yaml"), false).unwrap();
         let said = refused(&at("p.yaml"), false);
-        assert!(said.contains("a symbolic link; to mend it: put the file"), "{said}");
+        assert!(
+            said.contains("a symbolic link; to mend it: put the file"),
+            "{said}"
+        );
         assert!(refused(&at("..data"), false).contains("a symbolic link"));
         open(&at("p.yaml"), true).unwrap();
         symlink(at("p.yaml"), at("absolute.yaml")).unwrap();

@@ -473,7 +473,11 @@ mod tests {
     use std::{collections::BTreeMap, path::PathBuf};
 
     use super::*;
-    use crate::{daemon::{fake::Handle, guard::Trust}, events::Generations, policy::SourceFile};
+    use crate::{
+        daemon::{fake::Handle, guard::Trust},
+        events::Generations,
+        policy::SourceFile,
+    };
 
     const POLICY: &str = "version: 1\nsegments: {a: {members: [{cidr: 10.0.0.0/8}]}}\n";
 

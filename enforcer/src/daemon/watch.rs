@@ -212,7 +212,7 @@ mod tests {
         Sources {
             segments: path.to_owned(),
             settings: None,
-        trust: Trust::Anyone,
+            trust: Trust::Anyone,
         }
     }
 
