@@ -60,7 +60,7 @@ pub fn read_all(sources: &Sources) -> Result<Texts, FilesError> {
     // All that is unsafe in one go: it is one person who mends it.
     if let (Err(FilesError::Unsafe(one)), Some(Err(FilesError::Unsafe(two)))) = (&policy, &settings)
     {
-        return Err(FilesError::Unsafe([&one[..], two].concat()));
+        return Err(FilesError::of([&one[..], two].concat()));
     }
     Ok(Texts {
         policy: policy?.into(),
@@ -140,6 +140,17 @@ pub enum FilesError {
 }
 
 impl FilesError {
+    /// Each fault once: files share the directories above them.
+    fn of(faults: Vec<Fault>) -> Self {
+        let mut once: Vec<Fault> = Vec::new();
+        for fault in faults {
+            if !once.contains(&fault) {
+                once.push(fault);
+            }
+        }
+        Self::Unsafe(once)
+    }
+
     /// In one line.
     pub fn summary(&self) -> String {
         match self {
@@ -209,7 +220,7 @@ pub fn load(path: &Path, trust: Trust) -> Result<Vec<SourceFile>, FilesError> {
     if faults.is_empty() {
         Ok(files)
     } else {
-        Err(FilesError::Unsafe(faults))
+        Err(FilesError::of(faults))
     }
 }
 

@@ -134,7 +134,7 @@ impl Parser {
             if is_group(text) {
                 text.clone_into(group);
             } else {
-                let message = format!("`{}` is not the name of a group", shown(text));
+                let message = format!("{} is not the name of a group", shown(text));
                 let help = "letters, digits, `_`, `-` and `.`, up to 32 of them; or a number";
                 self.error("E0508", node.span, message, Some(help.to_owned()));
             }
