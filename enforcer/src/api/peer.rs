@@ -1,11 +1,10 @@
 //! Who is at the other end of the control socket, and what they may do.
 
-use std::{fmt, fs, io, mem::size_of, os::fd::AsRawFd};
+use std::{fmt, fs, io, os::fd::AsFd as _};
 
 use tokio::net::UnixStream;
 
-/// Groups of one process that are looked at; the kernel allows 65 536.
-const MOST_GROUPS: usize = 1 << 16;
+use crate::dataplane::peer_groups;
 
 /// A process that has connected, as the kernel knew it at that moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,7 +24,8 @@ impl Peer {
     /// What it says.
     pub fn of(stream: &UnixStream) -> io::Result<Self> {
         let credentials = stream.peer_cred()?;
-        let mut groups = supplementary(stream)?;
+        // Not as `/etc/group` has them: the same that decided whether it might open the socket.
+        let mut groups = peer_groups(stream.as_fd())?;
         groups.push(credentials.gid());
         Ok(Self {
             uid: credentials.uid(),
@@ -79,37 +79,6 @@ impl fmt::Display for Named {
             Some(pid) => write!(f, ", pid {pid})"),
             None => f.write_str(", pid unknown)"),
         }
-    }
-}
-
-/// As they were when the process connected, not as `/etc/group` has them: the same that decided
-/// whether it might open the socket.
-fn supplementary(stream: &UnixStream) -> io::Result<Vec<u32>> {
-    let mut groups: Vec<libc::gid_t> = vec![0; 64];
-    loop {
-        let mut bytes = libc::socklen_t::try_from(groups.len() * size_of::<libc::gid_t>())
-            .map_err(io::Error::other)?;
-        // SAFETY: the kernel writes at most `bytes` bytes, the length of the vector, and that
-        // many are valid as numbers whatever they are.
-        let result = unsafe {
-            libc::getsockopt(
-                stream.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_PEERGROUPS,
-                groups.as_mut_ptr().cast(),
-                &raw mut bytes,
-            )
-        };
-        let needed = bytes as usize / size_of::<libc::gid_t>();
-        if result == 0 {
-            groups.truncate(needed);
-            return Ok(groups);
-        }
-        let error = io::Error::last_os_error();
-        if error.raw_os_error() != Some(libc::ERANGE) || groups.len() >= MOST_GROUPS {
-            return Err(error);
-        }
-        groups.resize(needed.clamp(groups.len() + 1, MOST_GROUPS), 0);
     }
 }
 

@@ -151,6 +151,11 @@ impl FilesError {
         Self::Unsafe(once)
     }
 
+    /// Whether it is for want of a right.
+    pub fn is_denied(&self) -> bool {
+        matches!(self, Self::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
+    }
+
     /// In one line.
     pub fn summary(&self) -> String {
         match self {

@@ -5,6 +5,7 @@
 
 pub mod clock;
 pub mod control;
+pub mod doctor;
 pub mod environment;
 pub mod explain;
 pub mod files;
