@@ -158,12 +158,12 @@ impl FilesError {
 
     /// In one line.
     pub fn summary(&self) -> String {
-        match self {
-            Self::Unsafe(faults) if faults.len() > 1 => {
-                format!("{} (and {} more)", faults[0], faults.len() - 1)
-            }
-            error => error.to_string(),
+        if let Self::Unsafe(faults) = self
+            && let [first, _, ..] = &faults[..]
+        {
+            return format!("{first} (and {} more)", faults.len() - 1);
         }
+        self.to_string()
     }
 }
 

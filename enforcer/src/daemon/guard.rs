@@ -385,6 +385,34 @@ mod tests {
         assert!(said.ends_with(&mend), "{said}");
     }
 
+    /// As Kubernetes mounts a ConfigMap: for all to write, and read-only.
+    #[test]
+    fn modes_do_not_count_where_nobody_can_write() {
+        if !geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().to_owned();
+        let mount = |kind: Option<&str>, at: &Path, flags| {
+            nix::mount::mount(kind, at, kind, flags, None::<&str>).unwrap();
+        };
+        // The mounts are this thread's alone, and go with it.
+        let work = move || {
+            use nix::mount::MsFlags;
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+            mount(None, Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+            mount(Some("tmpfs"), &place, MsFlags::empty());
+            let file = place.join("p.yaml");
+            fs::write(&file, "x").unwrap();
+            chmod(&place, 0o777);
+            chmod(&file, 0o644);
+            assert!(refused(&file, false).contains("everybody may write it"));
+            mount(None, &place, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY);
+            open(&file, false).unwrap();
+        };
+        std::thread::spawn(work).join().unwrap();
+    }
+
     #[test]
     fn what_is_no_file_is_not_opened() {
         let dir = tempfile::tempdir().unwrap();
