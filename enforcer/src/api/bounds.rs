@@ -28,8 +28,8 @@ pub const HEADER_LINES: usize = 64;
 pub const BODY: usize = 64 << 10;
 /// For the header to come, and for the body.
 pub const SEND: Duration = Duration::from_secs(5);
-/// For a client to take some part of its answer. Not those who follow: nothing may come for days,
-/// and a reader may be somebody who scrolls.
+/// For a client to take some part of its answer. Not of a stream: nothing may come for days, and
+/// its reader may be somebody who scrolls.
 pub const TAKE: Duration = Duration::from_secs(30);
 /// Connections of one user, and of all, that have not asked for anything yet. The oldest goes when
 /// there are more.
@@ -179,18 +179,20 @@ impl Drop for Place {
     }
 }
 
-/// A stream whose writes fail when the other end takes nothing for [`TAKE`].
+/// A stream whose writes fail when the other end takes nothing for too long.
 pub struct Bounded {
     stream: UnixStream,
+    limit: Duration,
     patient: Arc<AtomicBool>,
     stalled: Option<Pin<Box<Sleep>>>,
 }
 
 impl Bounded {
     /// While `patient` is set it waits for ever.
-    pub fn new(stream: UnixStream, patient: Arc<AtomicBool>) -> Self {
+    pub fn new(stream: UnixStream, limit: Duration, patient: Arc<AtomicBool>) -> Self {
         Self {
             stream,
+            limit,
             patient,
             stalled: None,
         }
@@ -205,7 +207,8 @@ impl Bounded {
             self.stalled = None;
             return result;
         }
-        let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(TAKE)));
+        let limit = self.limit;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(limit)));
         match stalled.as_mut().poll(cx) {
             Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
             Poll::Pending => Poll::Pending,
@@ -337,6 +340,39 @@ mod tests {
         assert!(take(0, Kind::Request).is_some());
         drop(streams);
         assert!(take(7, Kind::Stream).is_some());
+    }
+
+    #[tokio::test]
+    async fn who_takes_nothing_is_cut_off_and_who_takes_slowly_is_not() {
+        use tokio::{
+            io::{AsyncReadExt as _, AsyncWriteExt as _},
+            time::timeout,
+        };
+        let limit = Duration::from_millis(100);
+        let patient = Arc::new(AtomicBool::new(false));
+        let (here, mut there) = UnixStream::pair().unwrap();
+        let mut bounded = Bounded::new(here, limit, Arc::clone(&patient));
+        let bytes = vec![0; 1 << 20];
+        let slow = async {
+            // As much as the kernel wants taken before more may come.
+            let mut buffer = vec![0; 200 << 10];
+            for _ in 0..4 {
+                there.read_exact(&mut buffer).await.unwrap();
+                sleep(limit / 2).await;
+            }
+            std::future::pending::<()>().await;
+        };
+        let start = Instant::now();
+        let error = tokio::select! {
+            result = bounded.write_all(&bytes) => result.unwrap_err(),
+            () = slow => unreachable!(),
+        };
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(start.elapsed() >= limit * 2, "{:?}", start.elapsed());
+        // Streams wait.
+        patient.store(true, Ordering::Relaxed);
+        let waits = timeout(limit * 3, bounded.write_all(&bytes)).await;
+        assert!(waits.is_err());
     }
 
     #[test]

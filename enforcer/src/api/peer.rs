@@ -2,6 +2,7 @@
 
 use std::{fmt, fs, io, os::fd::AsFd as _};
 
+use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
 use crate::dataplane::peer_groups;
@@ -54,7 +55,7 @@ impl Peer {
 }
 
 /// A [`Peer`] as people know it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Named {
     /// Effective user.
     pub uid: u32,

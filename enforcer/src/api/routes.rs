@@ -67,12 +67,6 @@ impl Route {
             Kind::Request
         }
     }
-
-    /// Whether the answer ends only with the client.
-    pub fn follows(&self, query: Option<&str>) -> bool {
-        let follow = |query: &str| query.split('&').any(|part| part == "follow=true");
-        self.streams && query.is_some_and(follow)
-    }
 }
 
 /// Every request.

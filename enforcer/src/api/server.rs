@@ -35,7 +35,7 @@ use tokio::{
 
 use super::{
     DEFAULT_SOCKET,
-    bounds::{self, Bounded, Connections, Place, Seldom},
+    bounds::{self, Bounded, Connections, Kind, Place, Seldom},
     peer::{Authority, Groups, Peer, group_id},
     routes::{self, Context, Route, refuse},
     socket::{Socket, SocketError},
@@ -149,7 +149,7 @@ impl Server {
     async fn converse(self: Arc<Self>, stream: UnixStream, peer: Arc<Peer>, grants: Authority) {
         let (place, end) = self.connections.arrived(peer.uid);
         let patient = Arc::new(AtomicBool::new(false));
-        let io = TokioIo::new(Bounded::new(stream, Arc::clone(&patient)));
+        let io = TokioIo::new(Bounded::new(stream, bounds::TAKE, Arc::clone(&patient)));
         let service = service_fn(async |request| {
             let answer = self.answer(request, &peer, grants, &place, &patient).await;
             Ok::<_, Infallible>(answer)
@@ -210,7 +210,7 @@ impl Server {
             let error = "too many requests of this user are being answered; try again later";
             return refuse(StatusCode::SERVICE_UNAVAILABLE, RefusalCode::Busy, error);
         }
-        patient.store(route.follows(parts.uri.query()), Ordering::Relaxed);
+        patient.store(kind == Kind::Stream, Ordering::Relaxed);
         if route.needs == Authority::Change {
             let by = Arc::new(peer.named());
             tracing::info!(%by, request = route.path, "a change is asked for");
@@ -258,7 +258,7 @@ impl Server {
 fn give(socket: &Socket, name: &str, group: Option<u32>) {
     let path = socket.path().display();
     if let Err(error) = socket.give(group) {
-        let help = "run the daemon as root, or as a member of the group";
+        let help = "give the daemon CAP_CHOWN, or run it as a member of the group";
         tracing::warn!(%path, group = name, %error, help, "only root may use the socket");
         return;
     }

@@ -171,7 +171,7 @@ fn capabilities(status: Option<&Status>) -> Check {
     };
     let lacking = preflight::lacking(effective);
     if lacking.is_empty() {
-        return ok(name, format!("{whose} has what the daemon needs"));
+        return ok(name, format!("{whose} has all that are needed"));
     }
     let said = format!("{whose} lacks {}", lacking.join(", "));
     if status.is_none() && !geteuid().is_root() {
