@@ -12,9 +12,15 @@ use std::{
 };
 
 use nix::{
-    sys::socket::{
-        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-        connect, recvmsg, sendmsg, socket, socketpair,
+    fcntl::{OFlag, open},
+    sched::{CloneFlags, unshare},
+    sys::{
+        prctl,
+        socket::{
+            AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
+            UnixAddr, connect, recvmsg, sendmsg, socket, socketpair,
+        },
+        stat::Mode,
     },
     unistd::{Gid, Uid, setgid, setgroups, setuid},
 };
@@ -31,6 +37,8 @@ pub struct User {
     pub uid: u32,
     pub gid: u32,
     pub groups: Vec<u32>,
+    /// Root in a user namespace of their own, as in a container.
+    pub contained: bool,
 }
 
 impl User {
@@ -40,14 +48,28 @@ impl User {
             uid,
             gid: uid,
             groups: groups.to_vec(),
+            contained: false,
         }
     }
 
     /// Makes the calling process theirs for good. System calls alone.
-    fn become_them(&self, groups: &[Gid]) -> nix::Result<()> {
+    fn become_them(&self, groups: &[Gid], map_line: &str) -> nix::Result<()> {
         setgroups(groups)?;
         setgid(Gid::from_raw(self.gid))?;
-        setuid(Uid::from_raw(self.uid))
+        setuid(Uid::from_raw(self.uid))?;
+        if self.contained {
+            // Who has changed users has lost the files of their own in /proc.
+            prctl::set_dumpable(true)?;
+            unshare(CloneFlags::CLONE_NEWUSER)?;
+            let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+            let map = open(c"/proc/self/uid_map", flags, Mode::empty())?;
+            nix::unistd::write(&map, map_line.as_bytes())?;
+        }
+        Ok(())
+    }
+
+    fn map_line(&self) -> String {
+        format!("0 {} 1", self.uid)
     }
 
     fn ids(&self) -> Vec<Gid> {
@@ -59,9 +81,10 @@ impl User {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (mine, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
-        let (ids, address) = (self.ids(), UnixAddr::new(path).unwrap());
+        let (ids, map) = (self.ids(), self.map_line());
+        let address = UnixAddr::new(path).unwrap();
         let child = Child::new(|_| {
-            self.become_them(&ids)?;
+            self.become_them(&ids, &map)?;
             let stream = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
             connect(stream.as_raw_fd(), &address)?;
             let files = [stream.as_raw_fd()];
@@ -107,7 +130,7 @@ impl User {
             .custom_flags(libc::O_CLOEXEC)
             .open(binary())
             .unwrap();
-        let (this, ids) = (self.clone(), self.ids());
+        let (this, ids, map) = (self.clone(), self.ids(), self.map_line());
         let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
         command
             .args(arguments)
@@ -115,7 +138,7 @@ impl User {
             .env_remove("ENFORCER_SOCKET");
         // SAFETY: between fork and exec only system calls.
         unsafe {
-            command.pre_exec(move || Ok(this.become_them(&ids)?));
+            command.pre_exec(move || Ok(this.become_them(&ids, &map)?));
         }
         command.output().unwrap()
     }
@@ -129,7 +152,8 @@ pub fn converse(mut stream: UnixStream, request: &str) -> (u16, Value) {
         "{request} HTTP/1.1\r\nHost: enforcer\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     );
-    stream.write_all(text.as_bytes()).unwrap();
+    // What is too long is refused before it is all there: the answer says so.
+    let _ = stream.write_all(text.as_bytes());
     answer(&mut stream)
 }
 

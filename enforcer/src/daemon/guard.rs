@@ -107,8 +107,10 @@ impl Walk<'_> {
                 .map_err(|e| self.failed(e))?;
             let path = self.here.join(&name);
             let kind = kind(&seen);
-            // What is no directory makes of the one around it the place of a file.
-            self.directory(&directory, kind != SFlag::S_IFDIR && last)?;
+            // Whoever may rename in a directory chooses what is found there. In a sticky one that is
+            // the owner of the entry, who is looked at next; but nobody else may add to the place
+            // of a file.
+            examine(&directory, &self.here, kind != SFlag::S_IFDIR && last)?;
             match kind {
                 SFlag::S_IFLNK => {
                     if self.follow(&directory, &name, &path, &seen, last)? {
@@ -194,22 +196,13 @@ impl Walk<'_> {
                 source: errno.into(),
             })?;
         let seen = fstat(&opened).map_err(|e| self.failed(e))?;
-        match kind(&seen) {
-            SFlag::S_IFDIR => examine(&opened, path, true)?,
-            SFlag::S_IFREG => examine(&opened, path, true)?,
-            _ => {
-                return Err(FilesError::NotAFile {
-                    path: path.to_owned(),
-                });
-            }
+        if !matches!(kind(&seen), SFlag::S_IFDIR | SFlag::S_IFREG) {
+            return Err(FilesError::NotAFile {
+                path: path.to_owned(),
+            });
         }
+        examine(&opened, path, true)?;
         Ok(opened.into())
-    }
-
-    /// Whoever may rename in a directory chooses what is found there. In a sticky one that is the
-    /// owner of the entry, who is looked at next; but nobody else may add to the place of a file.
-    fn directory(&self, directory: &OwnedFd, strict: bool) -> Result<(), FilesError> {
-        examine(directory, &self.here, strict)
     }
 }
 
