@@ -28,7 +28,7 @@ use hyper_util::{
 };
 use tokio::{
     net::{UnixListener, UnixStream},
-    sync::mpsc,
+    sync::{mpsc, oneshot},
     task::JoinSet,
     time::{interval, sleep, timeout},
 };
@@ -102,17 +102,22 @@ pub fn serve(
 }
 
 async fn accept(server: Arc<Server>, listener: UnixListener, grants: Authority) {
+    let troubles = Seldom::default();
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
                 // A client that is gone already needs no answer.
                 if let Ok(peer) = Peer::of(&stream) {
+                    // Counted here, and not when its task gets to it: accepting may be faster.
+                    let place = server.connections.arrived(peer.uid);
                     let server = Arc::clone(&server);
-                    tokio::spawn(server.converse(stream, Arc::new(peer), grants));
+                    tokio::spawn(server.converse(stream, Arc::new(peer), grants, place));
                 }
             }
             Err(error) => {
-                tracing::warn!(%error, "cannot accept on the control socket");
+                if let Some(unsaid) = troubles.due(0) {
+                    tracing::warn!(%error, unsaid, "cannot accept on the control socket");
+                }
                 sleep(PAUSE).await;
             }
         }
@@ -146,8 +151,13 @@ impl Server {
     }
 
     /// One request, one answer.
-    async fn converse(self: Arc<Self>, stream: UnixStream, peer: Arc<Peer>, grants: Authority) {
-        let (place, end) = self.connections.arrived(peer.uid);
+    async fn converse(
+        self: Arc<Self>,
+        stream: UnixStream,
+        peer: Arc<Peer>,
+        grants: Authority,
+        (place, end): (Place, oneshot::Receiver<()>),
+    ) {
         let patient = Arc::new(AtomicBool::new(false));
         let io = TokioIo::new(Bounded::new(stream, bounds::TAKE, Arc::clone(&patient)));
         let service = service_fn(async |request| {

@@ -473,11 +473,7 @@ mod tests {
     use std::{collections::BTreeMap, path::PathBuf};
 
     use super::*;
-    use crate::{
-        daemon::{fake::Handle, guard::Trust},
-        events::Generations,
-        policy::SourceFile,
-    };
+    use crate::{daemon::fake::Handle, events::Generations, policy::SourceFile};
 
     const POLICY: &str = "version: 1\nsegments: {a: {members: [{cidr: 10.0.0.0/8}]}}\n";
 
@@ -505,7 +501,7 @@ mod tests {
         let sources = Sources {
             segments: PathBuf::from("p.yaml"),
             settings: None,
-            trust: Trust::Anyone,
+            trust: crate::daemon::guard::Trust::Anyone,
         };
         let (shared, cache) = (Arc::new(shared), Cache::default());
         Reloads::new(sources, shared, texts, cache, &Environment::default())

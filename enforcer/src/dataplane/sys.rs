@@ -252,33 +252,6 @@ pub(super) fn netns_cookie() -> io::Result<u64> {
     }
 }
 
-/// Gives freed memory back to the system: a compiler at work leaves hundreds of MiB behind, which
-/// the allocator would keep.
-#[cfg(target_env = "gnu")]
-pub fn release_memory() {
-    // SAFETY: it takes no pointers, and other threads may allocate meanwhile.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
-/// Other allocators give it back by themselves.
-#[cfg(not(target_env = "gnu"))]
-pub fn release_memory() {}
-
-/// Each thread that compiles would have a heap of its own, and leave holes in it.
-#[cfg(target_env = "gnu")]
-pub fn share_heaps() {
-    // SAFETY: it takes no pointers.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 2);
-    }
-}
-
-/// Other allocators have their own ways.
-#[cfg(not(target_env = "gnu"))]
-pub fn share_heaps() {}
-
 /// `SO_PEERGROUPS`: the supplementary groups of the process at the other end of a Unix socket, as
 /// they were when it connected.
 ///
@@ -328,3 +301,30 @@ pub fn clock_is_kept() -> io::Result<bool> {
         _ => Ok(state.status & libc::STA_UNSYNC == 0),
     }
 }
+
+/// Gives freed memory back to the system: a compiler at work leaves hundreds of MiB behind, which
+/// the allocator would keep.
+#[cfg(target_env = "gnu")]
+pub fn release_memory() {
+    // SAFETY: it takes no pointers, and other threads may allocate meanwhile.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+/// Other allocators give it back by themselves.
+#[cfg(not(target_env = "gnu"))]
+pub fn release_memory() {}
+
+/// Each thread that compiles would have a heap of its own, and leave holes in it.
+#[cfg(target_env = "gnu")]
+pub fn share_heaps() {
+    // SAFETY: it takes no pointers.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+    }
+}
+
+/// Other allocators have their own ways.
+#[cfg(not(target_env = "gnu"))]
+pub fn share_heaps() {}
