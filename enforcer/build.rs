@@ -1,8 +1,8 @@
 //! Finds the eBPF objects that `cargo xtask build` made, and refuses missing or stale ones.
 //!
 //! The kernel side needs its own compiler, so cargo cannot build it as a dependency. This script
-//! sets `ENFORCER_BPF_1M`, `ENFORCER_BPF_16M` and `ENFORCER_BPF_64M` (absolute paths) for
-//! `include_bytes!`.
+//! sets `ENFORCER_BPF_1M`, `ENFORCER_BPF_16M`, `ENFORCER_BPF_64M` and `ENFORCER_BPF_1M_WEAK`
+//! (absolute paths) for `include_bytes!`.
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -50,7 +50,7 @@ fn run() -> Result<(), String> {
         println!("cargo:rerun-if-changed={}", object.display());
         println!(
             "cargo:rustc-env=ENFORCER_BPF_{}={}",
-            class.to_uppercase(),
+            class.to_uppercase().replace('-', "_"),
             object.display()
         );
     }

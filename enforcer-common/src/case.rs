@@ -5,8 +5,7 @@
 //! function to another.
 
 use crate::{
-    decide::Decision,
-    flow::Clock,
+    decide::{Decision, verdict_word},
     packet::{Kind, Tuple, tcp},
     verdict::{Hook, Outcome, Reason},
     wire::DeniedSlot,
@@ -18,8 +17,6 @@ use crate::{
 pub struct Case {
     /// Jiffies.
     pub now: u64,
-    /// Jiffies a second.
-    pub hz: u32,
     /// Generation of the image that judged.
     pub generation: u32,
     /// As in [`Tuple`].
@@ -38,40 +35,28 @@ pub struct Case {
     pub slot: u32,
     /// [`Hook`].
     pub hook: u32,
-    /// [`Outcome`].
-    pub outcome: u32,
-    /// [`Reason`].
-    pub reason: u32,
+    /// [`Outcome`], `| Reason << 8`, [`LASTING`].
+    verdict: u32,
     /// As in [`Decision`].
     pub rule: u32,
     /// As in [`Decision`].
     pub segment: u32,
-    /// Not 0: the image alone denied the packet, whatever the time; then it denies the next one
-    /// like it as long as it is live and no flow of it has come to be. Denials of form are none of
-    /// these: they may be about what the short way does not look at.
-    pub lasting: u32,
-    /// Always 0.
-    pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<Case>() == 96 && align_of::<Case>() == 8);
+/// See [`Case::lasts`].
+const LASTING: u32 = 1 << 16;
+
+const _: () = assert!(size_of::<Case>() == 80 && align_of::<Case>() == 8);
 
 impl Case {
     /// Nothing.
-    pub const EMPTY: Self = Self::new(
-        &Tuple::EMPTY,
-        0,
-        0,
-        Hook::TcIngress,
-        &Clock { now: 0, hz: 0 },
-    );
+    pub const EMPTY: Self = Self::new(&Tuple::EMPTY, 0, 0, Hook::TcIngress, 0);
 
     /// A packet that nobody has judged.
     #[inline(always)]
-    pub const fn new(tuple: &Tuple, ethertype: u16, family: u8, hook: Hook, clock: &Clock) -> Self {
+    pub const fn new(tuple: &Tuple, ethertype: u16, family: u8, hook: Hook, now: u64) -> Self {
         Self {
-            now: clock.now,
-            hz: clock.hz,
+            now,
             generation: 0,
             source: tuple.source,
             destination: tuple.destination,
@@ -83,13 +68,24 @@ impl Case {
             ifindex: 0,
             slot: 0,
             hook: hook as u32,
-            outcome: Outcome::Denied as u32,
-            reason: Reason::NoPolicy as u32,
+            verdict: verdict_word(Outcome::Denied, Reason::NoPolicy),
             rule: u32::MAX,
             segment: u32::MAX,
-            lasting: 0,
-            reserved: 0,
         }
+    }
+
+    /// The same with the shape of a plain packet: IP without tags, TCP or UDP.
+    #[inline(always)]
+    #[must_use]
+    pub const fn plain(mut self, v6: bool) -> Self {
+        let kind = if self.protocol() == 6 {
+            Kind::Tcp
+        } else {
+            Kind::Ports
+        };
+        let (ethertype, family) = if v6 { (0x86dd, 6) } else { (0x0800, 4) };
+        self.shape = ethertype << 16 | family << 8 | kind as u32;
+        self
     }
 
     /// The addresses and the transport.
@@ -150,15 +146,36 @@ impl Case {
         (self.shape >> 8) as u8
     }
 
-    /// Writes the verdict of an image.
+    /// The verdict.
+    #[inline(always)]
+    pub const fn outcome(&self) -> Outcome {
+        Outcome::from_bits(self.verdict)
+    }
+
+    /// Why.
+    #[inline(always)]
+    pub const fn reason(&self) -> Reason {
+        Reason::from_bits(self.verdict >> 8)
+    }
+
+    /// Whether the image alone denied the packet, whatever the time; then it denies the next one
+    /// like it as long as it is live and no flow of it has come to be. Denials of form are none of
+    /// these: they may be about what the short way does not look at.
+    #[inline(always)]
+    pub const fn lasts(&self) -> bool {
+        self.verdict & LASTING != 0
+    }
+
+    /// Writes the verdict of an image, and whether it [lasts](Self::lasts).
     #[inline(always)]
     pub const fn decided(&mut self, decision: &Decision, generation: u32, lasting: bool) {
         self.generation = generation;
-        self.outcome = decision.outcome as u32;
-        self.reason = decision.reason as u32;
+        self.verdict = verdict_word(decision.outcome, decision.reason);
+        if lasting {
+            self.verdict |= LASTING;
+        }
         self.rule = decision.rule;
         self.segment = decision.segment;
-        self.lasting = lasting as u32;
     }
 
     /// Where it is counted: any spread will do, a collision costs a record more, not a count. Hook

@@ -141,6 +141,8 @@ const FRAGMENT_SECONDS: u64 = 60;
 
 /// Idle seconds after which an entry counts as absent.
 pub mod idle {
+    /// None of the others is shorter.
+    pub const SHORTEST: u32 = 60;
     /// TCP, nothing came back yet.
     pub const TCP_HALF_OPEN: u64 = 60;
     /// TCP, both directions seen. Mid-stream packets re-create an entry, so this bounds memory,
@@ -156,6 +158,23 @@ pub mod idle {
     pub const ICMP: u64 = 60;
     /// Protocols without ports.
     pub const OTHER: u64 = 600;
+
+    const _: () = {
+        let all = [
+            TCP_HALF_OPEN,
+            TCP_ESTABLISHED,
+            TCP_CLOSING,
+            PORTS_ONE_WAY,
+            PORTS,
+            ICMP,
+            OTHER,
+        ];
+        let mut i = 0;
+        while i < all.len() {
+            assert!(all[i] >= SHORTEST as u64);
+            i += 1;
+        }
+    };
 }
 
 /// The key of a packet's flow, the same for both directions, and whether the packet comes from

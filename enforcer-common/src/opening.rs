@@ -10,12 +10,12 @@ use crate::{
     case::Case,
     decide::{
         ARRIVAL, Ask, Decision, FAILSAFE, FAILSAFE_REPLY, NOT_MARTIAN, NOT_OWN, Query, Time,
-        answer, generation,
+        answer_here, generation,
     },
     flow::{OPENER_IS_LOW, ordered},
     image::{VERDICT_SESSION, VERDICT_TIMELINE, Words},
     packet::tcp,
-    swift::{Moment, Plain},
+    swift::{ETHERNET, Moment, Plain, Window},
     verdict::{Hook, Outcome, Reason},
     wire::{FlowEntry, FlowKey},
 };
@@ -25,21 +25,54 @@ const TCP: u8 = 6;
 /// The case of a plain packet.
 #[inline(always)]
 pub const fn case(packet: &Plain, moment: &Moment) -> Case {
-    let (ethertype, family) = if packet.tuple.v6 {
-        (0x86dd, 6)
-    } else {
-        (0x0800, 4)
-    };
     let hook = if moment.ingress {
         Hook::TcIngress
     } else {
         Hook::TcEgress
     };
-    let mut case = Case::new(&packet.tuple, ethertype, family, hook, &moment.clock);
+    let mut case = Case::new(&packet.tuple, 0, 0, hook, moment.clock.now).plain(packet.tuple.v6);
     case.generation = moment.generation;
     case.ifindex = moment.ifindex;
     case.slot = moment.slot;
     case
+}
+
+/// The addresses and the transport of a packet that [`crate::swift::read`] has called plain.
+#[inline(always)]
+pub fn glimpse<W: Window + ?Sized>(front: &W, v6: bool) -> Option<Case> {
+    let at = if v6 { ETHERNET + 40 } else { ETHERNET + 20 };
+    if !front.holds(at + 8) {
+        return None;
+    }
+    let protocol = front.byte(ETHERNET + if v6 { 6 } else { 9 });
+    let flags = if protocol != TCP {
+        0
+    } else if front.holds(at + 20) {
+        front.byte(at + 13)
+    } else {
+        return None;
+    };
+    let ports = front.word(at);
+    let mut case = Case::EMPTY;
+    case.ports = ports;
+    case.service = ports << 16 | u32::from(protocol) << 8 | u32::from(flags);
+    let address = |at: u32| {
+        let (upper, lower) = (front.long(at), front.long(at + 8));
+        [
+            (upper >> 32) as u32,
+            upper as u32,
+            (lower >> 32) as u32,
+            lower as u32,
+        ]
+    };
+    if v6 {
+        case.source = address(ETHERNET + 8);
+        case.destination = address(ETHERNET + 24);
+    } else {
+        case.source[3] = front.word(ETHERNET + 12);
+        case.destination[3] = front.word(ETHERNET + 16);
+    }
+    Some(case.plain(v6))
 }
 
 /// Asks the image about a packet that no entry speaks for. `false`: the long way.
@@ -48,7 +81,7 @@ pub fn settle<W: Words + ?Sized, T: Time>(image: &W, time: &T, case: &mut Case) 
     let Some(ask) = question(case) else {
         return false;
     };
-    match settled(answer(image, &ask, time)) {
+    match settled(answer_here(image, &ask, time)) {
         Some(decision) => {
             case.decided(&decision, generation(image), true);
             true

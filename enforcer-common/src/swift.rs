@@ -8,7 +8,7 @@
 use crate::{
     flow::{
         CLOSING, Clock, FlowSlot as _, Glance, Glances, OPENER_IS_LOW, REPLIED, SESSION, TIMED,
-        fresh,
+        age, idle,
     },
     packet::{Kind, Link, Tuple, tcp},
     wire::FlowKey,
@@ -56,7 +56,8 @@ impl Window for [u8] {
     }
 }
 
-const ETHERNET: u32 = 14;
+/// Bytes of its header.
+pub(crate) const ETHERNET: u32 = 14;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
@@ -143,7 +144,8 @@ pub fn look<F: Glances>(table: &F, packet: &Plain, moment: &Moment, length: u32)
     let arrived = entry.arrived[usize::from(packet.from_low)];
     // The opener's packets need no answer; an answer has been noted before.
     let settled = from_opener || entry.flags & REPLIED != 0;
-    // With SYN, FIN or RST it opens or closes.
+    // With SYN, FIN or RST it opens or closes. Whatever the flow, it is not absent within the
+    // shortest of the bounds: which one is its own costs more than the long way once a minute.
     let flags = tuple.tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST | tcp::FIN);
     let goes_on = tuple.protocol != TCP || flags == tcp::ACK;
     if entry.generation != moment.generation
@@ -152,7 +154,7 @@ pub fn look<F: Glances>(table: &F, packet: &Plain, moment: &Moment, length: u32)
         || (moment.ingress && arrived != moment.ifindex)
         || !settled
         || !goes_on
-        || !fresh(&entry, tuple.protocol, &moment.clock)
+        || age(moment.clock.now, entry.last_seen as u32) > idle::SHORTEST * moment.clock.hz
     {
         return Known::Entry;
     }

@@ -192,7 +192,7 @@ pub struct FragmentEntry {
     pub covered: u32,
 }
 
-/// The single value of `CONTROL`, written by the daemon.
+/// What the daemon tells the programs, in their `.bss.control`: a load away, not a look-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Control {
@@ -207,6 +207,11 @@ pub struct Control {
     pub hz: u32,
     /// See the `CONTROL_*` bits.
     pub flags: u32,
+    /// Generation of the live image for the short way, 0 while there is none or another is put in
+    /// its place: then every packet goes the long way, and is judged by the image itself.
+    pub generation: u32,
+    /// Always 0.
+    pub reserved: u32,
 }
 
 /// The socket hooks refuse; without it they attribute only.
@@ -367,7 +372,7 @@ const _: () = {
     assert!(size_of::<FlowEntry>() == 40 && align_of::<FlowEntry>() == 8);
     assert!(offset_of!(FlowEntry, generation) == 8 && offset_of!(FlowEntry, flags) == 16);
     assert!(size_of::<FragmentKey>() == 40 && size_of::<FragmentEntry>() == 24);
-    assert!(size_of::<Control>() == 32 && offset_of!(Control, hz) == 24);
+    assert!(size_of::<Control>() == 40 && offset_of!(Control, hz) == 24);
     assert!(size_of::<Interface>() == 8);
     assert!(size_of::<Process>() == 32 && offset_of!(Process, comm) == 16);
     assert!(size_of::<Event>() == 136 && align_of::<Event>() == 8);

@@ -77,9 +77,11 @@ fn flow_entry_control_interface_process() {
         netns_cookie: 1,
         hz: 250,
         flags: 3,
+        generation: 4,
+        reserved: 0,
     };
     #[rustfmt::skip]
-    assert_eq!(bytes(&control), [7, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 250, 0, 0, 0, 3, 0, 0, 0]);
+    assert_eq!(bytes(&control), [7, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 250, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(
         bytes(&Interface { flags: 1, slot: 2 }),
         [1, 0, 0, 0, 2, 0, 0, 0]

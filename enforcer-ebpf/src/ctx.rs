@@ -55,11 +55,11 @@ pub struct Front {
 impl Front {
     /// `None` where the frame has a tag in its metadata, or is the host's own, looped back.
     #[inline(always)]
-    pub fn of(ctx: &TcContext, ingress: bool) -> Option<Self> {
+    pub fn of(ctx: &TcContext) -> Option<Self> {
         let skb = ctx.skb.skb;
         // SAFETY: loads from the context, which the verifier checks field by field.
         let (tagged, kind, length) = unsafe { ((*skb).vlan_present, (*skb).pkt_type, (*skb).len) };
-        if tagged != 0 || (ingress && kind == PACKET_LOOPBACK) {
+        if tagged != 0 || kind == PACKET_LOOPBACK {
             return None;
         }
         Some(Self {

@@ -36,7 +36,13 @@ pub fn account(ctx: &TcContext, work: &Work) {
         (true, false) => 4,
         (true, true) => 6,
     };
-    let mut case = Case::new(&packet.tuple, packet.ethertype, family, *hook, &scene.clock);
+    let mut case = Case::new(
+        &packet.tuple,
+        packet.ethertype,
+        family,
+        *hook,
+        scene.clock.now,
+    );
     case.ifindex = packet.ifindex;
     let rules = matches!(decision.reason, Reason::DefaultDeny | Reason::RuleDeny);
     let lasting = rules && matches!(decision.outcome, Outcome::Denied) && plan.lasts();
@@ -56,13 +62,13 @@ pub fn record(ctx: &TcContext, case: &Case) {
     // SAFETY: this CPU's own element of a live array map. TC programs do not nest on a CPU: both
     // hooks run with bottom halves disabled.
     let slot = unsafe { &mut *slot };
-    let judged = u32::from(slot.event.outcome) == case.outcome
-        && u32::from(slot.event.reason) == case.reason
+    let judged = slot.event.outcome == case.outcome() as u8
+        && slot.event.reason == case.reason() as u8
         && slot.event.rule == case.rule;
     let record = if judged && case.is_in(slot) {
         slot.event.total += 1;
         slot.pending = slot.pending.wrapping_add(1);
-        if case.now.wrapping_sub(slot.emitted_at) < u64::from(case.hz) {
+        if case.now.wrapping_sub(slot.emitted_at) < u64::from(maps::hz()) {
             Record::Suppressed
         } else {
             emit(slot, case.now)
@@ -144,10 +150,10 @@ fn take_over(ctx: &TcContext, slot: &mut DeniedSlot, index: u32, case: &Case) {
     event.protocol = case.protocol();
     event.family = case.family();
     event.hook = case.hook as u8;
-    event.outcome = case.outcome as u8;
-    event.reason = case.reason as u8;
+    event.outcome = case.outcome() as u8;
+    event.reason = case.reason() as u8;
     event.tcp_flags = case.tcp_flags();
-    event.lasting = case.lasting as u8;
+    event.lasting = u8::from(case.lasts());
     event.reserved = [0; 5];
     // SAFETY: the context is the program's own; 0 when the packet has no local socket.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
@@ -180,7 +186,7 @@ pub fn denied_again(case: &Case) -> bool {
     };
     // SAFETY: as in `record`.
     let slot = unsafe { &mut *slot };
-    let late = case.now.wrapping_sub(slot.emitted_at) >= u64::from(case.hz);
+    let late = case.now.wrapping_sub(slot.emitted_at) >= u64::from(maps::hz());
     if slot.event.lasting == 0
         || late
         || slot.event.tcp_flags != case.tcp_flags()

@@ -13,7 +13,7 @@ use aya_ebpf::{
 };
 use enforcer_common::{
     flow::{Change, FlowSlot, FlowTable},
-    table::{self, Bucket, Found, Memory, SECRETS, SLOTS, STRIPES, WORDS4, WORDS6},
+    table::{self, Bucket, Found, Look, Memory, SECRETS, SLOTS, STRIPES, WORDS4, WORDS6},
     wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
 
@@ -34,6 +34,11 @@ type Lock = [u64; 8];
 static FLOWS4: Array<Bucket4, BUCKETS, MAPPED> = Array::new();
 #[btf_map]
 static FLOWS6: Array<Bucket6, BUCKETS, MAPPED> = Array::new();
+/// The tags of a bucket's slots.
+#[btf_map]
+static FLOW_TAGS4: Array<u64, BUCKETS, MAPPED> = Array::new();
+#[btf_map]
+static FLOW_TAGS6: Array<u64, BUCKETS, MAPPED> = Array::new();
 #[btf_map]
 static FLOW_LOCKS: Array<Lock, { 2 * STRIPES as usize }, MAPPED> = Array::new();
 #[btf_map]
@@ -81,6 +86,9 @@ impl Bucket for Words {
         // x86 keeps loads in order. arm64 does not, but it orders a load behind the one that its
         // address was computed from (Arm ARM, "address dependency"), though the value has no
         // influence. In assembly, because a compiler would see through it.
+        if cfg!(feature = "tso") {
+            return *self;
+        }
         let mut none = seen;
         // SAFETY: one instruction on a register.
         unsafe { asm!("{none} &= 0", none = inout(reg) none, options(pure, nomem)) };
@@ -90,6 +98,9 @@ impl Bucket for Words {
 
     #[inline(always)]
     fn hidden(&self, value: u64) -> u64 {
+        if cfg!(feature = "tso") {
+            return value;
+        }
         let mut value = value;
         // SAFETY: no instruction.
         unsafe { asm!("/* {value} */", value = inout(reg) value, options(pure, nomem)) };
@@ -103,7 +114,16 @@ impl Bucket for Words {
     }
 
     #[inline(always)]
+    fn set_pair(&self, at: u32, value: u64) {
+        // SAFETY: as in `pair`.
+        unsafe { self.0.add(at as usize).cast::<u64>().write_volatile(value) }
+    }
+
+    #[inline(always)]
     fn publish(&self, at: u32, value: u32) {
+        if cfg!(feature = "tso") {
+            return self.set(at, value);
+        }
         // SAFETY: as in `get`. An exchange is fully ordered (Documentation/bpf/standardization,
         // atomic operations; the JITs emit a full barrier with it).
         unsafe {
@@ -129,6 +149,15 @@ fn exchange(lock: *mut u64, value: u64) -> u64 {
 }
 
 #[inline(always)]
+fn tags(v6: bool, index: u32) -> Option<*mut u64> {
+    if v6 {
+        FLOW_TAGS6.get_ptr_mut(index)
+    } else {
+        FLOW_TAGS4.get_ptr_mut(index)
+    }
+}
+
+#[inline(always)]
 fn lock_word(v6: bool, stripe: u32) -> Option<*mut u64> {
     let lock = FLOW_LOCKS.get_ptr_mut(stripe & (STRIPES - 1) | (v6 as u32) << 8)?;
     Some(lock.cast())
@@ -145,6 +174,24 @@ impl Memory for Maps {
             FLOWS6.get_ptr_mut(index).map(|words| Words(words.cast()))
         } else {
             FLOWS4.get_ptr_mut(index).map(|words| Words(words.cast()))
+        }
+    }
+
+    #[inline(always)]
+    fn tags(&self, v6: bool, index: u32) -> u64 {
+        match tags(v6, index) {
+            // SAFETY: a live element that other CPUs write.
+            Some(tags) => unsafe { tags.read_volatile() },
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn set_tag(&self, v6: bool, index: u32, slot: u32, tag: u32) {
+        if let Some(tags) = tags(v6, index) {
+            let slot = (slot & (SLOTS - 1)) as usize;
+            // SAFETY: one of the four halves of a live element.
+            unsafe { tags.cast::<u16>().add(slot).write_volatile(tag as u16) }
         }
     }
 
@@ -178,7 +225,13 @@ impl Memory for Maps {
 
     #[inline(always)]
     fn unlock(&self, v6: bool, stripe: u32) {
-        if let Some(lock) = lock_word(v6, stripe) {
+        let Some(lock) = lock_word(v6, stripe) else {
+            return;
+        };
+        if cfg!(feature = "tso") {
+            // SAFETY: as in `exchange`.
+            unsafe { lock.write_volatile(0) };
+        } else {
             exchange(lock, 0);
         }
     }
@@ -212,18 +265,22 @@ impl Memory for Maps {
     }
 
     #[inline(always)]
-    fn worth(&self, age: u32, state: u32, rest: u32, hz: u32) -> u32 {
-        flow_worth(age, state, rest, hz)
+    fn best(&self, key: &FlowKey, look: &Look) -> u32 {
+        flow_best(key, look)
     }
 }
 
 // Global functions, which the verifier goes through once each.
 
-/// See [`table::worth`].
+/// See [`table::best`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn flow_worth(age: u32, state: u32, rest: u32, hz: u32) -> u32 {
-    table::worth(age, state, rest, hz)
+pub extern "C" fn flow_best(key: *const FlowKey, look: *const Look) -> u32 {
+    // SAFETY: the caller's, or null to the verifier.
+    match unsafe { (key.as_ref(), look.as_ref()) } {
+        (Some(key), Some(look)) => table::best(&Maps, key, look),
+        _ => 0,
+    }
 }
 
 /// See [`table::find`].

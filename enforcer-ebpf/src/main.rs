@@ -29,7 +29,7 @@ use enforcer_common::{
     flow::Clock,
     judge, opening, packet,
     swift::{self, Known, Moment, Window as _},
-    table::Flows as Table,
+    table,
     verdict::{Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::CONTROL_DEBUG,
 };
@@ -59,6 +59,23 @@ pub fn clock(_ctx: TcContext) -> i32 {
 pub fn sweep(_ctx: TcContext) -> i32 {
     flows::sweep(now(), maps::hz());
     0
+}
+
+/// Asks the live image about a plain packet that may open a flow, at ingress: looks no flow up,
+/// enters none, counts and records nothing. Passes what the rules allow; [`LONG`] where they do not
+/// settle it. Never attached.
+#[classifier]
+pub fn verdict(ctx: TcContext) -> i32 {
+    let mut case = Case::EMPTY;
+    let skb = ctx.skb.skb;
+    if read(skb, Hook::TcIngress as u32, &raw mut case) == 0 || policy(&raw mut case) == 0 {
+        return LONG.cast_signed();
+    }
+    if case.outcome().passes() {
+        TC_ACT_UNSPEC
+    } else {
+        TC_ACT_SHOT
+    }
 }
 
 /// `connect(2)` on IPv4 sockets.
@@ -149,14 +166,24 @@ const UNKNOWN: u32 = 0xfffe;
 /// established flow, one that was denied a moment ago, or one that opens a flow.
 #[inline(always)]
 fn short(skb: *mut __sk_buff, hook: Hook) -> u32 {
+    let hook = hook as u32;
     // SAFETY: a load from the context.
-    let known = match u16::from_be(unsafe { (*skb).protocol } as u16) {
-        0x0800 => short4(skb, hook as u32),
-        0x86dd => short6(skb, hook as u32),
+    let (known, again) = match u16::from_be(unsafe { (*skb).protocol } as u16) {
+        0x0800 => match short4(skb, hook) {
+            UNKNOWN => (UNKNOWN, again4(skb, hook)),
+            known => (known, 0),
+        },
+        0x86dd => match short6(skb, hook) {
+            UNKNOWN => (UNKNOWN, again6(skb, hook)),
+            known => (known, 0),
+        },
         _ => return LONG,
     };
+    if again != 0 {
+        return TC_ACT_SHOT as u32;
+    }
     if known == UNKNOWN {
-        return unknown(skb, hook as u32);
+        return unknown(skb, hook);
     }
     known
 }
@@ -176,6 +203,37 @@ pub extern "C" fn short6(skb: *mut __sk_buff, hook: u32) -> u32 {
     established(skb, hook, swift::read6)
 }
 
+/// Whether a plain IPv4 packet without a flow is like one that was denied a moment ago; then it is
+/// counted. It reads the packet anew: what established flows need stays in registers that way.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn again4(skb: *mut __sk_buff, hook: u32) -> u32 {
+    again(skb, hook, false)
+}
+
+/// The same of IPv6.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn again6(skb: *mut __sk_buff, hook: u32) -> u32 {
+    again(skb, hook, true)
+}
+
+#[inline(always)]
+fn again(skb: *mut __sk_buff, hook: u32, v6: bool) -> u32 {
+    let Some(front) = ctx::Front::of(&TcContext::new(skb)) else {
+        return 0;
+    };
+    let Some(mut case) = opening::glimpse(&front, v6) else {
+        return 0;
+    };
+    case.now = now();
+    case.generation = maps::live_generation();
+    // SAFETY: a load from the context.
+    case.ifindex = unsafe { (*skb).ifindex };
+    case.hook = hook;
+    u32::from(events::denied_again(&case))
+}
+
 /// Which of the two TC hooks.
 #[inline(always)]
 pub fn tc_hook(hook: u32) -> Hook {
@@ -193,7 +251,7 @@ fn front(skb: *mut __sk_buff, hook: Hook) -> Option<(ctx::Front, Moment)> {
     // SAFETY: a load from the context.
     let ifindex = unsafe { (*skb).ifindex };
     let slot = maps::ethernet(ifindex)?;
-    let front = ctx::Front::of(&TcContext::new(skb), ingress)?;
+    let front = ctx::Front::of(&TcContext::new(skb))?;
     let moment = Moment {
         ingress,
         ifindex,
@@ -220,7 +278,7 @@ fn established(
     let Some(packet) = read(&front) else {
         return LONG;
     };
-    match swift::look(&Table(flows::Maps), &packet, &moment, front.length()) {
+    match swift::look(&table::Flows(flows::Maps), &packet, &moment, front.length()) {
         Known::Established => {
             maps::count(
                 packet_counter(hook, Outcome::Allowed, Reason::Established),
@@ -238,18 +296,13 @@ fn established(
 #[inline(never)]
 pub extern "C" fn unknown(skb: *mut __sk_buff, hook: u32) -> u32 {
     let mut case = Case::EMPTY;
-    match read(skb, hook, &raw mut case) {
-        READ => {}
-        AGAIN => return TC_ACT_SHOT as u32,
-        _ => return LONG,
+    if read(skb, hook, &raw mut case) == 0 {
+        return LONG;
     }
     if policy(&raw mut case) == 0 {
         return LONG;
     }
-    let (outcome, reason) = (
-        Outcome::from_bits(case.outcome),
-        Reason::from_bits(case.reason),
-    );
+    let (outcome, reason) = (case.outcome(), case.reason());
     if outcome.passes() && enter(&raw const case) == 0 {
         return LONG;
     }
@@ -261,13 +314,7 @@ pub extern "C" fn unknown(skb: *mut __sk_buff, hook: u32) -> u32 {
     TC_ACT_SHOT as u32
 }
 
-/// What [`read`] says: there is a case.
-const READ: u32 = 1;
-/// What [`read`] says: like one that was denied a moment ago, and counted.
-const AGAIN: u32 = 2;
-
-/// Reads a plain packet without a flow. It has been read before: what established flows need stays
-/// in registers that way. 0: it is not plain.
+/// Reads a plain packet. 0: it is none.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn read(skb: *mut __sk_buff, hook: u32, case: *mut Case) -> u32 {
@@ -279,11 +326,7 @@ pub extern "C" fn read(skb: *mut __sk_buff, hook: u32, case: *mut Case) -> u32 {
     match swift::read(&front) {
         Some(packet) => {
             *case = opening::case(&packet, &moment);
-            if events::denied_again(case) {
-                AGAIN
-            } else {
-                READ
-            }
+            1
         }
         None => 0,
     }
@@ -310,7 +353,7 @@ pub extern "C" fn enter(case: *const Case) -> u32 {
         return 0;
     };
     let (key, entry) = opening::flow(case);
-    flows::flow_insert(&raw const key, &raw const entry, case.hz)
+    flows::flow_insert(&raw const key, &raw const entry, maps::hz())
 }
 
 /// See `events::record`.

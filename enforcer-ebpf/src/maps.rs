@@ -43,8 +43,18 @@ const EVENT_BYTES: usize = 1 << 20;
 
 #[btf_map]
 static POLICY: ArrayOfMaps<ImageMap, { slot::COUNT as usize }> = ArrayOfMaps::new();
-#[btf_map]
-static CONTROL: Array<Control, 1> = Array::new();
+/// All zero (no generation, nothing refused, no debugging) until the daemon wrote it.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".bss.control")]
+static mut CONTROL: Control = Control {
+    unix_floor: 0,
+    boot_unix_ns: 0,
+    netns_cookie: 0,
+    hz: 0,
+    flags: 0,
+    generation: 0,
+    reserved: 0,
+};
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentEntry, FRAGMENTED> = LruHashMap::new();
 #[btf_map]
@@ -92,38 +102,25 @@ pub fn live() -> Option<Image> {
     }
 }
 
-/// The live image's generation, 0 if there is none. Not whether this program can read it: who asks
-/// compares it with what came of a judgement by the same image.
-#[inline(always)]
-pub fn live_generation() -> u32 {
-    match POLICY.get_value(slot::LIVE, &0) {
-        Some(words) => decide::generation(&Image(words)),
-        None => 0,
-    }
-}
-
-/// The daemon's settings; all zero (nothing refused, no debugging) until it wrote them.
+/// The daemon's settings.
 #[inline(always)]
 pub fn control() -> Control {
-    match CONTROL.get(0) {
-        Some(control) => *control,
-        None => Control {
-            unix_floor: 0,
-            boot_unix_ns: 0,
-            netns_cookie: 0,
-            hz: 0,
-            flags: 0,
-        },
-    }
+    // SAFETY: plain words that only the daemon writes.
+    unsafe { (&raw const CONTROL).read_volatile() }
 }
 
 /// Ticks a second; 0 until the daemon wrote them.
 #[inline(always)]
 pub fn hz() -> u32 {
-    match CONTROL.get(0) {
-        Some(control) => control.hz,
-        None => 0,
-    }
+    // SAFETY: as in `control`.
+    unsafe { (&raw const CONTROL.hz).read_volatile() }
+}
+
+/// The live image's generation for who does not ask it, see [`Control::generation`].
+#[inline(always)]
+pub fn live_generation() -> u32 {
+    // SAFETY: as in `control`.
+    unsafe { (&raw const CONTROL.generation).read_volatile() }
 }
 
 /// An interface; Ethernet without a slot if it is not listed.

@@ -218,7 +218,7 @@ fn spot_check(policy: &Policy, env: &Environment, image: &Image, count: usize) {
     };
     for n in 0..count {
         let (src, dst) = (pick(), pick());
-        let rule = &policy.rules[n % policy.rules.len()];
+        let rule = policy.rules.get(n % policy.rules.len()).unwrap();
         let Service::Ports {
             transport, last, ..
         } = rule.services[0]
@@ -388,7 +388,7 @@ fn more_kinds_of_service_than_can_be_told_apart_are_refused() {
             service_classes: 0
         })
     );
-    policy.rules.truncate(10_000);
+    policy.rules.edit(|rules| rules.truncate(10_000));
     let image = compiled("nested services", &policy, &environment());
     assert_eq!(image.stats().service_classes, 10_001);
 }
@@ -443,9 +443,11 @@ fn a_thousand_rules_that_expire_compile_or_are_refused() {
     let image = compiled("expiring rules", &policy, &env);
     spot_check(&policy, &env, &image, 40);
     let mut growing = policy;
-    for (number, rule) in (1..).zip(&mut growing.rules) {
-        rule.expires = Some(number);
-    }
+    growing.rules.edit(|rules| {
+        for (number, rule) in (1..).zip(rules) {
+            rule.expires = Some(number);
+        }
+    });
     let refused = compile(&growing, &env, &Options::default());
     assert_eq!(refused, Err(CompileError::Timeline { entries: 65 }));
 }

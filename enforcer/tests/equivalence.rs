@@ -427,10 +427,12 @@ proptest! {
             }
             segment.members = members.into();
         }
-        for rule in &mut other.rules {
-            rule.services.reverse();
-            rule.services.extend(rule.services.first().copied());
-        }
+        other.rules.edit(|rules| {
+            for rule in rules {
+                rule.services.reverse();
+                rule.services.extend(rule.services.first().copied());
+            }
+        });
         // Not only the same verdicts: the same words.
         prop_assert_eq!(compiled(&policy, &env), compiled(&other, &env));
     }
@@ -442,9 +444,11 @@ proptest! {
         turn in 0usize..10,
     ) {
         let mut other = policy.clone();
-        other.rules.reverse();
         let length = other.rules.len().max(1);
-        other.rules.rotate_left(turn % length);
+        other.rules.edit(|rules| {
+            rules.reverse();
+            rules.rotate_left(turn % length);
+        });
         let images = [&policy, &other].map(|p| compile(p, &env, &options).unwrap());
         for (query, unix) in &queries {
             let [one, two] = [0, 1].map(|i| decided(images[i].words(), query, *unix).0);

@@ -20,7 +20,7 @@ use enforcer_common::{
     opening,
     packet::{self, Bytes, Link, Packet},
     swift,
-    verdict::{Outcome, Reason},
+    verdict::Reason,
     wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
 
@@ -266,13 +266,13 @@ impl Host {
                     return None;
                 }
                 let (key, entry) = opening::flow(&case);
-                let outcome = Outcome::from_bits(case.outcome);
+                let outcome = case.outcome();
                 if outcome.passes() && !flows.insert(&key, &entry) {
                     return None;
                 }
                 Some(Decision {
                     outcome,
-                    reason: Reason::from_bits(case.reason),
+                    reason: case.reason(),
                     rule: case.rule,
                     segment: case.segment,
                 })

@@ -100,6 +100,9 @@ impl Programs {
             flows,
         };
         let mut dataplane = KernelDataplane::load(&options).expect("the programs load");
+        let verdict = dataplane.ebpf_mut().program_mut("verdict").unwrap();
+        let verdict: &mut SchedClassifier = verdict.try_into().unwrap();
+        verdict.load().expect("the program for tests loads");
         let events = dataplane.take_events().expect("the first to ask");
         let last = dataplane.counters().expect("counters");
         let mut this = Self {
@@ -265,13 +268,14 @@ impl Programs {
         interfaces
             .insert(ifindex, Interface { flags, slot }, 0)
             .unwrap();
+        self.short_ways(ifindex, (flags & INTERFACE_L3 == 0).then_some(slot));
+    }
+
+    /// Lets packets of an interface in this slot go the shorter ways; `None`: none of them.
+    pub fn short_ways(&mut self, ifindex: u32, slot: Option<u32>) {
         let map = self.dataplane.ebpf_mut().map_mut("ETHERNET").unwrap();
         let mut ethernet: Array<_, [u32; 2]> = map.try_into().unwrap();
-        let known = if flags & INTERFACE_L3 == 0 {
-            [ifindex, slot]
-        } else {
-            [0, 0]
-        };
+        let known = slot.map_or([0, 0], |slot| [ifindex, slot]);
         ethernet
             .set(ifindex & (ETHERNET_LINKS - 1), known, 0)
             .unwrap();

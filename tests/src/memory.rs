@@ -21,6 +21,7 @@ pub const fn slot_words(v6: bool) -> u32 {
 /// A table's buckets, locks and counters.
 pub struct HostMemory {
     words: [Vec<Cell<u32>>; 2],
+    tags: [Vec<Cell<u32>>; 2],
     buckets: u32,
     secrets: [u64; SECRETS],
     cap: u32,
@@ -51,6 +52,7 @@ impl HostMemory {
         };
         Self {
             words: [words(false), words(true)],
+            tags: std::array::from_fn(|_| vec![Cell::new(0); (buckets * SLOTS) as usize]),
             buckets,
             secrets,
             cap,
@@ -63,6 +65,11 @@ impl HostMemory {
     /// A word of a slot, for tests that know what it is.
     pub fn word(&self, v6: bool, slot: u32, at: u32) -> &Cell<u32> {
         &self.words[usize::from(v6)][(slot * slot_words(v6) + at) as usize]
+    }
+
+    /// A slot's tag.
+    pub fn tag(&self, v6: bool, slot: u32) -> &Cell<u32> {
+        &self.tags[usize::from(v6)][slot as usize]
     }
 
     /// Number of slots of each family.
@@ -116,6 +123,11 @@ impl HostMemory {
     /// the cap for any opener.
     pub fn balances(&self) {
         assert!(self.held.borrow().is_empty(), "a lock that is still held");
+        for v6 in [false, true] {
+            for (slot, flow) in (0..).zip(self.dump(v6)) {
+                assert_eq!(self.tag(v6, slot).get() != 0, flow.is_some(), "a tag");
+            }
+        }
         let mut counts = HashMap::<u32, u32>::new();
         for flow in self.flows().values().filter(|flow| flow.protected) {
             *counts
@@ -164,6 +176,16 @@ impl<'a> Memory for &'a HostMemory {
         let first = index as usize * words;
         let bucket = self.words[usize::from(v6)].get(first..first + words);
         bucket.map(Words)
+    }
+
+    fn tags(&self, v6: bool, index: u32) -> u64 {
+        (0..SLOTS).fold(0, |tags, slot| {
+            tags | u64::from(self.tag(v6, index * SLOTS + slot).get()) << (16 * slot)
+        })
+    }
+
+    fn set_tag(&self, v6: bool, index: u32, slot: u32, tag: u32) {
+        self.tag(v6, index * SLOTS + slot).set(tag);
     }
 
     fn mask(&self, _: bool) -> u32 {

@@ -251,6 +251,8 @@ fn damaged_frames_get_one_verdict() {
         if judged % TURN == 0 {
             host.image = image(POLICIES[judged / TURN % POLICIES.len()]);
             programs.apply(&host.image);
+            // All of it the long way, and all that may by shorter ones.
+            programs.short_ways(1, (judged / TURN % 2 == 0).then_some(0));
         }
         let bytes = next(&mut random);
         if !runnable(&bytes) {

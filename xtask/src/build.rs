@@ -38,7 +38,7 @@ pub fn objects() -> Result<()> {
             "--locked",
             "--no-default-features",
             "--features",
-            &format!("image-{class}"),
+            &stamp::features(class),
         ]);
         cargo.arg("--target-dir").arg(&build_dir);
         ui::run(&mut cargo)?;

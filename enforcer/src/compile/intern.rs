@@ -132,6 +132,27 @@ impl Interner {
         &self.words
     }
 
+    /// The lists numbered in their own order, whatever the order in which they came; and per old number
+    /// the new one.
+    pub(super) fn sorted(&self) -> (Self, Vec<u32>) {
+        let mut order: Vec<usize> = (0..self.len()).collect();
+        order.sort_unstable_by_key(|number| self.get(*number));
+        let mut sorted = Self::default();
+        let mut numbers = vec![0; self.len()];
+        for old in order {
+            let new = sorted.intern(self.get(old));
+            if let Some(number) = numbers.get_mut(old) {
+                *number = new;
+            }
+        }
+        (sorted, numbers)
+    }
+
+    /// Whether the same lists have the same numbers.
+    pub(super) fn same(&self, other: &Self) -> bool {
+        self.ends == other.ends && self.words == other.words
+    }
+
     /// Number of lists.
     pub(super) fn len(&self) -> usize {
         self.ends.len()
@@ -165,8 +186,12 @@ mod tests {
                 prop_assert_eq!(interner.intern(list), expected);
             }
             prop_assert_eq!(interner.len(), known.len());
+            let (sorted, numbers) = interner.sorted();
+            prop_assert_eq!(sorted.len(), known.len());
+            prop_assert!((1..sorted.len()).all(|n| sorted.get(n - 1) < sorted.get(n)));
             for (list, number) in known {
                 prop_assert_eq!(interner.get(number as usize), &list);
+                prop_assert_eq!(sorted.get(numbers[number as usize] as usize), &list);
             }
         }
     }

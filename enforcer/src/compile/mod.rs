@@ -17,6 +17,7 @@ mod image;
 mod intern;
 mod intervals;
 mod key;
+mod known;
 mod local;
 mod marks;
 mod matches;
@@ -25,6 +26,7 @@ mod services;
 mod settings;
 mod sides;
 mod table;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod timelines;
@@ -33,22 +35,24 @@ mod v6;
 mod validate;
 mod writer;
 
-use std::{net::IpAddr, thread};
+use std::{net::IpAddr, sync::Arc, thread};
 
 pub use image::{Image, ImageError, Stats};
+pub use known::{Changed, Known};
 pub use settings::{Failsafe, Options};
-pub use validate::validate;
+pub use validate::{validate, validate_changes};
 
 use enforcer_common::{
     decide::verdict_word,
-    image::{self as layout, EMPTY, header},
+    image::{self as layout, header},
     verdict::Reason,
 };
 
 use crate::policy::model::{Environment, Policy};
 
-use rows::{Exception, Refused};
-use table::{Keys, Placed};
+use known::Content;
+use rows::Refused;
+use tables::Tables;
 use writer::{Full, Writer};
 
 /// Why a policy has no image.
@@ -170,6 +174,35 @@ pub fn compile(
     compile_within(policy, env, options, image::largest() as usize, EFFORT)
 }
 
+/// [`compile`] for one who has compiled other versions of the policy: what those had in common with
+/// this one is not done again. The image is the same, bit for bit.
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_again(
+    policy: &Policy,
+    env: &Environment,
+    options: &Options,
+    known: &mut Known,
+) -> Result<Image, CompileError> {
+    let bounds = Bounds {
+        limit: image::largest() as usize,
+        effort: EFFORT,
+    };
+    let (image, content) = build(policy, env, options, bounds, known.content())?;
+    known.keep(content);
+    Ok(image)
+}
+
+/// How far the compiler goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Bounds {
+    /// Words of an image.
+    limit: usize,
+    /// Looks at a service class under a rule.
+    effort: u64,
+}
+
 fn compile_within(
     policy: &Policy,
     env: &Environment,
@@ -177,14 +210,32 @@ fn compile_within(
     limit: usize,
     effort: u64,
 ) -> Result<Image, CompileError> {
+    let bounds = Bounds { limit, effort };
+    build(policy, env, options, bounds, None).map(|(image, _)| image)
+}
+
+fn build(
+    policy: &Policy,
+    env: &Environment,
+    options: &Options,
+    bounds: Bounds,
+    known: Option<&Content>,
+) -> Result<(Image, Content), CompileError> {
     settings::check(env, options)?;
+    let limit = bounds.limit;
     let complex = |classes, service_classes| CompileError::TooComplex {
         rules: policy.rules.len(),
         classes,
         service_classes,
     };
-    let services =
-        services::Services::new(policy, &options.failsafes).map_err(|_| complex(0, 0))?;
+    // Rules and bounds are the same as well where something is `known` from here on.
+    let known = known.filter(|known| known.serves(policy, &options.failsafes, bounds));
+    let services = match known {
+        Some(known) => Arc::clone(&known.services),
+        None => Arc::new(
+            services::Services::new(policy, &options.failsafes).map_err(|_| complex(0, 0))?,
+        ),
+    };
     let too_large = |full: Full, classes: usize, rows: usize| CompileError::TooLarge {
         classes,
         service_classes: services.count,
@@ -211,13 +262,21 @@ fn compile_within(
     writer.set(header::SERVICES, services_at);
 
     let taken = writer.words().len() + pairs;
+    // A row is made from rules, services and behaviours, and fits where it did.
+    let known_rows =
+        known.filter(|known| known.taken >= taken && classes.behave_as(&known.classes));
     let members: usize = policy.segments.iter().map(|s| s.members.len()).sum();
     let (rows, tries) = both(
-        members >= THREADS_PAY,
-        || rows::build(policy, &classes, &services, effort, taken, limit),
+        known_rows.is_none() && members >= THREADS_PAY,
+        || match known_rows {
+            Some(known) => Ok(Arc::clone(&known.rows)),
+            None => {
+                rows::build(policy, &classes, &services, bounds.effort, taken, limit).map(Arc::new)
+            }
+        },
         || Tries::write(sweep, &mut writer),
     );
-    let mut rows = rows.map_err(|refused| match refused {
+    let rows = rows.map_err(|refused| match refused {
         Refused::Full(full, rows) => too_large(full, class_count, rows),
         Refused::Timeline(entries) => CompileError::Timeline { entries },
         Refused::Effort => complex(class_count, services.count),
@@ -225,26 +284,24 @@ fn compile_within(
     let row_count = rows.count();
     let late = |full: Full| too_large(full, class_count, row_count);
     let tries = tries.map_err(late)?;
-    rows.write_timelines(&mut writer).map_err(late)?;
-    let rows_at = writer.append_aligned(&rows.words).map_err(late)?;
+    let timelines = rows.write_timelines(&mut writer).map_err(late)?;
+    let rows_at = rows.write(timelines, &mut writer).map_err(late)?;
     let matrix = rows.matrix(&classes);
     let pairs_at = writer.append_each(pairs, matrix).map_err(late)?;
     writer.set(header::ROWS, rows_at);
     writer.set(header::PAIRS, pairs_at);
     classes.write_marks(&mut writer).map_err(late)?;
     let sources: Vec<u32> = classes.classes.iter().map(|(source, _)| *source).collect();
-    // The rest is in the image now.
-    drop(classes);
-    let exceptions = rows.into_exceptions();
 
     let tables = Tables {
         hosts4: &tries.hosts4,
         hosts6: &tries.hosts6,
         nets6: &tries.nets6,
-        exceptions: &exceptions,
+        rows: &rows,
+        timelines,
     };
     writer.reserve(tables.size()).map_err(late)?;
-    let (seed, placed) = tables.place().ok_or(CompileError::Placement)?;
+    let (seed, placed) = tables.place(known).ok_or(CompileError::Placement)?;
     writer.set(header::SEED_LO, seed as u32);
     writer.set(header::SEED_HI, (seed >> 32) as u32);
     tables.write(&placed, &mut writer).map_err(late)?;
@@ -263,14 +320,27 @@ fn compile_within(
         (header::SEGMENTS, policy.segments.len()),
         (header::SERVICE_CLASSES, services.count),
         (header::ROW_COUNT, row_count),
-        (header::EXCEPTION_COUNT, exceptions.len()),
+        (header::EXCEPTION_COUNT, rows.exceptions().len()),
         (header::V4_HOST_COUNT, tries.hosts4.len()),
         (header::V6_HOST_COUNT, tries.hosts6.len()),
         (header::V6_NET_COUNT, tries.nets6.len()),
     ] {
         writer.set(index, word(count));
     }
-    Ok(Image::seal(writer.finish(), options.generation))
+    let image = Image::seal(writer.finish(), options.generation);
+    let content = Content {
+        policy: policy.clone(),
+        failsafes: options.failsafes.clone(),
+        bounds,
+        services,
+        classes,
+        taken,
+        rows,
+        tries,
+        seed,
+        placed,
+    };
+    Ok((image, content))
 }
 
 /// How long sessions may be, rule by rule.
@@ -334,109 +404,6 @@ fn both<A: Send, B>(
             Err(panic) => std::panic::resume_unwind(panic),
         }
     })
-}
-
-/// The hash tables of an image.
-struct Tables<'a> {
-    hosts4: &'a [(u32, u32)],
-    hosts6: &'a [(u128, u32)],
-    nets6: &'a [(u64, u32)],
-    exceptions: &'a [Exception],
-}
-
-impl Tables<'_> {
-    /// Words that the tables take, at least.
-    fn size(&self) -> usize {
-        self.hosts4.len() * layout::V4_HOST_WORDS as usize
-            + self.hosts6.len() * layout::V6_HOST_WORDS as usize
-            + self.nets6.len() * layout::V6_NET_WORDS as usize
-            + self.exceptions.len() * layout::EXCEPTION_WORDS as usize
-    }
-
-    fn place(&self) -> Option<(u64, Vec<Placed>)> {
-        table::place(&[
-            Keys {
-                count: self.hosts4.len(),
-                hash: &|key, seed| layout::hash_v4(self.hosts4[key].0, seed),
-            },
-            Keys {
-                count: self.hosts6.len(),
-                hash: &|key, seed| {
-                    let address = self.hosts6[key].0;
-                    layout::hash_v6((address >> 64) as u64, address as u64, seed)
-                },
-            },
-            Keys {
-                count: self.nets6.len(),
-                hash: &|key, seed| layout::hash_net(self.nets6[key].0, seed),
-            },
-            Keys {
-                count: self.exceptions.len(),
-                hash: &|key, seed| {
-                    let exception = &self.exceptions[key];
-                    layout::hash_exception(exception.row, exception.service, seed)
-                },
-            },
-        ])
-    }
-
-    fn write(&self, placed: &[Placed], writer: &mut Writer) -> Result<(), Full> {
-        let [hosts4, hosts6, nets6, exceptions] = placed else {
-            return Ok(());
-        };
-        // What an empty slot holds is true wherever it is found.
-        let (first4, first6) = (self.hosts4.first(), self.hosts6.first());
-        slots(writer, header::V4_HOSTS, hosts4, |key| {
-            let host = self.hosts4.get(key as usize).or(first4);
-            host.map_or([0, 0], |(address, class)| [*address, *class])
-        })?;
-        slots(writer, header::V6_HOSTS, hosts6, |key| {
-            let host = self.hosts6.get(key as usize).or(first6);
-            host.map_or([0; 5], |(address, class)| {
-                let [a, b, c, d] = quarters(*address);
-                [a, b, c, d, *class]
-            })
-        })?;
-        let first = self.nets6.first();
-        slots(writer, header::V6_NETS, nets6, |key| {
-            let net = self.nets6.get(key as usize).or(first);
-            net.map_or([0; 4], |(hi, class)| {
-                [(hi >> 32) as u32, *hi as u32, *class, 0]
-            })
-        })?;
-        slots(writer, header::EXCEPTIONS, exceptions, |key| {
-            let exception = self.exceptions.get(key as usize);
-            exception.map_or([EMPTY, EMPTY, 0, 0], |e| {
-                [e.row, e.service, e.verdict.0, e.verdict.1]
-            })
-        })
-    }
-}
-
-/// Writes a table's pilots, each slot's words, and where they are. `slot` is asked with [`EMPTY`], no
-/// key's index, where there is none.
-fn slots<const N: usize>(
-    writer: &mut Writer,
-    table: u32,
-    placed: &Placed,
-    slot: impl Fn(u32) -> [u32; N],
-) -> Result<(), Full> {
-    if placed.slots.is_empty() {
-        return Ok(());
-    }
-    let pilots = writer.append_aligned(&placed.pilots)?;
-    let words = placed.slots.iter().flat_map(|key| slot(*key));
-    let at = writer.append_each(placed.slots.len() * N, words)?;
-    let described = [
-        pilots,
-        word(placed.pilots.len()),
-        at,
-        word(placed.slots.len()),
-    ];
-    for (index, value) in (table..).zip(described) {
-        writer.set(index, value);
-    }
-    Ok(())
 }
 
 /// An IPv6 address as words, the upper end first.

@@ -34,9 +34,10 @@ pub(super) struct Exception {
 const EXCEPTION_WORDS: usize = image::EXCEPTION_WORDS as usize;
 
 /// The rows, and which of them belongs to which pair of behaviours.
+#[derive(Default)]
 pub(super) struct Rows {
     /// Four words a row.
-    pub(super) words: Vec<u32>,
+    words: Vec<u32>,
     exceptions: Vec<Exception>,
     timelines: Timelines,
     /// Source behaviour major.
@@ -48,25 +49,38 @@ impl Rows {
         self.words.len() / ROW_WORDS as usize
     }
 
-    /// Writes the timelines; before rows and exceptions, which then name them.
-    pub(super) fn write_timelines(&mut self, writer: &mut Writer) -> Result<(), Full> {
+    /// Writes the timelines; returns where they are, which rows and exceptions need to know.
+    pub(super) fn write_timelines(&self, writer: &mut Writer) -> Result<u32, Full> {
         let base = writer.append(self.timelines.words())?;
         if self.timelines.size() > 0 {
             // A look-up reads as far as the longest one would reach, and then leaves that out.
             writer.append(&[0; (image::MAX_TIMELINE * image::TIMELINE_WORDS) as usize])?;
         }
-        self.timelines = Timelines::default();
-        for row in self.words.chunks_mut(ROW_WORDS as usize) {
-            if let Some(default) = row.get_mut(..2) {
+        Ok(base)
+    }
+
+    /// Writes the rows, with timelines at `base`.
+    pub(super) fn write(&self, base: u32, writer: &mut Writer) -> Result<u32, Full> {
+        let words = self.words.chunks(ROW_WORDS as usize).flat_map(|row| {
+            let mut words = [0; ROW_WORDS as usize];
+            for (word, row) in words.iter_mut().zip(row) {
+                *word = *row;
+            }
+            if let Some(default) = words.get_mut(..2) {
                 timelines::relocate(default, base);
             }
-        }
-        for exception in &mut self.exceptions {
-            let mut words = [exception.verdict.0, exception.verdict.1];
-            timelines::relocate(&mut words, base);
-            exception.verdict = (words[0], words[1]);
-        }
-        Ok(())
+            words
+        });
+        writer.append_each(self.words.len(), words)
+    }
+}
+
+impl Exception {
+    /// Its words, with timelines at `base`.
+    pub(super) fn words(&self, base: u32) -> [u32; EXCEPTION_WORDS] {
+        let mut verdict = [self.verdict.0, self.verdict.1];
+        timelines::relocate(&mut verdict, base);
+        [self.row, self.service, verdict[0], verdict[1]]
     }
 }
 
@@ -440,9 +454,9 @@ impl Judge {
 }
 
 impl Rows {
-    /// What is still needed when rows and matrix are written.
-    pub(super) fn into_exceptions(self) -> Vec<Exception> {
-        self.exceptions
+    /// Where a row does not say what its default does.
+    pub(super) fn exceptions(&self) -> &[Exception] {
+        &self.exceptions
     }
 
     /// The matrix of row numbers, by address class, source class major.

@@ -266,6 +266,14 @@ impl Classes {
         self.marks.write(&self.marks_of, writer)
     }
 
+    /// Whether the behaviours are the same, under the same numbers.
+    pub(super) fn behave_as(&self, other: &Self) -> bool {
+        self.sources.same(&other.sources)
+            && self.destinations.same(&other.destinations)
+            && self.any_source == other.any_source
+            && self.any_destination == other.any_destination
+    }
+
     /// Pairs of behaviours.
     pub(super) fn pairs(&self) -> usize {
         self.sources.len() * self.destinations.len()
@@ -333,11 +341,19 @@ impl<'a> Classifier<'a> {
         self.classes.len()
     }
 
-    /// The classes found.
-    pub(super) fn finish(self) -> Classes {
+    /// The classes found. Behaviours are numbered anew, so that the numbers do not depend on which
+    /// address comes first: where a member comes or goes, rows are mostly what they were.
+    pub(super) fn finish(mut self) -> Classes {
+        let (sources, new_source) = self.sources.known.sorted();
+        let (destinations, new_destination) = self.destinations.known.sorted();
+        let new = |numbers: &[u32], old: u32| numbers.get(old as usize).copied().unwrap_or(0);
+        for (source, destination) in &mut self.classes {
+            *source = new(&new_source, *source);
+            *destination = new(&new_destination, *destination);
+        }
         Classes {
-            sources: self.sources.known,
-            destinations: self.destinations.known,
+            sources,
+            destinations,
             any_source: self.sources.any,
             any_destination: self.destinations.any,
             classes: self.classes,

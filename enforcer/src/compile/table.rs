@@ -3,7 +3,7 @@
 //! Keys are thrown into groups of some four; each group has a *pilot*, the first of a sequence of
 //! multipliers under which all of its keys find free slots. Large groups choose first.
 
-use std::thread;
+use std::{sync::Arc, thread};
 
 use enforcer_common::image::{self, EMPTY};
 
@@ -24,6 +24,8 @@ pub(super) struct Keys<'a> {
     pub(super) count: usize,
     /// Hash of the key with this index under this seed.
     pub(super) hash: &'a (dyn Fn(usize, u64) -> u64 + Sync),
+    /// Where the same keys were placed before, and under which seed.
+    pub(super) known: Option<(u64, &'a Arc<Placed>)>,
 }
 
 /// Where the keys of one table are.
@@ -37,15 +39,21 @@ pub(super) struct Placed {
 /// Places the keys of all tables under one seed.
 ///
 /// `None` when no seed did: keys that hash alike under every seed, so practically never.
-pub(super) fn place(tables: &[Keys<'_>]) -> Option<(u64, Vec<Placed>)> {
+pub(super) fn place(tables: &[Keys<'_>]) -> Option<(u64, Vec<Arc<Placed>>)> {
     let mut sizes: Vec<usize> = tables.iter().map(|keys| slots_for(keys.count)).collect();
     for attempt in 0..ATTEMPTS {
         let seed = image::mix(attempt, 0x656e_666f_7263_6572);
         let grow = attempt % SEEDS_PER_SIZE == SEEDS_PER_SIZE - 1;
-        let placed: Vec<Option<Placed>> = thread::scope(|scope| {
+        let placed: Vec<Option<Arc<Placed>>> = thread::scope(|scope| {
             let placing = tables.iter().zip(&sizes).map(|(keys, slots)| {
                 let slots = *slots;
-                let work = move || place_one(keys, slots, seed);
+                if let Some((known_seed, placed)) = keys.known
+                    && known_seed == seed
+                    && placed.slots.len() == slots
+                {
+                    return Err(Some(Arc::clone(placed)));
+                }
+                let work = move || place_one(keys, slots, seed).map(Arc::new);
                 if keys.count < THREADS_PAY {
                     Err(work())
                 } else {

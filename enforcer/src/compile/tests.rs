@@ -16,9 +16,11 @@ use crate::policy::{
 use super::{
     intervals::{Follow, Intervals, push, sweep, value_at},
     services::Services,
+    table::{Keys, Placed},
     *,
 };
 
+mod again;
 mod limits;
 
 /// The address half of an image, all other tables left out.
@@ -35,9 +37,10 @@ fn address_image(v4: &Intervals<u128>, v6: &Intervals<u128>) -> Vec<u32> {
         hosts4: &trie4.hosts,
         hosts6: &hosts6,
         nets6: &nets6,
-        exceptions: &[],
+        rows: &Arc::default(),
+        timelines: 0,
     };
-    let (seed, placed) = tables.place().unwrap();
+    let (seed, placed) = tables.place(None).unwrap();
     writer.set(header::SEED_LO, seed as u32);
     writer.set(header::SEED_HI, (seed >> 32) as u32);
     tables.write(&placed, &mut writer).unwrap();
@@ -297,9 +300,12 @@ fn a_hundred_thousand_hosts_are_all_found() {
 fn placed_keys_sit_where_their_pilot_says_once() {
     for count in [0, 1, 4, 5, 1_000, 250_000] {
         let hash = |key: usize, seed: u64| layout::mix(key as u64, seed);
-        let place = || table::place(&[Keys { count, hash: &hash }]).unwrap();
-        let (seed, placed) = place();
-        let Placed { pilots, slots } = &placed[0];
+        let place = |known| {
+            let hash = &hash;
+            table::place(&[Keys { count, hash, known }]).unwrap()
+        };
+        let (seed, placed) = place(None);
+        let Placed { pilots, slots } = &*placed[0];
         let mut seen = vec![false; count];
         for (slot, key) in (0u32..).zip(slots).filter(|(_, key)| **key != EMPTY) {
             let hash = hash(*key as usize, seed);
@@ -311,7 +317,20 @@ fn placed_keys_sit_where_their_pilot_says_once() {
         // Hardly larger than its keys, and the same each time, however many threads were at work.
         assert!(slots.len() <= count + count / 8 + 8);
         assert!(pilots.len() <= count / 4 + 1);
-        assert_eq!(place(), (seed, placed));
+        assert_eq!(place(None), (seed, placed.clone()));
+        // What is known is taken as it is, under the seed and for the size that it was made for.
+        let other = |slots| {
+            Arc::new(Placed {
+                pilots: Vec::new(),
+                slots,
+            })
+        };
+        let same = other(slots.clone());
+        let (_, taken) = place(Some((seed, &same)));
+        assert!(Arc::ptr_eq(&taken[0], &same));
+        assert_eq!(place(Some((seed + 1, &same))), (seed, placed.clone()));
+        let longer = other(vec![EMPTY; slots.len() + 1]);
+        assert_eq!(place(Some((seed, &longer))), (seed, placed.clone()));
     }
 }
 
@@ -325,7 +344,11 @@ fn a_table_grows_when_its_keys_crowd() {
             7
         }
     };
-    let place = |hash| table::place(&[Keys { count: 9, hash }]);
+    let place = |hash| {
+        let known = None;
+        let count = 9;
+        table::place(&[Keys { count, hash, known }])
+    };
     let (_, placed) = place(&crowded).unwrap();
     assert!(placed[0].slots.len() > 11);
     // Keys that hash alike under every seed have no place in any table.

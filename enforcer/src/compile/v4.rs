@@ -1,12 +1,11 @@
 //! IPv4 intervals → a trie of 16 bits, then 8 or 4 at a time, and single hosts for the host table.
 
-use std::collections::HashMap;
-
 use enforcer_common::image::{
     BYTE_NODE_WORDS, LEAF, NIBBLE_NODE_WORDS, V4_NODE_BITS, V4_ROOT_WORDS,
 };
 
 use super::{
+    intern::{Hasher, Slots},
     intervals::Intervals,
     writer::{Full, Writer},
 };
@@ -68,14 +67,46 @@ impl<'a> Cursor<'a> {
     }
 }
 
-fn pattern(intervals: &[(u32, u32)], block: Block) -> Pattern {
-    intervals
-        .iter()
-        .map(|(start, class)| {
-            let offset = start.saturating_sub(block.first);
-            (u8::try_from(offset).unwrap_or(u8::MAX), *class)
-        })
-        .collect()
+fn pattern(intervals: &[(u32, u32)], block: Block, pattern: &mut Pattern) {
+    pattern.clear();
+    pattern.extend(intervals.iter().map(|(start, class)| {
+        let offset = start.saturating_sub(block.first);
+        (u8::try_from(offset).unwrap_or(u8::MAX), *class)
+    }));
+}
+
+/// Patterns by number, and how each is written.
+#[derive(Default)]
+struct Plans {
+    known: Slots,
+    list: Vec<(Pattern, Plan)>,
+}
+
+impl Plans {
+    /// Counts one /24 of the pattern; returns its number.
+    fn count(&mut self, pattern: &Pattern) -> u32 {
+        let mut hasher = Hasher::new();
+        for (byte, class) in pattern {
+            hasher.feed(u32::from(*byte));
+            hasher.feed(*class);
+        }
+        let hash = hasher.finish();
+        let list = &self.list;
+        let same = |number: u32| {
+            let known = list.get(number as usize);
+            known.is_some_and(|(known, _)| known == pattern)
+        };
+        let number = self.known.find(hash, same).unwrap_or_else(|| {
+            let number = super::word(self.list.len());
+            self.list.push((pattern.clone(), Plan::new(pattern)));
+            self.known.insert(hash, number);
+            number
+        });
+        if let Some((_, plan)) = self.list.get_mut(number as usize) {
+            plan.shared += 1;
+        }
+        number
+    }
 }
 
 fn flatten(pattern: &[(u8, u32)]) -> Vec<u32> {
@@ -166,19 +197,19 @@ fn node(children: &[u32], writer: &mut Writer) -> Result<u32, Full> {
 }
 
 /// A part of the address space, as the trie sees it.
-enum Found {
+enum Found<'a> {
     /// A /16 of one class.
     Wide(u32),
     /// A /24 of one class, in a /16 of several.
     Uniform(u32),
     /// A /24 of several classes.
-    Mixed(Pattern, Block),
+    Mixed(&'a [(u32, u32)], Block),
 }
 
 /// Goes through the whole address space in ascending order.
 fn for_each_block(
     intervals: &Intervals<u32>,
-    mut act: impl FnMut(Found) -> Result<(), Full>,
+    mut act: impl FnMut(Found<'_>) -> Result<(), Full>,
 ) -> Result<(), Full> {
     let mut cursor = Cursor { intervals };
     for upper in 0..V4_ROOT_WORDS {
@@ -198,7 +229,7 @@ fn for_each_block(
             };
             act(match cursor.within(block) {
                 [(_, class)] => Found::Uniform(*class),
-                several => Found::Mixed(pattern(several, block), block),
+                several => Found::Mixed(several, block),
             })?;
         }
     }
@@ -207,16 +238,18 @@ fn for_each_block(
 
 /// Builds and writes the trie.
 pub(super) fn write(intervals: &Intervals<u32>, writer: &mut Writer) -> Result<Trie, Full> {
-    let mut plans: HashMap<Pattern, Plan> = HashMap::new();
+    let mut plans = Plans::default();
+    // The pattern of each /24 that needs one.
+    let mut numbers = Vec::new();
+    let mut scratch = Pattern::new();
     for_each_block(intervals, |found| {
-        if let Found::Mixed(pattern, _) = found {
-            let plan = plans
-                .entry(pattern)
-                .or_insert_with_key(|pattern| Plan::new(pattern));
-            plan.shared += 1;
+        if let Found::Mixed(intervals, block) = found {
+            pattern(intervals, block, &mut scratch);
+            numbers.push(plans.count(&scratch));
         }
         Ok(())
     })?;
+    let mut numbers = numbers.into_iter();
 
     let mut hosts = Vec::new();
     let mut entries = Vec::with_capacity(V4_ROOT_WORDS as usize);
@@ -225,17 +258,21 @@ pub(super) fn write(intervals: &Intervals<u32>, writer: &mut Writer) -> Result<T
         match found {
             Found::Wide(class) => entries.push(LEAF | class),
             Found::Uniform(class) => high.push(LEAF | class),
-            Found::Mixed(pattern, block) => match plans.get(&pattern) {
-                Some(plan) if plan.as_hosts() => {
-                    let listed = plan.hosts.iter();
-                    hosts.extend(listed.map(|(byte, c)| (block.first | u32::from(*byte), *c)));
-                    high.push(LEAF | plan.background);
+            Found::Mixed(_, block) => {
+                let number = numbers.next().unwrap_or(0);
+                match plans.list.get(number as usize) {
+                    Some((_, plan)) if plan.as_hosts() => {
+                        let listed = plan.hosts.iter();
+                        hosts.extend(listed.map(|(byte, c)| (block.first | u32::from(*byte), *c)));
+                        high.push(LEAF | plan.background);
+                    }
+                    of_block => {
+                        let pattern = of_block.map_or(&[][..], |(pattern, _)| pattern);
+                        let leaves: Vec<u32> = flatten(pattern).iter().map(|c| LEAF | c).collect();
+                        high.push(node(&leaves, writer)?);
+                    }
                 }
-                _ => {
-                    let leaves: Vec<u32> = flatten(&pattern).iter().map(|c| LEAF | c).collect();
-                    high.push(node(&leaves, writer)?);
-                }
-            },
+            }
         }
         if high.len() == BLOCK as usize {
             entries.push(node(&high, writer)?);

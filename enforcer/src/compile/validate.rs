@@ -18,7 +18,7 @@ use crate::policy::{
     reference::{self, Judgement},
 };
 
-use super::{CompileError, Image};
+use super::{Changed, CompileError, Image};
 
 /// Rules asked in all, about: the reference interpreter asks each of them about each flow.
 const EFFORT: usize = 1 << 19;
@@ -26,12 +26,29 @@ const EFFORT: usize = 1 << 19;
 const FLOWS: (usize, usize) = (16, 500);
 /// Draws for an address of the family wanted.
 const DRAWS: usize = 8;
+/// Flows around an address that has changed.
+const EACH: usize = 8;
+/// Rules among which one is looked for that names its segment.
+const NEAR: usize = 1 << 12;
 
 /// Compares a sample of verdicts; the same one for the same image.
 ///
 /// # Errors
 /// [`CompileError::Disagrees`].
 pub fn validate(policy: &Policy, env: &Environment, image: &Image) -> Result<(), CompileError> {
+    validate_changes(policy, env, image, &[])
+}
+
+/// [`validate`], and as many flows again from and to addresses that have changed.
+///
+/// # Errors
+/// As [`validate`].
+pub fn validate_changes(
+    policy: &Policy,
+    env: &Environment,
+    image: &Image,
+    changed: &[Changed],
+) -> Result<(), CompileError> {
     let mut draw = Draw {
         policy,
         env,
@@ -39,7 +56,18 @@ pub fn validate(policy: &Policy, env: &Environment, image: &Image) -> Result<(),
         number: 0,
     };
     let count = (EFFORT / (policy.rules.len() + 1)).clamp(FLOWS.0, FLOWS.1);
-    let flows: Vec<(FlowQuery, u64)> = (0..count).filter_map(|_| draw.flow()).collect();
+    let mut flows: Vec<(FlowQuery, u64)> = (0..count).filter_map(|_| draw.flow()).collect();
+    // Each of them at least twice where they are few.
+    let more = count.min(changed.len().saturating_mul(EACH));
+    for number in 0..more {
+        let at = if changed.len() * EACH <= count {
+            number / EACH
+        } else {
+            draw.below(changed.len())
+        };
+        let changed = changed.get(at);
+        flows.extend(changed.and_then(|changed| draw.around(changed, number)));
+    }
     let ends = flows.iter().flat_map(|(query, _)| [query.src, query.dst]);
     let segments = segments_of(policy, ends);
     let none = BTreeSet::new();
@@ -118,6 +146,22 @@ fn ends(range: &AddrRange) -> (IpAddr, IpAddr) {
     }
 }
 
+/// The first address of a range, its last one, the one before or the one behind.
+fn place_of(range: &AddrRange, place: usize) -> IpAddr {
+    match *range {
+        AddrRange::V4 { first, last } => {
+            let (first, last) = (first.to_bits(), last.to_bits());
+            let at = [first, last, first.wrapping_sub(1), last.wrapping_add(1)];
+            IpAddr::V4(at.get(place).copied().unwrap_or(first).into())
+        }
+        AddrRange::V6 { first, last } => {
+            let (first, last) = (first.to_bits(), last.to_bits());
+            let at = [first, last, first.wrapping_sub(1), last.wrapping_add(1)];
+            IpAddr::V6(at.get(place).copied().unwrap_or(first).into())
+        }
+    }
+}
+
 /// Draws flows that rules speak of, and some beside them.
 struct Draw<'a> {
     policy: &'a Policy,
@@ -138,16 +182,51 @@ impl Draw<'_> {
         let none = Endpoints::default();
         let (from, to) = rule.map_or((&none, &none), |rule| (&rule.from, &rule.to));
         let src = self.end(from)?;
-        let mut dst = self.end(to)?;
-        for _ in 0..DRAWS {
-            if src.is_ipv4() == dst.is_ipv4() {
-                break;
-            }
-            dst = self.end(to)?;
+        let dst = self.other(to, src)?;
+        self.between(rule, src, dst)
+    }
+
+    /// A flow from an address that has changed, or to one; the first ones at its very ends.
+    fn around(&mut self, changed: &Changed, number: usize) -> Option<(FlowQuery, u64)> {
+        let outbound = number.is_multiple_of(2);
+        let place = if number % EACH < 4 {
+            number % EACH / 2
+        } else {
+            self.below(4)
+        };
+        let address = place_of(&changed.range, place);
+        let rules = &self.policy.rules;
+        // One that names its segment, if there is one nearby.
+        let first = self.below(rules.len());
+        let near = (first..rules.len()).chain(0..first).take(NEAR);
+        let side = |rule: &Rule| {
+            let side = if outbound { &rule.from } else { &rule.to };
+            side.any || side.segments.contains(&changed.segment)
+        };
+        let mut near = near.filter_map(|number| rules.get(number));
+        let rule = near.find(|rule| side(rule)).or_else(|| rules.get(first));
+        let none = Endpoints::default();
+        let (from, to) = rule.map_or((&none, &none), |rule| (&rule.from, &rule.to));
+        let other = self.other(if outbound { to } else { from }, address)?;
+        if outbound {
+            self.between(rule, address, other)
+        } else {
+            self.between(rule, other, address)
         }
-        if src.is_ipv4() != dst.is_ipv4() {
-            return None;
-        }
+    }
+
+    /// An address of the same family that one side of a rule speaks of.
+    fn other(&mut self, side: &Endpoints, family: IpAddr) -> Option<IpAddr> {
+        let same = |ip: &IpAddr| ip.is_ipv4() == family.is_ipv4();
+        (0..=DRAWS).find_map(|_| self.end(side).filter(same))
+    }
+
+    fn between(
+        &mut self,
+        rule: Option<&Rule>,
+        src: IpAddr,
+        dst: IpAddr,
+    ) -> Option<(FlowQuery, u64)> {
         let (protocol, selector) = self.service(rule);
         let query = FlowQuery {
             src,
@@ -173,19 +252,7 @@ impl Draw<'_> {
         };
         let members = &self.policy.segments.get(segment)?.members;
         let member = members.get(self.below(members.len()))?;
-        let place = self.below(4);
-        Some(match member.range {
-            AddrRange::V4 { first, last } => {
-                let (first, last) = (first.to_bits(), last.to_bits());
-                let at = [first, last, first.wrapping_sub(1), last.wrapping_add(1)];
-                IpAddr::V4(at.get(place).copied().unwrap_or(first).into())
-            }
-            AddrRange::V6 { first, last } => {
-                let (first, last) = (first.to_bits(), last.to_bits());
-                let at = [first, last, first.wrapping_sub(1), last.wrapping_add(1)];
-                IpAddr::V6(at.get(place).copied().unwrap_or(first).into())
-            }
-        })
+        Some(place_of(&member.range, self.below(4)))
     }
 
     fn service(&mut self, rule: Option<&Rule>) -> (u8, u16) {
@@ -268,7 +335,7 @@ mod tests {
         let policy = crate::policy::parse(&[file]).unwrap();
         let env = Environment::default();
         let mut other = policy.clone();
-        other.rules[0].action = Action::Deny;
+        other.rules.edit(|rules| rules[0].action = Action::Deny);
         let image = compile(&other, &env, &Options::default()).unwrap();
         assert_eq!(validate(&other, &env, &image), Ok(()));
         let refused = validate(&policy, &env, &image).unwrap_err();

@@ -11,10 +11,7 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use crate::{
-    clock::Steps,
-    policy::{Cache, Diagnostic},
-};
+use crate::{clock::Steps, policy::Diagnostic};
 
 use super::{
     RunError,
@@ -22,6 +19,7 @@ use super::{
     environment::Host,
     files::{Sources, Texts},
     links::Links,
+    load::Memory,
     netlink::Netlink,
     reload::{Ask, Reloads},
     state::Shared,
@@ -56,7 +54,7 @@ impl Control {
         sources: Sources,
         shared: Arc<Shared>,
         texts: Texts,
-        cache: Cache,
+        memory: Memory,
         links: Links,
         host: Host,
     ) -> Self {
@@ -64,7 +62,7 @@ impl Control {
             sources.clone(),
             Arc::clone(&shared),
             texts,
-            cache,
+            memory,
             &host.environment,
         );
         Self {

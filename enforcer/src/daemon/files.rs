@@ -42,6 +42,15 @@ pub struct Texts {
 }
 
 impl Texts {
+    /// Whether nothing has changed. Mostly something has, and then lengths say so at once.
+    pub fn same(&self, other: &Self) -> bool {
+        let lengths = |texts: &Self| -> Vec<usize> {
+            let files = texts.settings.iter().chain(&*texts.policy);
+            files.map(|file| file.text.len()).collect()
+        };
+        lengths(self) == lengths(other) && self == other
+    }
+
     /// For diagnostics to look lines up in.
     pub fn all(&self) -> Vec<SourceFile> {
         self.settings.iter().chain(&*self.policy).cloned().collect()
@@ -258,12 +267,14 @@ fn read(file: File, path: &Path) -> Result<String, FilesError> {
         path: path.to_owned(),
         source,
     };
-    if !file.metadata().map_err(failed)?.is_file() {
+    let metadata = file.metadata().map_err(failed)?;
+    if !metadata.is_file() {
         return Err(FilesError::NotAFile {
             path: path.to_owned(),
         });
     }
-    let mut bytes = Vec::new();
+    let expected = metadata.len().min(LARGEST) + 1;
+    let mut bytes = Vec::with_capacity(usize::try_from(expected).unwrap_or(0));
     // The limit holds for a file that grows while it is read, too.
     let length = file
         .take(LARGEST + 1)

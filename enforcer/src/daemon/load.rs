@@ -2,7 +2,7 @@
 //! compile.
 
 use crate::{
-    compile::{self, CompileError, Image},
+    compile::{self, CompileError, Image, Known},
     policy::{
         self, Cache, Diagnostic, SourceFile, diag,
         model::{Environment, Policy},
@@ -30,7 +30,16 @@ pub struct Loaded {
     /// Generation 1; see [`Image::with_generation`].
     pub image: Image,
     /// For the next time.
-    pub cache: Cache,
+    pub memory: Memory,
+}
+
+/// What reading and compiling one version of a policy spares the next.
+#[derive(Clone, Debug, Default)]
+pub struct Memory {
+    /// What the files say.
+    pub texts: Cache,
+    /// What the image is made of.
+    pub image: Known,
 }
 
 /// Why a path gives no such policy.
@@ -118,7 +127,7 @@ pub fn load(
 ) -> Result<Loaded, Rejected> {
     progress.enter(Stage::Reading);
     let texts = files::read_all(sources).map_err(Rejected::Files)?;
-    compile_again(texts, environment, &mut Cache::default(), progress)
+    compile_again(texts, environment, &mut Memory::default(), progress)
 }
 
 /// The settings in `texts`, and what their author should look at.
@@ -140,12 +149,12 @@ pub fn compile(texts: Texts, environment: &Environment) -> Result<Loaded, Reject
     compile_again(
         texts,
         environment,
-        &mut Cache::default(),
+        &mut Memory::default(),
         &Progress::default(),
     )
 }
 
-/// The image of a policy, compared with it.
+/// The image of a policy, compared with it, above all where it is another one than before.
 ///
 /// # Errors
 /// [`CompileError`].
@@ -153,12 +162,16 @@ pub fn image(
     policy: &Policy,
     settings: &Settings,
     environment: &Environment,
+    known: &mut Known,
     progress: &Progress,
 ) -> Result<Image, CompileError> {
     progress.enter(Stage::Compiling);
-    let image = compile::compile(policy, environment, &settings.options())?;
+    let changed = known.changed(policy);
+    let image = compile::compile_again(policy, environment, &settings.options(), known)?;
     progress.enter(Stage::Validating);
-    compile::validate(policy, environment, &image)?;
+    // What is wrong may be in what is known: the next one begins anew.
+    compile::validate_changes(policy, environment, &image, &changed)
+        .inspect_err(|_| *known = Known::default())?;
     Ok(image)
 }
 
@@ -169,11 +182,11 @@ pub fn image(
 pub fn compile_again(
     texts: Texts,
     environment: &Environment,
-    cache: &mut Cache,
+    memory: &mut Memory,
     progress: &Progress,
 ) -> Result<Loaded, Rejected> {
     progress.enter(Stage::Parsing);
-    let outcome = cache.parse(&texts.policy);
+    let outcome = memory.texts.parse(&texts.policy);
     let (settings, mut warnings) = match settings(&texts) {
         Ok(settings) => settings,
         Err(mut diagnostics) => {
@@ -193,8 +206,9 @@ pub fn compile_again(
     if !failures.is_empty() {
         return Err(refused([outcome.warnings, failures].concat()));
     }
-    let image =
-        image(&outcome.policy, &settings, environment, progress).map_err(Rejected::Compile)?;
+    let known = &mut memory.image;
+    let image = image(&outcome.policy, &settings, environment, known, progress);
+    let image = image.map_err(Rejected::Compile)?;
     warnings.extend(outcome.warnings);
     Ok(Loaded {
         texts,
@@ -202,7 +216,7 @@ pub fn compile_again(
         settings,
         warnings,
         image,
-        cache: cache.clone(),
+        memory: memory.clone(),
     })
 }
 

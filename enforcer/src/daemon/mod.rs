@@ -207,7 +207,7 @@ pub async fn run(
         sources,
         Arc::clone(&shared),
         loaded.texts,
-        loaded.cache,
+        loaded.memory,
         links,
         host,
     );

@@ -16,7 +16,7 @@ use crate::{
     compile::{CompileError, Image},
     dataplane::{DataplaneError, release_memory},
     policy::{
-        Cache, Severity,
+        Severity,
         model::{Environment, Policy},
     },
     settings::Settings,
@@ -25,7 +25,7 @@ use crate::{
 use super::{
     control::log_warnings,
     files::{self, Sources, Texts},
-    load::{self, Loaded, Rejected},
+    load::{self, Loaded, Memory, Rejected},
     progress,
     state::{Live, Shared},
 };
@@ -46,8 +46,8 @@ pub struct Reloads {
     shared: Arc<Shared>,
     /// What was tried last, good or bad; `None` when reading it failed.
     tried: Option<Texts>,
-    /// What the files said then.
-    cache: Arc<Mutex<Cache>>,
+    /// What was found out then.
+    memory: Arc<Mutex<Memory>>,
     generation: u32,
     /// What the live image was compiled for, as far as it depends on it.
     environment: Environment,
@@ -124,7 +124,7 @@ impl Reloads {
         sources: Sources,
         shared: Arc<Shared>,
         texts: Texts,
-        cache: Cache,
+        memory: Memory,
         environment: &Environment,
     ) -> Self {
         let live = shared.live();
@@ -134,7 +134,7 @@ impl Reloads {
             sources,
             shared,
             tried: Some(texts),
-            cache: Arc::new(Mutex::new(cache)),
+            memory: Arc::new(Mutex::new(memory)),
             generation,
             environment,
             stale: None,
@@ -208,9 +208,9 @@ impl Reloads {
         if let Some(wanted) = self.wanted.take() {
             let sources = self.sources.clone();
             let tried = self.tried.clone().filter(|_| !wanted.always);
-            let (environment, cache) = (now.clone(), Arc::clone(&self.cache));
+            let (environment, memory) = (now.clone(), Arc::clone(&self.memory));
             self.start(wanted.cause, wanted.asks, now, move || {
-                from_files(&sources, tried.as_ref(), &environment, &cache)
+                from_files(&sources, tried.as_ref(), &environment, &memory)
             });
             return;
         }
@@ -225,10 +225,14 @@ impl Reloads {
             };
             // Not the files: they may be broken, or waiting for somebody's word.
             let environment = relevant.clone();
+            let memory = Arc::clone(&self.memory);
             self.start(cause, Vec::new(), &relevant, move || {
+                let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+                let (policy, settings, known) = (&live.policy, &live.settings, &mut memory.image);
                 let image = progress::logged(|progress| {
-                    load::image(&live.policy, &live.settings, &environment, progress)
+                    load::image(policy, settings, &environment, known, progress)
                 });
+                drop(memory);
                 Output::Host(live, image)
             });
         }
@@ -412,14 +416,14 @@ fn from_files(
     sources: &Sources,
     tried: Option<&Texts>,
     environment: &Environment,
-    cache: &Mutex<Cache>,
+    memory: &Mutex<Memory>,
 ) -> Output {
     match files::read_all(sources) {
-        Ok(texts) if Some(&texts) == tried => Output::SameFiles,
+        Ok(texts) if tried.is_some_and(|tried| tried.same(&texts)) => Output::SameFiles,
         Ok(texts) => {
-            let mut cache = cache.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
             let result = progress::logged(|progress| {
-                load::compile_again(texts.clone(), environment, &mut cache, progress)
+                load::compile_again(texts.clone(), environment, &mut memory, progress)
             });
             Output::Files(Some(texts), Box::new(result))
         }
@@ -469,103 +473,4 @@ impl Failure {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{collections::BTreeMap, path::PathBuf};
-
-    use super::*;
-    use crate::{daemon::fake::Handle, events::Generations, policy::SourceFile};
-
-    const POLICY: &str = "version: 1\nsegments: {a: {members: [{cidr: 10.0.0.0/8}]}}\n";
-
-    fn reloads(settings: &str) -> Reloads {
-        let file = |name: &str, text: &str| SourceFile {
-            name: name.to_owned(),
-            text: text.to_owned(),
-        };
-        let texts = Texts {
-            policy: vec![file("p.yaml", POLICY)].into(),
-            settings: Some(file("enforcer.yaml", settings)),
-        };
-        let loaded = load::compile(texts.clone(), &Environment::default()).unwrap();
-        let mut dataplane = Handle::default().open(0);
-        dataplane.apply(&loaded.image).unwrap();
-        let live = Live {
-            path: PathBuf::from("p.yaml"),
-            policy: Arc::new(loaded.policy),
-            settings: Arc::new(loaded.settings),
-            settings_path: None,
-            image: loaded.image,
-            loaded_at: Time::now(),
-        };
-        let shared = Shared::new(dataplane, Arc::new(Generations::default()), live);
-        let sources = Sources {
-            segments: PathBuf::from("p.yaml"),
-            settings: None,
-            trust: crate::daemon::guard::Trust::Anyone,
-        };
-        let (shared, cache) = (Arc::new(shared), Cache::default());
-        Reloads::new(sources, shared, texts, cache, &Environment::default())
-    }
-
-    fn host(interfaces: &[(u32, &str)], addresses: &[&str]) -> Environment {
-        Environment {
-            host_addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
-            interfaces: interfaces
-                .iter()
-                .map(|(slot, name)| (*slot, (*name).to_owned()))
-                .collect(),
-        }
-    }
-
-    /// Whether the host as it is makes work; it is done then.
-    async fn works(reloads: &mut Reloads, now: &Environment) -> bool {
-        reloads.step(now);
-        let works = reloads.running.is_some();
-        if works {
-            let done = reloads.done().await;
-            reloads.finish(done).await;
-        }
-        works
-    }
-
-    #[tokio::test]
-    async fn interfaces_matter_to_those_who_name_them() {
-        let mut plain =
-            reloads("version: 1\nfailsafe: [{name: a, sources: [10.0.0.0/8], ports: [tcp/22]}]\n");
-        assert!(!works(&mut plain, &host(&[(1, "eth0")], &[])).await);
-        assert!(plain.slots().is_empty());
-        assert!(works(&mut plain, &host(&[(1, "eth0")], &["10.0.0.1"])).await);
-        assert!(!works(&mut plain, &host(&[(2, "eth1")], &["10.0.0.1"])).await);
-
-        let mut named = reloads(
-            "version: 1\nfailsafe: [{name: a, sources: [10.0.0.0/8], ports: [tcp/22], interfaces: [eth0]}]\n",
-        );
-        let one = host(&[(1, "eth0")], &[]);
-        assert!(works(&mut named, &one).await);
-        assert!(!works(&mut named, &one).await);
-        assert_eq!(named.slots(), BTreeSet::from([1]));
-        // Another name, and a slot less.
-        assert!(works(&mut named, &host(&[(1, "eth1")], &[])).await);
-        // The slot is taken while an image may come that means it.
-        named.step(&host(&[(2, "eth0")], &[]));
-        assert_eq!(named.slots(), BTreeSet::from([1, 2]));
-        let done = named.done().await;
-        named.finish(done).await;
-        assert_eq!(named.slots(), BTreeSet::from([2]));
-        assert_eq!(
-            named.environment.interfaces,
-            BTreeMap::from([(2, "eth0".to_owned())])
-        );
-    }
-
-    #[tokio::test]
-    async fn other_interfaces_do_not_make_the_addresses_stale() {
-        let mut named = reloads(
-            "version: 1\nfailsafe: [{name: a, sources: [10.0.0.0/8], ports: [tcp/22], interfaces: [eth0]}]\n",
-        );
-        named.step(&host(&[(1, "eth0")], &[]));
-        assert!(named.stale.is_none());
-        named.step(&host(&[(1, "eth0")], &["10.0.0.1"]));
-        assert!(named.stale.is_some());
-    }
-}
+mod tests;

@@ -22,6 +22,7 @@ pub const DEFAULT_FLOWS: u32 = 1 << 17;
 /// Fewest and most: below, a key's second bucket would be its first; above, a map has 4 GiB.
 const LIMITS: (u32, u32) = (1 << 11, 1 << 24);
 const MAPS: [(&str, usize); 2] = [("FLOWS4", WORDS4 as usize), ("FLOWS6", WORDS6 as usize)];
+const TAGS: [&str; 2] = ["FLOW_TAGS4", "FLOW_TAGS6"];
 
 /// What the programs are told of their table before they are loaded.
 pub(super) struct Shape {
@@ -56,7 +57,7 @@ impl Shape {
 
     /// Writes it into the object.
     pub(super) fn configure<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
-        for (map, _) in MAPS {
+        for map in MAPS.map(|(map, _)| map).into_iter().chain(TAGS) {
             loader.map_max_entries(map, self.buckets);
         }
         loader.override_global("FLOW_MASK", &self.mask, true);
@@ -119,6 +120,19 @@ impl KernelDataplane {
             }
             Ok(())
         })?;
+        for name in TAGS {
+            let Some(Map::Array(data)) = self.ebpf().map(name) else {
+                return Err(missing(name));
+            };
+            let tags = sys::array(data.fd().as_fd(), self.flow_buckets(), 2);
+            let tags = tags.map_err(syscall("read the tags"))?;
+            for (index, tags) in (0..).zip(tags.chunks_exact(2)) {
+                if tags != [0, 0] {
+                    sys::update_words(data.fd().as_fd(), index, &[0, 0])
+                        .map_err(syscall("empty the tags"))?;
+                }
+            }
+        }
         let Some(Map::Array(data)) = self.ebpf().map("FLOW_SOURCES") else {
             return Err(missing("FLOW_SOURCES"));
         };

@@ -65,6 +65,7 @@ pub struct LoadOptions {
 pub struct KernelDataplane {
     ebpf: Ebpf,
     image_words: u32,
+    staging: sys::Staging,
     flow_buckets: u32,
     control: Control,
     attached: BTreeMap<u32, Attached>,
@@ -73,6 +74,15 @@ pub struct KernelDataplane {
     socket_links: Vec<(&'static str, CgroupSockAddrLinkId)>,
     events: Option<RingBuf<MapData>>,
 }
+
+/// An image in a map of its own.
+pub struct WrittenImage {
+    map: OwnedFd,
+    generation: u32,
+}
+
+/// Where the programs keep [`Control`].
+const CONTROL: &str = ".bss.control";
 
 struct Attached {
     name: String,
@@ -118,10 +128,14 @@ impl KernelDataplane {
             netns_cookie,
             hz,
             flags: if options.debug { CONTROL_DEBUG } else { 0 },
+            generation: 0,
+            reserved: 0,
         };
+        let staging = sys::Staging::new(image_words as usize);
         let mut this = Self {
             ebpf,
             image_words,
+            staging: staging.map_err(syscall("make room for images"))?,
             flow_buckets: shape.buckets(),
             control,
             attached: BTreeMap::new(),
@@ -156,8 +170,9 @@ impl KernelDataplane {
 
     fn write_control(&mut self) -> Result<(), DataplaneError> {
         let control = self.control;
-        let mut map: Array<_, Control> = typed_mut(&mut self.ebpf, "CONTROL")?;
-        map.set(0, control, 0).map_err(map_error("write CONTROL"))
+        let mut map: Array<_, Control> = typed_mut(&mut self.ebpf, CONTROL)?;
+        map.set(0, control, 0)
+            .map_err(map_error("write the settings"))
     }
 
     /// Notes an interface, and its slot if its frames begin with an Ethernet header, where the
@@ -196,37 +211,51 @@ impl KernelDataplane {
     ///
     /// # Errors
     /// When the image does not fit, or the kernel says no.
-    pub fn write_image(&self, image: &Image) -> Result<OwnedFd, DataplaneError> {
-        let limit = self.image_words as usize;
-        if image.words().len() > limit {
+    pub fn write_image(&mut self, image: &Image) -> Result<WrittenImage, DataplaneError> {
+        let Some(words) = self.staging.fill(image.words()) else {
             return Err(DataplaneError::ImageTooLarge {
                 needed: image.words().len(),
-                limit,
+                limit: self.image_words as usize,
             });
-        }
+        };
         // Written by one update and frozen before any program can see it.
-        let mut words = vec![0; limit];
-        if let Some(used) = words.get_mut(..image.words().len()) {
-            used.copy_from_slice(image.words());
-        }
         let inner = sys::create_image_map(self.image_words, image.generation())
             .map_err(syscall("create the image map"))?;
-        sys::update_words(inner.as_fd(), 0, &words).map_err(syscall("write the image"))?;
+        sys::update_words(inner.as_fd(), 0, words).map_err(syscall("write the image"))?;
         sys::freeze(inner.as_fd()).map_err(syscall("freeze the image"))?;
-        Ok(inner)
+        Ok(WrittenImage {
+            map: inner,
+            generation: image.generation(),
+        })
     }
 
     /// Makes a written image the one that judges; returns when no packet is judged by another.
     ///
     /// # Errors
     /// When the kernel says no; then the image in force stays.
-    pub fn make_live(&mut self, inner: &OwnedFd) -> Result<(), DataplaneError> {
+    pub fn make_live(&mut self, image: &WrittenImage) -> Result<(), DataplaneError> {
+        // Between the two writes of the generation every packet goes the long way. Should this
+        // process end there, they go on to: slow, and right.
+        let before = std::mem::take(&mut self.control.generation);
+        let swapped = self.write_control().and_then(|()| self.swap(image));
+        self.control.generation = match swapped {
+            Ok(()) => image.generation,
+            Err(_) => before,
+        };
+        if let Err(error) = self.write_control() {
+            // Whatever is in force stays so; the next write of the settings makes it quick again.
+            tracing::warn!("packets go the long way for now: {error}");
+        }
+        swapped
+    }
+
+    fn swap(&self, image: &WrittenImage) -> Result<(), DataplaneError> {
         let Some(Map::ArrayOfMaps(policy)) = self.ebpf.map("POLICY") else {
             return Err(missing("POLICY"));
         };
         // The one pointer write. It returns after a grace period: from then on no packet is
         // judged by the old image.
-        sys::update_inner(policy.fd().as_fd(), slot::LIVE, inner.as_fd())
+        sys::update_inner(policy.fd().as_fd(), slot::LIVE, image.map.as_fd())
             .map_err(syscall("swap the live image"))
     }
 }

@@ -30,6 +30,12 @@ pub fn smallest_object() -> &'static [u8] {
     objects::for_words(1).map_or(&[], |(_, object)| object)
 }
 
+/// The same for machines with weakly ordered memory.
+#[cfg(feature = "testing")]
+pub fn weak_object() -> &'static [u8] {
+    objects::WEAK
+}
+
 /// What the socket hooks do with a call that TC would deny for every local source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SocketHooks {

@@ -14,3 +14,7 @@ pub(super) fn for_words(words: usize) -> Option<(u32, &'static [u8])> {
         .zip([OBJECT_1M, OBJECT_16M, OBJECT_64M])
         .find(|(class, _)| words <= *class as usize)
 }
+
+/// The smallest object as machines with weakly ordered memory load it.
+#[cfg(feature = "testing")]
+pub(super) static WEAK: &[u8] = include_bytes_aligned!(env!("ENFORCER_BPF_1M_WEAK"));

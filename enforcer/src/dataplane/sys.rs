@@ -4,6 +4,7 @@
 use std::{
     io,
     os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+    ptr::NonNull,
 };
 
 const BPF_MAP_CREATE: libc::c_long = 0;
@@ -126,6 +127,73 @@ fn update(map: BorrowedFd<'_>, index: &u32, value: *const u8) -> io::Result<()> 
         flags: 0,
     };
     bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Room for the value of an image map, from which the kernel copies. What lies behind the image is
+/// never written, so it takes no memory of its own; and since the room is kept, those pages, thousands
+/// of them, are not brought in anew for each image.
+pub(super) struct Staging {
+    words: NonNull<u32>,
+    length: usize,
+    /// Words of the image that was here last.
+    used: usize,
+}
+
+// SAFETY: it owns its memory, and lends it by reference only.
+unsafe impl Send for Staging {}
+
+impl Staging {
+    /// For `length` words.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn new(length: usize) -> io::Result<Self> {
+        // SAFETY: a mapping of our own, at an address that the kernel chooses.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length.max(1) * size_of::<u32>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let words = NonNull::new(address.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self {
+            words,
+            length,
+            used: 0,
+        })
+    }
+
+    /// The image, with zeros up to the end; `None` when it is too long.
+    pub(super) fn fill(&mut self, image: &[u32]) -> Option<&[u32]> {
+        // SAFETY: the mapping is this long and aligned to a page, any bits are a `u32`, and it is
+        // borrowed as `self` is.
+        let words = unsafe { std::slice::from_raw_parts_mut(self.words.as_ptr(), self.length) };
+        let (head, rest) = words.split_at_mut_checked(image.len())?;
+        head.copy_from_slice(image);
+        let old = self.used.saturating_sub(image.len()).min(rest.len());
+        rest.get_mut(..old)?.fill(0);
+        self.used = image.len();
+        Some(words)
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this length; nobody borrows it any more.
+        unsafe {
+            libc::munmap(
+                self.words.as_ptr().cast(),
+                self.length.max(1) * size_of::<u32>(),
+            );
+        }
+    }
 }
 
 /// The first `count` elements of a per-CPU array of `u64`, each summed over CPUs, by one system
@@ -328,3 +396,22 @@ pub fn share_heaps() {
 /// Other allocators have their own ways.
 #[cfg(not(target_env = "gnu"))]
 pub fn share_heaps() {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shorter_image_leaves_nothing_of_the_longer_one() {
+        let mut staging = Staging::new(5000).unwrap();
+        let mut expected = vec![0; 5000];
+        for (length, word) in [(4000, 1), (10, 2), (0, 3), (5000, 4), (4999, 5), (1, 6)] {
+            let image = vec![word; length];
+            expected.fill(0);
+            expected[..length].copy_from_slice(&image);
+            assert_eq!(staging.fill(&image), Some(&expected[..]));
+        }
+        assert_eq!(staging.fill(&[7; 5001]), None);
+        assert_eq!(staging.fill(&[]), Some(&[0; 5000][..]));
+    }
+}

@@ -109,7 +109,7 @@ mod tests {
         let expired = |policy: &Policy, unix| said(policy, Reason::Expired, "10.99.0.1", unix);
         let session = Some("session of rule guests-out ended".to_owned());
         assert_eq!(expired(&policy, 5), session);
-        policy.rules[0].expires = Some(86_400);
+        policy.rules.edit(|rules| rules[0].expires = Some(86_400));
         assert_eq!(expired(&policy, 86_399), session);
         assert_eq!(
             expired(&policy, 86_400).as_deref(),

@@ -334,10 +334,12 @@ pub fn plain(mut policy: Policy) -> Policy {
     for segment in &mut policy.segments {
         segment.interfaces.clear();
     }
-    for rule in &mut policy.rules {
-        rule.expires = None;
-        rule.session = None;
-    }
+    policy.rules.edit(|rules| {
+        for rule in rules {
+            rule.expires = None;
+            rule.session = None;
+        }
+    });
     policy
 }
 

@@ -7,7 +7,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    ops::{Deref, DerefMut},
     sync::Arc,
 };
 
@@ -296,28 +295,83 @@ pub struct Rule {
     pub origin: Origin,
 }
 
-/// The rules of a policy. Versions of a policy that have the same ones share them: several are kept,
-/// and a hundred thousand rules take some 100 MB.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Rules(Arc<Vec<Rule>>);
+/// The rules of a policy, in parts: versions of a policy share those of files that did not change.
+/// Several versions are kept, and a hundred thousand rules take some 50 MB.
+#[derive(Clone, Debug, Default)]
+pub struct Rules {
+    parts: Vec<Arc<[Rule]>>,
+    /// Per part, the number of rules up to its end.
+    ends: Vec<usize>,
+}
 
-impl Deref for Rules {
-    type Target = Vec<Rule>;
+/// Rules one by one, in file order.
+pub type RulesIter<'a> = std::iter::FlatMap<
+    std::slice::Iter<'a, Arc<[Rule]>>,
+    std::slice::Iter<'a, Rule>,
+    fn(&'a Arc<[Rule]>) -> std::slice::Iter<'a, Rule>,
+>;
 
-    fn deref(&self) -> &Self::Target {
-        &self.0
+impl Rules {
+    /// Adds rules behind the others.
+    pub fn push_part(&mut self, part: Arc<[Rule]>) {
+        if !part.is_empty() {
+            self.ends.push(self.len() + part.len());
+            self.parts.push(part);
+        }
+    }
+
+    /// Rules that versions may share, in file order.
+    pub fn parts(&self) -> &[Arc<[Rule]>] {
+        &self.parts
+    }
+
+    /// Number of rules.
+    pub fn len(&self) -> usize {
+        self.ends.last().copied().unwrap_or(0)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.parts.is_empty()
+    }
+
+    /// The rule with this number.
+    pub fn get(&self, number: usize) -> Option<&Rule> {
+        let part = self.ends.partition_point(|end| *end <= number);
+        let before = part.checked_sub(1).and_then(|before| self.ends.get(before));
+        self.parts
+            .get(part)?
+            .get(number - before.copied().unwrap_or(0))
+    }
+
+    /// All of them, in file order.
+    pub fn iter(&self) -> RulesIter<'_> {
+        self.parts.iter().flat_map(|part| part.iter())
+    }
+
+    /// Changes them as one list; nothing is shared after that.
+    pub fn edit<T>(&mut self, change: impl FnOnce(&mut Vec<Rule>) -> T) -> T {
+        let mut rules: Vec<Rule> = self.iter().cloned().collect();
+        let result = change(&mut rules);
+        *self = Self::from(rules);
+        result
     }
 }
 
-impl DerefMut for Rules {
-    fn deref_mut(&mut self) -> &mut Self::Target {
-        Arc::make_mut(&mut self.0)
+/// However they are parted.
+impl PartialEq for Rules {
+    fn eq(&self, other: &Self) -> bool {
+        self.len() == other.len() && self.iter().eq(other)
     }
 }
+
+impl Eq for Rules {}
 
 impl From<Vec<Rule>> for Rules {
     fn from(rules: Vec<Rule>) -> Self {
-        Self(Arc::new(rules))
+        let mut this = Self::default();
+        this.push_part(rules.into());
+        this
     }
 }
 
@@ -329,19 +383,10 @@ impl FromIterator<Rule> for Rules {
 
 impl<'a> IntoIterator for &'a Rules {
     type Item = &'a Rule;
-    type IntoIter = std::slice::Iter<'a, Rule>;
+    type IntoIter = RulesIter<'a>;
 
     fn into_iter(self) -> Self::IntoIter {
-        self.0.iter()
-    }
-}
-
-impl<'a> IntoIterator for &'a mut Rules {
-    type Item = &'a mut Rule;
-    type IntoIter = std::slice::IterMut<'a, Rule>;
-
-    fn into_iter(self) -> Self::IntoIter {
-        self.iter_mut()
+        self.iter()
     }
 }
 

@@ -199,7 +199,9 @@ fn side_matches(
     segments: &BTreeSet<SegmentId>,
 ) -> bool {
     side.any
-        || !side.segments.is_disjoint(segments)
+        || segments
+            .iter()
+            .any(|segment| side.segments.contains(segment))
         || (side.unsegmented && segments.is_empty())
         || (side.host && env.host_addresses.contains(&ip))
         || (side.multicast && is_multicast(ip))

@@ -114,6 +114,12 @@ impl<'a> enforcer_common::table::Memory for Counting<'a> {
         self.1.set(self.1.get() + 1);
         self.0.bucket(v6, index)
     }
+    fn tags(&self, v6: bool, index: u32) -> u64 {
+        self.0.tags(v6, index)
+    }
+    fn set_tag(&self, v6: bool, index: u32, slot: u32, tag: u32) {
+        self.0.set_tag(v6, index, slot, tag);
+    }
     fn mask(&self, v6: bool) -> u32 {
         self.0.mask(v6)
     }

@@ -57,6 +57,9 @@ struct Shared {
     words: Vec<Option<AtomicU32>>,
     /// What was written last.
     last: Vec<Plain>,
+    /// The tags, likewise.
+    tags: Vec<AtomicU32>,
+    last_tags: Vec<Plain>,
     lock: loom::sync::Mutex<()>,
     held: RefCell<Option<loom::sync::MutexGuard<'static, ()>>>,
     owner: Mutex<Option<thread::ThreadId>>,
@@ -143,6 +146,23 @@ impl Memory for Handle {
         })
     }
 
+    fn tags(&self, _: bool, _: u32) -> u64 {
+        let shared = self.0;
+        let own = *shared.owner.lock().unwrap() == Some(thread::current().id());
+        let tag = |slot: usize| match shared.tags.get(slot) {
+            Some(tag) if !own => tag.load(Ordering::Relaxed),
+            _ => shared.last_tags[slot].load(SeqCst),
+        };
+        (0..SLOTS as usize).fold(0, |tags, slot| tags | u64::from(tag(slot)) << (16 * slot))
+    }
+
+    fn set_tag(&self, _: bool, _: u32, slot: u32, tag: u32) {
+        if let Some(place) = self.0.tags.get(slot as usize) {
+            place.store(tag, Ordering::Relaxed);
+        }
+        self.0.last_tags[slot as usize].store(tag, SeqCst);
+    }
+
     fn mask(&self, _: bool) -> u32 {
         0
     }
@@ -217,6 +237,9 @@ fn explore(
     let taken: Vec<u32> = (0..SLOTS * WORDS4)
         .map(|index| memory.word(false, 0, index).get())
         .collect();
+    let tags: Vec<u32> = (0..SLOTS)
+        .map(|slot| memory.tag(false, slot).get())
+        .collect();
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(scale::rounds(3, 2));
     builder.max_branches = 10_000;
@@ -234,6 +257,11 @@ fn explore(
         let shared = Box::into_raw(Box::new(Shared {
             words: all.clone().map(word).collect(),
             last: all.map(|index| Plain::new(value(index))).collect(),
+            tags: (0..free).map(|_| AtomicU32::new(0)).collect(),
+            last_tags: (0..)
+                .zip(&tags)
+                .map(|(slot, tag)| Plain::new(if slot < free { 0 } else { *tag }))
+                .collect(),
             owner: Mutex::default(),
             found: Mutex::new(Found::EMPTY),
             lock: loom::sync::Mutex::new(()),

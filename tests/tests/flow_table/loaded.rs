@@ -91,7 +91,7 @@ fn the_counters_are_the_protected_entries_whatever_becomes_of_them() {
     assert_eq!(programs.run(INGRESS, &syn), -1);
     assert_eq!(protected(&mut programs), 39);
     // Eight hours and two minutes ago.
-    let map = programs.dataplane.ebpf_mut().map("CONTROL").unwrap();
+    let map = programs.dataplane.ebpf_mut().map(".bss.control").unwrap();
     let control: Array<_, Control> = map.try_into().unwrap();
     let hz = control.get(&0, 0).unwrap().hz;
     let map = programs.dataplane.ebpf_mut().map_mut("FLOWS4").unwrap();

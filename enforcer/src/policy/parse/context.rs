@@ -78,6 +78,11 @@ impl Findings {
         (self.errors, self.warnings) = (errors, warnings);
     }
 
+    /// Errors and warnings so far, shown or not.
+    pub fn count(&self) -> usize {
+        self.errors + self.warnings
+    }
+
     /// Whether more errors would not be shown, so that help for them is wasted effort.
     pub fn is_full(&self) -> bool {
         self.errors >= MAX_SHOWN

@@ -11,6 +11,7 @@ use super::{
     groups, names,
     raw::{Key, Node, Value},
     read::Reading,
+    reuse::Kept,
     rules, segments, services,
 };
 use crate::policy::{
@@ -29,7 +30,7 @@ pub(super) const MODES: [(&str, Mode); 3] = [
 ];
 
 /// Memberships and services that groups and rules may expand to, in all: bounds the memory a policy can ask for.
-const MAX_EXPANDED: usize = 4_000_000;
+pub(super) const MAX_EXPANDED: usize = 4_000_000;
 
 /// A named thing and its body, as written.
 pub(super) struct Declared<'a> {
@@ -45,7 +46,7 @@ impl Declared<'_> {
 }
 
 /// What a name of a segment or group stands for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Target {
     Segment(SegmentId),
     /// Index into the groups.
@@ -62,16 +63,20 @@ pub(super) struct Lowering<'a> {
     pub groups: Vec<Declared<'a>>,
     pub targets: BTreeMap<&'a str, (Target, Origin)>,
     pub services: BTreeMap<&'a str, (Arc<[Service]>, &'a File, Span)>,
-    pub rules: Vec<(&'a File, &'a Node)>,
+    pub rules: Vec<(&'a File, &'a [Node])>,
     pub tests: Vec<(&'a File, &'a Node)>,
     service_bodies: Vec<Declared<'a>>,
     defaults: Option<(Defaults, Origin)>,
     /// Services and groups that something refers to.
     pub used: BTreeSet<&'a str>,
-    expanded: usize,
+    pub expanded: usize,
 }
 
-pub(super) fn lower(readings: &[Arc<Reading>]) -> Result<ParseOutcome, Vec<Diagnostic>> {
+/// `kept` is what an earlier call has returned, and spares work; it changes nothing else.
+pub(super) fn lower(
+    readings: &[Arc<Reading>],
+    kept: &Kept,
+) -> Result<(ParseOutcome, Kept), Vec<Diagnostic>> {
     let files: Vec<File> = readings
         .iter()
         .enumerate()
@@ -115,29 +120,30 @@ pub(super) fn lower(readings: &[Arc<Reading>]) -> Result<ParseOutcome, Vec<Diagn
         lowering.declare(file, tree);
     }
     lowering.resolve_services();
-    let policy = lowering.policy();
+    let (policy, kept) = lowering.policy(readings, kept);
     lowering.warn(&policy, trees.first().map(|(file, _)| *file));
     let warnings = lowering.findings.finish()?;
-    Ok(ParseOutcome { policy, warnings })
+    Ok((ParseOutcome { policy, warnings }, kept))
 }
 
 impl<'a> Lowering<'a> {
-    fn policy(&mut self) -> Policy {
+    fn policy(&mut self, readings: &[Arc<Reading>], kept: &Kept) -> (Policy, Kept) {
         let defaults = match &self.defaults {
             Some((defaults, _)) => *defaults,
             None => DEFAULTS,
         };
         let segments = segments::segments(self, defaults.mode);
         let groups = groups::groups(self);
-        let rules = rules::rules(self, &groups);
+        let (rules, kept) = rules::rules(self, &groups, readings, kept);
         let tests = rules::tests(self);
-        Policy {
+        let policy = Policy {
             defaults,
             segments,
             groups,
-            rules: rules.into(),
+            rules,
             tests,
-        }
+        };
+        (policy, kept)
     }
 
     /// Takes in the declarations of one file.
@@ -165,18 +171,15 @@ impl<'a> Lowering<'a> {
         }
         let services = self.named(file, &top, "services");
         self.service_bodies.extend(services);
-        for (key, part) in [("rules", 0), ("tests", 1)] {
+        let mut items = |key| {
             let what = format!("`{key}`");
-            let items = top
-                .get(key)
-                .and_then(|node| self.findings.list(file, node, &what));
-            let list = if part == 0 {
-                &mut self.rules
-            } else {
-                &mut self.tests
-            };
-            list.extend(items.unwrap_or_default().iter().map(|item| (file, item)));
-        }
+            let node = top.get(key)?;
+            self.findings.list(file, node, &what)
+        };
+        let (rules, tests) = (items("rules"), items("tests"));
+        self.rules.extend(rules.map(|rules| (file, rules)));
+        let tests = tests.unwrap_or_default();
+        self.tests.extend(tests.iter().map(|test| (file, test)));
     }
 
     fn version(&mut self, file: &File, top: &Fields<'a>) {
@@ -364,6 +367,15 @@ impl<'a> Lowering<'a> {
             Some((_, origin)) => format!("did you mean `{near}` ({origin})?"),
             None => format!("did you mean `{near}`?"),
         })
+    }
+
+    /// Notes that something refers to these groups and services.
+    pub fn uses(&mut self, names: &BTreeSet<Box<str>>) {
+        for name in names {
+            let group = self.targets.get_key_value(&**name).map(|(name, _)| *name);
+            let service = self.services.get_key_value(&**name).map(|(name, _)| *name);
+            self.used.extend(group.into_iter().chain(service));
+        }
     }
 
     /// Counts memberships and services; `false` once there are too many, reported where that happened.

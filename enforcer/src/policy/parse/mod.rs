@@ -13,6 +13,7 @@ pub(crate) mod names;
 mod overlap;
 pub(crate) mod raw;
 mod read;
+mod reuse;
 mod rules;
 mod segments;
 pub(crate) mod services;
@@ -49,7 +50,8 @@ pub struct ParseOutcome {
 /// Every mistake found, in the order of the files, then of lines; never empty. Nothing of the
 /// policy may be used then.
 pub fn parse_with_warnings(files: &[SourceFile]) -> Result<ParseOutcome, Vec<Diagnostic>> {
-    lower::lower(&read::read(files, |_| None))
+    let readings = read::read(files, |_| None);
+    lower::lower(&readings, &reuse::Kept::default()).map(|(outcome, _)| outcome)
 }
 
 /// [`parse_with_warnings`] for callers that have no use for warnings.

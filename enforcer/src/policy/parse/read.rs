@@ -12,9 +12,10 @@ use std::{
 use super::{
     ParseOutcome, SourceFile, lower,
     raw::{self, Node, Refusal},
+    reuse::Kept,
     segments,
 };
-use crate::policy::{diag::Diagnostic, model::Rules};
+use crate::policy::diag::Diagnostic;
 
 /// What one file says, before names of other files are looked up.
 #[derive(Debug)]
@@ -40,7 +41,7 @@ impl Reading {
 pub struct Cache {
     sources: Arc<Vec<SourceFile>>,
     readings: Vec<Arc<Reading>>,
-    rules: Rules,
+    kept: Kept,
 }
 
 impl Cache {
@@ -62,13 +63,8 @@ impl Cache {
             (**text == source.text).then(|| Arc::clone(reading))
         });
         self.sources = Arc::clone(sources);
-        let mut outcome = lower::lower(&self.readings)?;
-        let rules = &mut outcome.policy.rules;
-        if *rules == self.rules {
-            rules.clone_from(&self.rules);
-        } else {
-            self.rules.clone_from(rules);
-        }
+        let (outcome, kept) = lower::lower(&self.readings, &self.kept)?;
+        self.kept = kept;
         Ok(outcome)
     }
 }
@@ -125,6 +121,8 @@ pub(super) fn read(
 
 #[cfg(test)]
 mod tests {
+    use proptest::{collection, prelude::*, sample::Index};
+
     use super::*;
     use crate::policy::{parse, parse_with_warnings};
 
@@ -180,6 +178,112 @@ mod tests {
         }
     }
 
+    /// What each file of a policy may say. Some of it is wrong, or only beside certain others.
+    fn variants() -> Vec<(&'static str, Vec<&'static str>)> {
+        let members = |members: &str| -> &'static str {
+            let text = format!(
+                "version: 1\nsegments:\n  a: {{members: [{members}]}}\n  \
+                 b: {{members: [{{cidr: 10.2.0.0/16}}]}}\nrules:\n  \
+                 - {{name: own, from: [a], to: [b], services: [web]}}\n"
+            );
+            text.leak()
+        };
+        vec![
+            (
+                "a.yaml",
+                vec![
+                    members("{cidr: 10.1.0.1/32}"),
+                    members("{cidr: 10.1.0.1/32}, {cidr: 10.1.0.2/32}"),
+                    members("\n    {cidr: 10.1.0.3/32}\n    "),
+                    members("{cidr: 10.1.0.3/8}"),
+                    "version: 1\nsegments: {b: {members: [{cidr: 10.2.0.0/16}]}}\n",
+                ],
+            ),
+            (
+                "g.yaml",
+                vec![
+                    "version: 1\ngroups: {g: [a, b]}\nservices: {web: [tcp/80]}\n",
+                    "version: 1\ngroups: {g: [b, a]}\nservices: {web: [tcp/80]}\n# as before\n",
+                    "version: 1\ngroups: {g: [b]}\nservices: {web: [tcp/80]}\n",
+                    "version: 1\ngroups: {g: [a, b]}\nservices: {web: [tcp/80, tcp/81]}\n",
+                    "version: 1\ngroups: {h: [b], g: [h]}\nservices: {web: [tcp/80], x: [tcp/1]}\n",
+                    "version: 1\ngroups: {g: [a\n",
+                ],
+            ),
+            (
+                "r.yaml",
+                vec![
+                    "version: 1\nrules:\n  - {name: r, from: [g], to: [b], services: [web]}\n",
+                    "version: 1\nrules:\n  - {name: r, from: [g], to: [b], services: [dns]}\n",
+                    "version: 1\nrules:\n\n  - {name: q, from: [a], to: [any, b], services: [x]}\n",
+                    "version: 1\nrules:\n  - {name: own, from: [a], to: [b], services: [ssh]}\n",
+                    "version: 1\nrules:\n  - {name: s, from: [a], to: [b], services: [ssh]}\n",
+                    "version: 1\nrules: []\n",
+                ],
+            ),
+            (
+                "s.yaml",
+                vec![
+                    "version: 1\nrules:\n  - {name: s, from: [b], to: [g], services: [web]}\n",
+                    "version: 1\nrules:\n  - {name: t, from: [g, g], to: [b], services: [web]}\n",
+                    "version: 1\nrules:\n  - {name: t, from: [b], to: [b], services: [web]}\n\
+                     tests:\n  - {from: 10.2.0.1, to: 10.2.0.2, service: web, expect: allow}\n",
+                    "version: 1\nrules:\n  - {name: t, from: [c], to: [b], services: [web]}\n",
+                    "",
+                ],
+            ),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn edit_by_edit_a_cache_says_what_one_without_does(
+            edits in collection::vec((any::<Index>(), any::<Index>()), 1..30),
+        ) {
+            let variants = variants();
+            let mut chosen = vec![0; variants.len()];
+            let mut cache = Cache::default();
+            for (which, variant) in edits {
+                let which = which.index(variants.len());
+                chosen[which] = variant.index(variants[which].1.len());
+                let files = variants.iter().zip(&chosen);
+                let files = files.map(|((name, texts), at)| file(name, texts[*at]));
+                let files = Arc::new(files.collect::<Vec<_>>());
+                prop_assert_eq!(cache.parse(&files), parse_with_warnings(&files));
+            }
+        }
+    }
+
+    #[test]
+    fn rules_of_other_files_are_shared_beside_one_that_changed() {
+        let rules = |name: &str, port: u16| {
+            let text = format!(
+                "version: 1\nrules:\n  - {{name: {name}, from: [a], to: [b], services: [tcp/{port}]}}\n"
+            );
+            file(&format!("{name}.yaml"), text)
+        };
+        let of = |member, port| {
+            Arc::new(vec![
+                segments("a", &[member]),
+                segments("b", &["10.0.0.9/32"]),
+                rules("one", port),
+                rules("two", 2),
+            ])
+        };
+        let mut cache = Cache::default();
+        let first = cache.parse(&of("10.0.0.1/32", 1)).unwrap().policy.rules;
+        let second = cache.parse(&of("10.0.0.2/32", 3)).unwrap().policy.rules;
+        assert!(!Arc::ptr_eq(&first.parts()[0], &second.parts()[0]));
+        assert!(Arc::ptr_eq(&first.parts()[1], &second.parts()[1]));
+        assert_eq!(second.get(0).map(|rule| &*rule.name), Some("one"));
+        assert_eq!(second.get(1).map(|rule| &*rule.name), Some("two"));
+        assert_eq!(second.get(2), None);
+        // A mistake between them costs nothing that was known.
+        cache.parse(&of("10.0.0.0.1/32", 3)).unwrap_err();
+        let third = cache.parse(&of("10.0.0.3/32", 3)).unwrap().policy.rules;
+        assert!(Arc::ptr_eq(&second.parts()[0], &third.parts()[0]));
+    }
+
     #[test]
     fn what_did_not_change_is_shared() {
         let other = file(
@@ -197,7 +301,8 @@ mod tests {
         let first = cache.parse(&of("10.1.0.1/32")).unwrap().policy;
         let second = cache.parse(&of("10.1.0.2/32")).unwrap().policy;
         assert_ne!(first, second);
-        assert!(std::ptr::eq(first.rules.as_ptr(), second.rules.as_ptr()));
+        let rules = |policy: &crate::policy::model::Policy| policy.rules.parts()[0].as_ptr();
+        assert!(std::ptr::eq(rules(&first), rules(&second)));
         let members =
             |policy: &crate::policy::model::Policy, at: usize| policy.segments[at].members.as_ptr();
         assert!(std::ptr::eq(members(&first, 0), members(&second, 0)));

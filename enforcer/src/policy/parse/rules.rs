@@ -8,26 +8,62 @@ use std::{
 use super::{
     address::Problem,
     context::{File, Findings},
-    lower::{Lowering, Target},
+    lower::{Lowering, MAX_EXPANDED, Target},
     names,
     raw::{Node, Value},
+    read::Reading,
+    reuse::{Kept, Names, Part},
     segments::test_address,
     services, time,
 };
 use crate::policy::{
     diag::{Span, shown},
     model::{
-        Action, Endpoints, Expect, FlowQuery, Group, Origin, PolicyTest, Rule, Service, Session,
+        Action, Endpoints, Expect, FlowQuery, Group, Origin, PolicyTest, Rule, Rules, Service,
+        Session,
     },
 };
 
-pub(super) fn rules(lowering: &mut Lowering<'_>, groups: &[Group]) -> Vec<Rule> {
+pub(super) fn rules(
+    lowering: &mut Lowering<'_>,
+    groups: &[Group],
+    readings: &[Arc<Reading>],
+    kept: &Kept,
+) -> (Rules, Kept) {
     let written = std::mem::take(&mut lowering.rules);
-    let mut named: HashMap<&str, Origin> = HashMap::with_capacity(written.len());
-    written
+    let names = Names::of(lowering, groups);
+    let files = written
         .iter()
-        .filter_map(|(file, node)| rule(lowering, groups, &mut named, file, node))
-        .collect()
+        .filter_map(|(file, nodes)| Some((readings.get(file.index)?, *nodes)));
+    let files: Vec<(&Arc<Reading>, &[Node])> = files.collect();
+    let known = kept.find(&names, &files);
+    let mut named: HashMap<&str, Origin> = HashMap::new();
+    let (mut rules, mut parts) = (Rules::default(), Vec::new());
+    for (((file, nodes), (reading, _)), known) in written.iter().zip(files).zip(known) {
+        if let Some(part) = known
+            && lowering.expanded.saturating_add(part.expanded) <= MAX_EXPANDED
+        {
+            lowering.expanded += part.expanded;
+            lowering.uses(&part.used);
+            rules.push_part(Arc::clone(&part.rules));
+            parts.push(part.clone());
+            continue;
+        }
+        let (found, expanded) = (lowering.findings.count(), lowering.expanded);
+        let used = std::mem::take(&mut lowering.used);
+        let of_file = nodes.iter();
+        let of_file: Vec<Rule> = of_file
+            .filter_map(|node| rule(lowering, groups, &mut named, file, node))
+            .collect();
+        let expanded = lowering.expanded - expanded;
+        let part = Part::new(reading, of_file, &lowering.used, expanded);
+        lowering.used.extend(used);
+        rules.push_part(Arc::clone(&part.rules));
+        if lowering.findings.count() == found {
+            parts.push(part);
+        }
+    }
+    (rules, Kept::new(names, parts))
 }
 
 fn rule<'a>(

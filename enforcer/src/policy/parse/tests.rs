@@ -104,7 +104,7 @@ tests:
         .collect();
     assert_eq!(groups, [("outer", &ids(&[0, 2])), ("inner", &ids(&[0]))]);
 
-    let [one, two] = policy.rules.as_slice() else {
+    let [one, two] = &*policy.rules.parts()[0] else {
         panic!("{:?}", policy.rules)
     };
     assert_eq!(
@@ -219,7 +219,7 @@ fn words_are_text_whatever_yaml_makes_of_them_elsewhere() {
     let names: Vec<&str> = policy.segments.iter().map(|s| s.name.as_str()).collect();
     assert_eq!(names, ["1e3", "0x10"]);
     assert_eq!(policy.segments[0].mode, Mode::Off);
-    assert_eq!(policy.rules[0].name, "007");
+    assert_eq!(policy.rules.get(0).unwrap().name, "007");
 }
 
 #[test]
@@ -334,7 +334,7 @@ fn a_long_service_in_many_rules_is_bounded() {
 fn a_service_counts_what_it_repeats_once() {
     let text = "version: 1\nservices: {all: [tcp/22, ssh, tcp/22]}\nsegments: {a: {members: [{cidr: 10.0.0.0/8}]}}\nrules:\n- {name: r, from: [a], to: [a], services: [all, ssh]}\n";
     let policy = parse(&[file("a.yaml", text)]).unwrap();
-    assert_eq!(policy.rules[0].services.len(), 1);
+    assert_eq!(policy.rules.get(0).unwrap().services.len(), 1);
 }
 
 /// Fragments that get a parser into trouble.

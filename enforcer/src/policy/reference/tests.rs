@@ -235,18 +235,20 @@ fn the_first_allow_speaks_and_a_deny_goes_before_it() {
     use Reason::*;
     let mut p = base();
     let q = ask("10.1.0.1", "10.2.0.1", 6, 80);
-    *p.rules = vec![
+    p.rules = vec![
         rule(Allow, seg(&[B]), seg(&[A]), Service::Any), // the other direction
         rule(Allow, seg(&[A]), seg(&[B]), tcp(80, 80)),
         rule(Allow, any(), any(), Service::Any),
-    ];
+    ]
+    .into();
     check(&p, q, (Allowed, RuleAllow, Some(1), None));
     check(
         &p,
         ask("10.1.0.1", "10.2.0.1", 6, 81),
         (Allowed, RuleAllow, Some(2), None),
     );
-    p.rules.push(rule(Deny, any(), seg(&[B]), tcp(1, 80)));
+    p.rules
+        .edit(|rules| rules.push(rule(Deny, any(), seg(&[B]), tcp(1, 80))));
     check(&p, q, (Denied, RuleDeny, Some(3), None));
     // A deny in observe is a judgement too: it does not fall back to the allow.
     p.segments[1].mode = Mode::Observe;
@@ -268,7 +270,7 @@ fn what_has_expired_is_not_there_and_gives_way_to_what_has_no_limit() {
     };
     let mut p = base();
     let allow = || rule(Allow, seg(&[A]), seg(&[B]), tcp(80, 80));
-    *p.rules = vec![
+    p.rules = vec![
         until(100, allow()),
         until(200, allow()),
         Rule {
@@ -281,7 +283,8 @@ fn what_has_expired_is_not_there_and_gives_way_to_what_has_no_limit() {
             ..until(300, allow())
         },
         allow(),
-    ];
+    ]
+    .into();
     let env = Environment::default();
     let at = |p: &Policy, unix| {
         let j = judge(p, &env, &ask("10.1.0.1", "10.2.0.1", 6, 80), unix);
@@ -291,9 +294,9 @@ fn what_has_expired_is_not_there_and_gives_way_to_what_has_no_limit() {
     assert_eq!(at(&p, 49), (WouldDeny, RuleDeny, Some(3), false));
     // Neither limit, then `session` alone, then `expires` in file order.
     assert_eq!(at(&p, 50), (Allowed, RuleAllow, Some(5), false));
-    p.rules.pop();
+    p.rules.edit(Vec::pop);
     assert_eq!(at(&p, 50), (Allowed, RuleAllow, Some(2), true));
-    p.rules[2].services = vec![tcp(1, 1)];
+    p.rules.edit(|rules| rules[2].services = vec![tcp(1, 1)]);
     assert_eq!(at(&p, 50), (Allowed, RuleAllow, Some(0), false));
     assert_eq!(at(&p, 99), (Allowed, RuleAllow, Some(0), false));
     assert_eq!(at(&p, 100), (Allowed, RuleAllow, Some(1), false));
@@ -340,27 +343,28 @@ fn a_deny_is_as_strong_as_the_segments_it_matched_through() {
     p.segments[1].mode = Mode::Off;
     let q = ask("10.1.0.1", "10.2.0.1", 6, 80);
     // Through b only, although a (enforce) is the source.
-    *p.rules = vec![rule(Deny, any(), seg(&[B]), Service::Any)];
+    p.rules = vec![rule(Deny, any(), seg(&[B]), Service::Any)].into();
     check(&p, q, (Off, RuleDeny, Some(0), None));
     // Through nothing: defaults.mode.
-    *p.rules = vec![rule(Deny, any(), any(), Service::Any)];
+    p.rules = vec![rule(Deny, any(), any(), Service::Any)].into();
     check(&p, q, (WouldDeny, RuleDeny, Some(0), None));
     // The rule also matches by `any`, yet b is named: it speaks for the flow.
     let both = Endpoints {
         any: true,
         ..seg(&[B])
     };
-    *p.rules = vec![rule(Deny, any(), both, Service::Any)];
+    p.rules = vec![rule(Deny, any(), both, Service::Any)].into();
     check(&p, q, (Off, RuleDeny, Some(0), None));
     // Of several denies the strongest, whatever the order; of equals the first.
-    *p.rules = vec![
+    p.rules = vec![
         rule(Deny, any(), seg(&[B]), Service::Any),
         rule(Deny, seg(&[A]), any(), Service::Any),
         rule(Deny, seg(&[A]), seg(&[B]), Service::Any),
-    ];
+    ]
+    .into();
     check(&p, q, (Denied, RuleDeny, Some(1), None));
     // Naming c does not lend its mode to a flow that is not in c.
-    *p.rules = vec![rule(Deny, any(), seg(&[B, C]), Service::Any)];
+    p.rules = vec![rule(Deny, any(), seg(&[B, C]), Service::Any)].into();
     check(&p, q, (Off, RuleDeny, Some(0), None));
     check(
         &p,
@@ -389,11 +393,12 @@ fn builtins() {
     };
     let allowed = |i| (Allowed, RuleAllow, Some(i), None);
     let default_a = (Denied, DefaultDeny, None, Some(A));
-    *p.rules = vec![
+    p.rules = vec![
         rule(Allow, seg(&[A]), multicast, tcp(1, 1)),
         rule(Allow, seg(&[A]), unsegmented, tcp(2, 2)),
         rule(Allow, seg(&[A]), host, tcp(3, 3)),
-    ];
+    ]
+    .into();
     check(&p, ask("10.1.0.1", "224.0.0.5", 6, 1), allowed(0));
     check(&p, ask("10.1.0.1", "255.255.255.255", 6, 1), allowed(0));
     check(&p, ask("fd00:1::1", "ff02::1", 6, 1), allowed(0));
@@ -550,7 +555,7 @@ fn services() {
         let q = ask(src, dst, protocol, selector);
         let silent = (Denied, DefaultDeny, None, Some(A));
         let mut p = base();
-        *p.rules = vec![rule(Action::Allow, any(), any(), service)];
+        p.rules = vec![rule(Action::Allow, any(), any(), service)].into();
         check(
             &p,
             q,
@@ -560,7 +565,7 @@ fn services() {
                 silent
             },
         );
-        *p.rules = vec![rule(Action::Deny, any(), any(), service)];
+        p.rules = vec![rule(Action::Deny, any(), any(), service)].into();
         check(
             &p,
             q,
@@ -625,12 +630,12 @@ fn a_failing_test_says_what_happened_and_where() {
             "10.1.0.1 is in a; 10.2.0.130 is in b, c"
         ]
     );
-    *p.rules = vec![rule(Action::Allow, any(), any(), Service::Any)];
+    p.rules = vec![rule(Action::Allow, any(), any(), Service::Any)].into();
     let failed = run_tests(&p, &env);
     assert_eq!(failed[0].notes[0], "allowed by rule `r` (p.yaml:9)");
     assert_eq!(failed.len(), 1);
     // Observe is still a judgement of deny.
-    p.rules.clear();
+    p.rules = Rules::default();
     for s in &mut p.segments {
         s.mode = Mode::Observe;
     }

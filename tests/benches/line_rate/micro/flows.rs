@@ -10,9 +10,10 @@ use super::{
     Bench, TABLE,
     frames::{End, Family},
     group, names,
+    policies::Size,
     prologue::{Draw, Index, Prologue},
     rounds::{Runner, measure},
-    subject::Subject,
+    subject::{Subject, image},
     units,
 };
 
@@ -30,6 +31,15 @@ const RECORDS: u32 = 4_000;
 /// Measures both families.
 pub fn run(bench: &mut Bench<'_>, subject: &mut Subject) -> Result<()> {
     for (count, ratio) in COUNTS {
+        // As many slots as a quarter of them holds.
+        let mut large;
+        let subject = if count > TABLE {
+            large = Subject::load(0, count.next_power_of_two() * 4)?;
+            large.apply(&image(Size::BASE)?)?;
+            &large
+        } else {
+            &*subject
+        };
         for family in Family::BOTH {
             established(bench, subject, family, count, ratio)?;
         }
@@ -170,7 +180,7 @@ fn denied(bench: &mut Bench<'_>, subject: &mut Subject, family: Family) -> Resul
         bench.rounds,
         [
             Runner::new(&program.program, &frame, packets)
-                .warm(0)
+                .warm(RECORDS)
                 .between(runs, || *records.borrow_mut() += subject.drain()),
             Runner::new(&base.program, &frame, packets),
             Runner::new(&unit.subject, &frame, packets),

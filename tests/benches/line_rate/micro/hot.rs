@@ -4,7 +4,7 @@ use anyhow::Result;
 use enforcer_common::verdict::Reason;
 
 use super::{
-    Bench,
+    Bench, allows,
     frames::Family,
     group,
     rounds::{Runner, measure},
@@ -32,7 +32,7 @@ pub fn run(bench: &mut Bench<'_>, subject: &Subject) -> Result<()> {
             ("established", Reason::Established, &request),
             ("later fragment", Reason::Established, &later),
             ("ICMP error about a flow", Reason::Related, &error),
-            ("verdict, no flow", Reason::RuleAllow, &message),
+            ("the long way, no flow", Reason::RuleAllow, &message),
             ("denied, repeated", Reason::DefaultDeny, &denied),
         ];
         let mut holds = vec![];
@@ -43,10 +43,12 @@ pub fn run(bench: &mut Bench<'_>, subject: &Subject) -> Result<()> {
         let run = |frame| Runner::new(&subject.program, frame, packets);
         let frames = cases.map(|(_, _, frame)| run(frame));
         let [a, b, c, d, e] = frames;
-        let [base, a, b, c, d, e, hit40, base40, hit16, base16] = measure(
+        allows(&subject.verdict, &request)?;
+        let [base, verdict, a, b, c, d, e, hit40, base40, hit16, base16] = measure(
             bench.rounds,
             [
                 Runner::new(&empty, &request, packets),
+                Runner::new(&subject.verdict, &request, packets),
                 a,
                 b,
                 c,
@@ -59,6 +61,8 @@ pub fn run(bench: &mut Bench<'_>, subject: &Subject) -> Result<()> {
             ],
         )?;
         let costs = [a, b, c, d, e].map(|series| series.minus(&base));
+        let verdict = verdict.minus(&base);
+        bench.nanoseconds(group::HOT, &format!("{name}: verdict"), &verdict);
         for (((what, ..), cost), holds) in cases.iter().zip(&costs).zip(&holds) {
             if *holds {
                 bench.nanoseconds(group::HOT, &format!("{name}: {what}"), cost);
@@ -68,7 +72,7 @@ pub fn run(bench: &mut Bench<'_>, subject: &Subject) -> Result<()> {
             continue;
         }
         let hit = hit40.minus(&base40);
-        let [hot, .., verdict, denied] = costs;
+        let [hot, .., denied] = costs;
         if family == Family::V4 {
             bench.nanoseconds(group::HOT, "LRU hash hit, 40-byte key", &hit);
             let hit16 = hit16.minus(&base16);

@@ -8,7 +8,7 @@ use enforcer::compile::Image;
 use enforcer_common::verdict::Reason;
 
 use super::{
-    Bench, TABLE,
+    Bench, TABLE, allows,
     frames::Family,
     group, names,
     policies::Size,
@@ -141,14 +141,15 @@ impl Axis<'_> {
         for frame in [&request, &family.reply_between_members()] {
             subject.program.run(frame, 1)?;
         }
-        let any = Prologue::new(&message, &members, &subject.program)?;
-        let any_base = Prologue::new(&message, &members, &bench.empty)?;
+        let whole = Prologue::new(&message, &members, &subject.program)?;
+        let any = Prologue::new(&request, &members, &subject.verdict)?;
+        let any_base = Prologue::new(&request, &members, &bench.empty)?;
         let opens = Prologue::new(&request, &new, &subject.program)?;
         let opens_base = Prologue::new(&request, &new, &bench.empty)?;
         let checks = [
             (base, &base.program, &message, Reason::RuleAllow),
             (subject, &subject.program, &message, Reason::RuleAllow),
-            (subject, &any.program, &message, Reason::RuleAllow),
+            (subject, &whole.program, &message, Reason::RuleAllow),
             (subject, &subject.program, &request, Reason::Established),
             (subject, &subject.program, &denied, Reason::DefaultDeny),
         ];
@@ -157,6 +158,9 @@ impl Axis<'_> {
             if !bench.holds(&what, of, reason, program, frame, 2_000)? {
                 return Ok(());
             }
+        }
+        for program in [&base.verdict, &subject.verdict, &any.program] {
+            allows(program, &request)?;
         }
         // Few members have not enough pairs and ports for ever new flows.
         let what = (self.name)(size, names::OPENS);
@@ -171,8 +175,7 @@ impl Axis<'_> {
             )?;
         let lpm = units::lpm(size)?;
         let packets = bench.packets;
-        let run = |program| Runner::new(program, &message, packets);
-        let open = |program| Runner::new(program, &request, packets);
+        let run = |program| Runner::new(program, &request, packets);
         opens.program.run(&request, TABLE)?;
         let [
             established,
@@ -189,15 +192,15 @@ impl Axis<'_> {
         ] = measure(
             bench.rounds,
             [
-                open(&subject.program),
+                run(&subject.program),
                 Runner::new(&subject.program, &denied, packets),
                 run(&bench.empty),
-                run(&base.program),
-                run(&subject.program),
+                run(&base.verdict),
+                run(&subject.verdict),
                 run(&any.program),
                 run(&any_base.program),
-                open(&opens.program),
-                open(&opens_base.program),
+                run(&opens.program),
+                run(&opens_base.program),
                 run(&lpm.subject),
                 run(&lpm.baseline),
             ],
@@ -244,7 +247,7 @@ fn subject<'a>(image: &Image, others: &'a mut Vec<Subject>) -> Result<&'a mut Su
     let at = match at {
         Some(at) => at,
         None => {
-            others.push(Subject::load(words)?);
+            others.push(Subject::load(words, TABLE)?);
             others.len() - 1
         }
     };

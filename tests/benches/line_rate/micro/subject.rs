@@ -38,23 +38,31 @@ pub fn image(size: Size) -> Result<Image> {
     )?)
 }
 
+fn program(programs: &mut Programs, name: &'static str) -> Result<Program> {
+    let program = programs.dataplane.ebpf_mut().program_mut(name);
+    let program: &mut SchedClassifier = program.context(name)?.try_into()?;
+    Ok(Program::of(program.fd()?.as_fd().try_clone_to_owned()?))
+}
+
 /// The loaded programs, of which `tc_ingress` is measured.
 pub struct Subject {
     programs: Programs,
     /// `tc_ingress`.
     pub program: Program,
+    /// `verdict`: what the rules say, and nothing else.
+    pub verdict: Program,
 }
 
 impl Subject {
-    /// Loads the size class that has room for `words` words.
-    pub fn load(words: usize) -> Result<Self> {
-        let mut programs = Programs::load_for(words, super::TABLE);
-        let program = programs.dataplane.ebpf_mut().program_mut("tc_ingress");
-        let program: &mut SchedClassifier = program.context("no tc_ingress")?.try_into()?;
-        let fd = program.fd()?.as_fd().try_clone_to_owned()?;
+    /// Loads the size class that has room for `words` words, with a table of `flows`.
+    pub fn load(words: usize, flows: u32) -> Result<Self> {
+        let mut programs = Programs::load_for(words, flows);
+        let program = program(&mut programs, "tc_ingress")?;
+        let verdict = self::program(&mut programs, "verdict")?;
         Ok(Self {
             programs,
-            program: Program::of(fd),
+            program,
+            verdict,
         })
     }
 
