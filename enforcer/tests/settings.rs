@@ -60,7 +60,7 @@ fn broken_files() {
             insta::assert_snapshot!(stem, render_all(&found, std::slice::from_ref(&file), false));
         });
     }
-    assert_eq!(seen, 4);
+    assert_eq!(seen, 5);
 }
 
 /// `E05xx` and `W05xx`, wherever they stand.

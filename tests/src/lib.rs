@@ -27,5 +27,6 @@ pub mod scale;
 pub mod seen;
 pub mod traffic;
 pub mod two;
+pub mod user;
 pub mod verifier;
 pub mod wire;

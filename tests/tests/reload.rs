@@ -78,7 +78,9 @@ fn is_well(daemon: &Daemon<'_>) {
 #[test]
 fn edits_and_sighup_swap_the_policy() {
     let net = net();
-    let daemon = Setup::new(&net.gateway, "gw-*", &policy(7001)).start();
+    let daemon = Setup::new(&net.gateway, "gw-*", &policy(7001))
+        .with(&["--follow-links"])
+        .start();
     assert_eq!(daemon.generation(), 1);
     only(&net, 7001);
 

@@ -11,7 +11,10 @@ use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::types::{ExplainRequest, Explanation, Peer, Record, Refusal, Reloaded, Status};
+use super::{
+    DEFAULT_SOCKET, DEFAULT_VIEW_SOCKET,
+    types::{ExplainRequest, Explanation, Peer, Record, Refusal, Reloaded, Status},
+};
 
 /// Bytes of an answer that is not a stream.
 const LARGEST: usize = 16 << 20;
@@ -31,8 +34,15 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The socket is not for this user.
-    #[error("may not use {}\n  help: run this as root", .0.display())]
+    #[error(
+        "may not use {}\n  help: run this as root, or as a member of the group enforcer \
+         (enforcer-view to ask only)",
+        .0.display()
+    )]
     Forbidden(PathBuf),
+    /// The daemon knows this user, and says no.
+    #[error("{0}")]
+    NotAllowed(String),
     /// The daemon said no.
     #[error("{0}")]
     Refused(String),
@@ -78,6 +88,14 @@ impl Client {
     /// [`ClientError`].
     pub async fn status(&self) -> Result<Status, ClientError> {
         self.json(Method::GET, "/v1/status", Vec::new()).await
+    }
+
+    /// What can be asked, as OpenAPI describes it.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn openapi(&self) -> Result<serde_json::Value, ClientError> {
+        self.json(Method::GET, "/v1/openapi.json", Vec::new()).await
     }
 
     /// Asks about a flow.
@@ -137,7 +155,14 @@ impl Client {
         uri: &str,
         body: Vec<u8>,
     ) -> Result<Incoming, ClientError> {
-        let stream = UnixStream::connect(&self.path).await.map_err(|source| {
+        let mut connected = UnixStream::connect(&self.path).await;
+        // Who may only ask has a socket of their own.
+        let denied = |e: &io::Error| e.kind() == io::ErrorKind::PermissionDenied;
+        if self.path == Path::new(DEFAULT_SOCKET) && connected.as_ref().is_err_and(denied) {
+            let other = UnixStream::connect(DEFAULT_VIEW_SOCKET).await;
+            connected = other.or(connected);
+        }
+        let stream = connected.map_err(|source| {
             if source.kind() == io::ErrorKind::PermissionDenied {
                 return ClientError::Forbidden(self.path.clone());
             }
@@ -166,14 +191,15 @@ impl Client {
         }
         let bytes = Limited::new(body, LARGEST).collect().await;
         let bytes = bytes.map_err(broken)?.to_bytes();
-        if status == StatusCode::FORBIDDEN {
-            return Err(ClientError::Forbidden(self.path.clone()));
-        }
         let refusal = serde_json::from_slice::<Refusal>(&bytes);
-        Err(ClientError::Refused(refusal.map_or_else(
+        let said = refusal.map_or_else(
             |_| format!("{status}: {}", String::from_utf8_lossy(&bytes).trim_end()),
             |refusal| refusal.error,
-        )))
+        );
+        if status == StatusCode::FORBIDDEN {
+            return Err(ClientError::NotAllowed(said));
+        }
+        Err(ClientError::Refused(said))
     }
 }
 

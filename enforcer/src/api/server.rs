@@ -1,284 +1,314 @@
-//! The daemon's side of the control socket.
+//! The daemon's side of the control sockets: who may, how much, how long. What is answered is in
+//! [`super::routes`].
 
 use std::{
     convert::Infallible,
-    fs, io,
-    os::unix::{
-        fs::{DirBuilderExt, FileTypeExt, MetadataExt},
-        net::{UnixListener, UnixStream},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
     },
-    path::{Path, PathBuf},
-    sync::Arc,
+    time::Duration,
 };
 
 use axum::{
-    Json, Router,
-    body::{Body, Bytes},
-    extract::{ConnectInfo, Query, Request, State, connect_info::Connected},
-    http::{StatusCode, header},
-    middleware::{self, Next},
-    response::{IntoResponse, Response},
-    routing::{get, post},
-    serve::IncomingStream,
+    Router,
+    body::Body,
+    http::{HeaderValue, Request, StatusCode, header},
+    response::Response,
 };
-use futures_util::stream::{self, Stream, StreamExt};
-use tokio::sync::{mpsc, oneshot};
+use http_body_util::{BodyExt as _, Limited};
+use hyper::{
+    body::{Body as _, Incoming},
+    server::conn::http1,
+    service::{Service as _, service_fn},
+};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::{mpsc, oneshot},
+    task::JoinSet,
+    time::{interval, sleep, timeout},
+};
 
-use super::types::{DenialsRequest, ExplainRequest, Peer, Record, Refusal};
+use super::{
+    DEFAULT_SOCKET,
+    bounds::{self, Bounded, Connections, Kind, Place, Seldom},
+    peer::{Authority, Groups, Peer, group_id},
+    routes::{self, Context, Route, refuse},
+    socket::{Socket, SocketError},
+    types::{Refusal, RefusalCode},
+};
 use crate::{
     daemon::{reload::Ask, state::Shared},
-    events::store::{Filter, Follower, UNSEGMENTED},
+    settings::Access,
 };
 
-/// Why the control socket cannot be had.
-#[derive(Debug, thiserror::Error)]
-pub enum SocketError {
-    /// Somebody answers there.
-    #[error(
-        "another enforcer answers at {}\n  help: stop it first, or choose another --socket",
-        .0.display()
-    )]
-    Taken(PathBuf),
-    /// Something else is there.
-    #[error("{} is there and is no socket\n  help: remove it, or choose another --socket", .0.display())]
-    NotASocket(PathBuf),
-    /// A system call failed.
-    #[error("cannot listen at {}: {source}", path.display())]
-    System {
-        /// Where.
-        path: PathBuf,
-        /// The kernel's answer.
-        source: io::Error,
-    },
-}
+/// How often it is asked who the groups are: they may be made while the daemon runs.
+const LOOK: Duration = Duration::from_secs(1);
+/// After an accept that failed, for want of descriptors perhaps.
+const PAUSE: Duration = Duration::from_millis(100);
 
-/// A listening socket: mode 0600 from its first moment; its file goes when it is dropped.
-pub struct Socket {
-    listener: UnixListener,
-    path: PathBuf,
-    inode: u64,
-}
-
-impl Socket {
-    /// Makes the directory (0750) if it is missing, and takes the place of a socket that nobody
-    /// listens on.
-    ///
-    /// # Errors
-    /// [`SocketError`].
-    pub fn bind(path: &Path) -> Result<Self, SocketError> {
-        let system = |source| SocketError::System {
-            path: path.to_owned(),
-            source,
-        };
-        if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-            let mut builder = fs::DirBuilder::new();
-            builder.recursive(true).mode(0o750);
-            builder.create(parent).map_err(system)?;
-        }
-        match fs::symlink_metadata(path) {
-            Ok(metadata) if !metadata.file_type().is_socket() => {
-                return Err(SocketError::NotASocket(path.to_owned()));
-            }
-            Ok(_) => match UnixStream::connect(path) {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    fs::remove_file(path).map_err(system)?;
-                }
-                Ok(_) => return Err(SocketError::Taken(path.to_owned())),
-                Err(error) => return Err(system(error)),
-            },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(system(error)),
-        }
-        // The mode of a socket's file is that of its making: a chmod would come too late. Other
-        // threads can only make files that are stricter than meant, for a moment.
-        let before = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
-        let listener = UnixListener::bind(path);
-        nix::sys::stat::umask(before);
-        let listener = listener.map_err(system)?;
-        listener.set_nonblocking(true).map_err(system)?;
-        let inode = fs::symlink_metadata(path).map_err(system)?.ino();
-        Ok(Self {
-            listener,
-            path: path.to_owned(),
-            inode,
-        })
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        // Not that of a successor.
-        if fs::symlink_metadata(&self.path).is_ok_and(|m| m.ino() == self.inode) {
-            // Nothing to do about a failure: the next start copes.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-/// Who is at the other end.
-#[derive(Clone, Copy, Debug)]
-struct Caller {
-    uid: Option<u32>,
-}
-
-impl Connected<IncomingStream<'_, tokio::net::UnixListener>> for Caller {
-    fn connect_info(stream: IncomingStream<'_, tokio::net::UnixListener>) -> Self {
-        Self {
-            uid: stream.io().peer_cred().ok().map(|cred| cred.uid()),
-        }
-    }
-}
-
-#[derive(Clone)]
-struct Context {
+struct Server {
     shared: Arc<Shared>,
-    asks: mpsc::Sender<Ask>,
+    routes: Vec<Route>,
+    service: TowerToHyperService<Router>,
+    connections: Arc<Connections>,
+    refusals: Seldom,
+    groups: RwLock<(Access, Groups)>,
 }
 
 /// The server, to be spawned. Must be called on a tokio runtime.
 ///
 /// # Errors
-/// When the socket cannot be polled.
+/// When a socket cannot be polled.
 pub fn serve(
-    socket: &Socket,
+    sockets: Arc<Vec<Socket>>,
     shared: Arc<Shared>,
     asks: mpsc::Sender<Ask>,
 ) -> Result<impl Future<Output = ()> + Send + use<>, SocketError> {
-    let listener = socket
-        .listener
-        .try_clone()
-        .and_then(tokio::net::UnixListener::from_std)
-        .map_err(|source| SocketError::System {
-            path: socket.path.clone(),
-            source,
-        })?;
-    let router = Router::new()
-        .route("/v1/status", get(status))
-        .route("/v1/denials", get(denials))
-        .route("/v1/explain", post(explain))
-        .route("/v1/reload", post(reload))
-        .fallback(async || refuse(StatusCode::NOT_FOUND, "no such request"))
-        .layer(middleware::from_fn(authorize))
-        .with_state(Context { shared, asks });
-    let service = router.into_make_service_with_connect_info::<Caller>();
+    let (routes, router) = routes::all();
+    let context = Context::new(Arc::clone(&shared), asks);
+    let server = Arc::new(Server {
+        shared,
+        routes,
+        service: TowerToHyperService::new(router.with_state(context)),
+        connections: Arc::default(),
+        refusals: Seldom::default(),
+        groups: RwLock::default(),
+    });
+    let mut listeners = Vec::new();
+    for socket in sockets.iter() {
+        listeners.push((socket.listener()?, socket.grants()));
+    }
+    // Before the first client: it finds the sockets as they are to be.
+    server.look(&sockets, true);
     Ok(async move {
-        if let Err(error) = axum::serve(listener, service).await {
-            tracing::error!(%error, "the control socket is closed");
+        let mut accepting = JoinSet::new();
+        for (listener, grants) in listeners {
+            accepting.spawn(accept(Arc::clone(&server), listener, grants));
+        }
+        let mut look = interval(LOOK);
+        loop {
+            tokio::select! {
+                _ = look.tick() => server.look(&sockets, false),
+                // Never, but for a panic.
+                Some(_) = accepting.join_next() => return,
+            }
         }
     })
 }
 
-/// Root, or whoever the daemon runs as: file modes say the same, but a directory may be moved.
-async fn authorize(
-    ConnectInfo(caller): ConnectInfo<Caller>,
-    request: Request,
-    next: Next,
-) -> Response {
-    let own = nix::unistd::geteuid().as_raw();
-    match caller.uid {
-        Some(uid) if uid == 0 || uid == own => next.run(request).await,
-        _ => {
-            tracing::warn!(uid = caller.uid, "refused a caller on the control socket");
-            refuse(StatusCode::FORBIDDEN, "only root may do this")
+async fn accept(server: Arc<Server>, listener: UnixListener, grants: Authority) {
+    let troubles = Seldom::default();
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                // A client that is gone already needs no answer.
+                if let Ok(peer) = Peer::of(&stream) {
+                    // Counted here, and not when its task gets to it: accepting may be faster.
+                    let place = server.connections.arrived(peer.uid);
+                    let server = Arc::clone(&server);
+                    tokio::spawn(server.converse(stream, Arc::new(peer), grants, place));
+                }
+            }
+            Err(error) => {
+                if let Some(unsaid) = troubles.due(0) {
+                    tracing::warn!(%error, unsaid, "cannot accept on the control socket");
+                }
+                sleep(PAUSE).await;
+            }
         }
     }
 }
 
-fn refuse(status: StatusCode, error: impl Into<String>) -> Response {
-    let error = error.into();
-    (status, Json(Refusal { error })).into_response()
+impl Server {
+    /// Looks who the groups are, and lets them in.
+    fn look(&self, sockets: &[Socket], first: bool) {
+        let access = self.shared.live().settings.access.clone();
+        let groups = Groups {
+            change: group_id(&access.change),
+            view: group_id(&access.view),
+        };
+        let new = (access, groups);
+        let before = std::mem::replace(
+            &mut *self.groups.write().unwrap_or_else(PoisonError::into_inner),
+            new.clone(),
+        );
+        if before == new && !first {
+            return;
+        }
+        let (access, groups) = new;
+        for socket in sockets {
+            let (name, group) = match socket.grants() {
+                Authority::Change => (&access.change, groups.change),
+                Authority::View | Authority::Nothing => (&access.view, groups.view),
+            };
+            give(socket, name, group);
+        }
+    }
+
+    /// One request, one answer.
+    async fn converse(
+        self: Arc<Self>,
+        stream: UnixStream,
+        peer: Arc<Peer>,
+        grants: Authority,
+        (place, end): (Place, oneshot::Receiver<()>),
+    ) {
+        let patient = Arc::new(AtomicBool::new(false));
+        let io = TokioIo::new(Bounded::new(stream, bounds::TAKE, Arc::clone(&patient)));
+        let service = service_fn(async |request| {
+            let answer = self.answer(request, &peer, grants, &place, &patient).await;
+            Ok::<_, Infallible>(answer)
+        });
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(bounds::SEND)
+            .max_headers(bounds::HEADER_LINES)
+            .max_buf_size(bounds::HEADER)
+            .keep_alive(false)
+            .serve_connection(io, service);
+        tokio::select! {
+            // The client knows better than the log what went wrong.
+            _ = connection => {}
+            _ = end => {}
+        }
+    }
+
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        peer: &Arc<Peer>,
+        grants: Authority,
+        place: &Place,
+        patient: &AtomicBool,
+    ) -> Response {
+        let (mut parts, body) = request.into_parts();
+        let path = parts.uri.path();
+        let route = self.routes.iter().find(|route| route.path == path);
+        // What there is, a stranger need not know.
+        let needs = route.map_or(Authority::View, |route| route.needs);
+        if let Some(refusal) = self.forbids(peer, grants, needs) {
+            if let Some(unsaid) = self.refusals.due(peer.uid) {
+                let (peer, request) = (peer.named(), format!("{} {path}", parts.method));
+                tracing::warn!(%peer, request, unsaid, "refused a caller on the control socket");
+            }
+            return routes::refusal(StatusCode::FORBIDDEN, refusal);
+        }
+        let Some(route) = route else {
+            let status = StatusCode::NOT_FOUND;
+            return refuse(status, RefusalCode::NotFound, "no such request");
+        };
+        if parts.method != route.method {
+            let status = StatusCode::METHOD_NOT_ALLOWED;
+            let error = format!("{path} takes {} only", route.method);
+            let mut answer = refuse(status, RefusalCode::MethodNotAllowed, error);
+            if let Ok(method) = HeaderValue::from_str(route.method.as_str()) {
+                answer.headers_mut().insert(header::ALLOW, method);
+            }
+            return answer;
+        }
+        let body = match whole(body).await {
+            Ok(body) => body,
+            Err(answer) => return answer,
+        };
+        let kind = route.kind();
+        if !place.answer(kind) {
+            let error = "too many requests of this user are being answered; try again later";
+            return refuse(StatusCode::SERVICE_UNAVAILABLE, RefusalCode::Busy, error);
+        }
+        patient.store(kind == Kind::Stream, Ordering::Relaxed);
+        if route.needs == Authority::Change {
+            let by = Arc::new(peer.named());
+            tracing::info!(%by, request = route.path, "a change is asked for");
+            parts.extensions.insert(by);
+        }
+        let request = Request::from_parts(parts, body);
+        match self.service.call(request).await {
+            Ok(answer) => answer,
+            Err(never) => match never {},
+        }
+    }
+
+    /// Why this peer may not do it, if so.
+    fn forbids(&self, peer: &Peer, grants: Authority, needs: Authority) -> Option<Refusal> {
+        let groups = self.groups.read().unwrap_or_else(PoisonError::into_inner);
+        let (access, groups) = &*groups;
+        let (group, id) = match needs {
+            Authority::Change => (&access.change, groups.change),
+            Authority::View | Authority::Nothing => (&access.view, groups.view),
+        };
+        let error = if groups.authority(peer) < needs {
+            let missing = match id {
+                Some(_) => "",
+                None => ", which this host does not have",
+            };
+            format!(
+                "uid {} may not do this: it takes root or a member of group {group}{missing}",
+                peer.uid
+            )
+        } else if grants < needs {
+            format!(
+                "this socket is for asking only; changes go to the control socket ({DEFAULT_SOCKET})"
+            )
+        } else {
+            return None;
+        };
+        Some(Refusal {
+            error,
+            code: RefusalCode::Forbidden,
+            group: Some(group.clone()),
+        })
+    }
 }
 
-async fn status(State(context): State<Context>) -> Response {
-    let shared = context.shared;
-    match tokio::task::spawn_blocking(move || shared.status()).await {
-        Ok(status) => Json(status).into_response(),
-        Err(error) => refuse(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+fn give(socket: &Socket, name: &str, group: Option<u32>) {
+    let path = socket.path().display();
+    if let Err(error) = socket.give(group) {
+        let help = "give the daemon CAP_CHOWN, or run it as a member of the group";
+        tracing::warn!(%path, group = name, %error, help, "only root may use the socket");
+        return;
+    }
+    match group {
+        None => {
+            let help = format!("to let a group in: groupadd --system {name}");
+            tracing::info!(%path, help, "only root may use the socket: no group {name}");
+        }
+        Some(id) => match socket.closed_to(id) {
+            Some(closed) => tracing::warn!(%path, group = name, "{closed}"),
+            None => tracing::info!(%path, group = name, "the group may use the socket"),
+        },
     }
 }
 
-async fn explain(State(context): State<Context>, Json(request): Json<ExplainRequest>) -> Response {
-    match context.shared.explain(&request) {
-        Ok(explanation) => Json(explanation).into_response(),
-        Err(error) => refuse(StatusCode::BAD_REQUEST, error),
-    }
-}
-
-async fn reload(State(context): State<Context>) -> Response {
-    let (sender, receiver) = oneshot::channel();
-    if context.asks.send(sender).await.is_err() {
-        return refuse(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping");
-    }
-    match receiver.await {
-        Ok(Ok(reloaded)) => Json(reloaded).into_response(),
-        Ok(Err(error)) => refuse(StatusCode::UNPROCESSABLE_ENTITY, error),
-        Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping"),
-    }
-}
-
-async fn denials(
-    State(context): State<Context>,
-    Query(request): Query<DenialsRequest>,
-) -> Response {
-    if let Some(error) = [&request.from, &request.to]
-        .into_iter()
-        .flatten()
-        .find_map(|peer| unknown_segment(&context.shared, peer))
-    {
-        return refuse(StatusCode::BAD_REQUEST, error);
-    }
-    let filter = Filter {
-        from: request.from,
-        to: request.to,
+/// The whole body, if it is short and comes soon.
+async fn whole(body: Incoming) -> Result<Body, Response> {
+    let too_large = || {
+        let error = format!("a request has {} bytes at most", bounds::BODY);
+        refuse(StatusCode::PAYLOAD_TOO_LARGE, RefusalCode::TooLarge, error)
     };
-    let last = request.last.unwrap_or(usize::MAX);
-    let store = &context.shared.store;
-    let body = if request.follow {
-        let (records, follower) = store.follow(last, &filter);
-        Body::from_stream(lines(records).chain(follow(follower)))
-    } else {
-        Body::from_stream(lines(store.last(last, &filter)))
-    };
-    ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
-}
-
-/// A name that no recent policy has is a slip of the keyboard, not a filter.
-fn unknown_segment(shared: &Shared, peer: &Peer) -> Option<String> {
-    let Peer::Segment(name) = peer else {
-        return None;
-    };
-    let known = shared.generations.segment_names();
-    if name == UNSEGMENTED || known.contains(name) {
-        return None;
+    // What says so itself need not be read.
+    if body.size_hint().lower() > bounds::BODY as u64 {
+        return Err(too_large());
     }
-    let near = known
-        .iter()
-        .map(|k| (strsim::damerau_levenshtein(k, name), k))
-        .filter(|(distance, _)| *distance <= 3)
-        .min();
-    let hint = near.map(|(_, near)| format!("; did you mean `{near}`?"));
-    Some(format!(
-        "no segment is named `{name}`{}",
-        hint.unwrap_or_default()
-    ))
-}
-
-type Line = Result<Bytes, Infallible>;
-
-fn line(record: &Record) -> Line {
-    // Strings, numbers and lists of strings: this cannot fail.
-    let mut json = serde_json::to_vec(record).unwrap_or_default();
-    json.push(b'\n');
-    Ok(json.into())
-}
-
-fn lines(records: Vec<Arc<Record>>) -> impl Stream<Item = Line> + Send {
-    stream::iter(records).map(|record| line(&record))
-}
-
-fn follow(follower: Follower) -> impl Stream<Item = Line> + Send {
-    stream::unfold(follower, async |mut follower| {
-        let record = follower.next().await?;
-        Some((line(&record), follower))
-    })
+    match timeout(bounds::SEND, Limited::new(body, bounds::BODY).collect()).await {
+        Ok(Ok(body)) => Ok(Body::from(body.to_bytes())),
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(too_large()),
+        Ok(Err(error)) => Err(refuse(
+            StatusCode::BAD_REQUEST,
+            RefusalCode::BadRequest,
+            error.to_string(),
+        )),
+        Err(_) => {
+            let error = "the body did not come in time";
+            Err(refuse(
+                StatusCode::REQUEST_TIMEOUT,
+                RefusalCode::TooSlow,
+                error,
+            ))
+        }
+    }
 }

@@ -36,6 +36,7 @@ impl<'de> Deserialize<'de> for Time {
 
 /// Whether and how well the host is enforced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     /// All that was asked for is enforced, and what runs is what is written.
@@ -59,6 +60,7 @@ impl State {
 
 /// The policy that judges packets now.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct PolicyStatus {
     /// Directory or file it was read from.
     pub path: String,
@@ -76,6 +78,7 @@ pub struct PolicyStatus {
 
 /// An interface that is enforced, or should be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct InterfaceStatus {
     /// Name.
     pub name: String,
@@ -100,6 +103,7 @@ pub struct InterfaceStatus {
 
 /// What nothing in the policy cuts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct FailsafeStatus {
     /// Its name.
     pub name: String,
@@ -113,6 +117,7 @@ pub struct FailsafeStatus {
 
 /// What passes before the policy is asked.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct SettingsStatus {
     /// The file; `None` when there is none and the defaults hold.
     pub path: Option<String>,
@@ -126,6 +131,7 @@ pub struct SettingsStatus {
 
 /// A packet counter. Socket hooks count calls.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct CounterStatus {
     /// `tc_ingress`, `tc_egress`, `connect`, `sendmsg`.
     pub hook: String,
@@ -139,6 +145,7 @@ pub struct CounterStatus {
 
 /// What became of the records of denied packets: the sum is the number of such packets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct EventStatus {
     /// Packets with a record of their own.
     pub emitted: u64,
@@ -150,6 +157,7 @@ pub struct EventStatus {
 
 /// [`EventStatus`] of one hook.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct RecordStatus {
     /// `tc_ingress`, `tc_egress`, `connect`, `sendmsg`.
     pub hook: String,
@@ -160,6 +168,7 @@ pub struct RecordStatus {
 
 /// The answer to `GET /v1/status`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Status {
     /// In a word.
     pub state: State,
@@ -200,6 +209,7 @@ pub struct Status {
 
 /// What happened to a recorded packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Verdict {
     /// Dropped or refused.
@@ -274,6 +284,7 @@ impl<'de> Deserialize<'de> for Default {
 
 /// Who sent a packet or made a call.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ProcessInfo {
     /// Process id, as the host sees it.
     pub pid: u32,
@@ -287,6 +298,7 @@ pub struct ProcessInfo {
 
 /// One or more packets (or calls) of one flow that were denied or would have been.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Denial {
     /// Time of the last of them, to within a second when there are several.
     pub time: Time,
@@ -339,6 +351,7 @@ pub struct Denial {
 
 /// Denied packets that no [`Denial`] describes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Lost {
     /// When it was noticed.
     pub time: Time,
@@ -352,6 +365,7 @@ pub struct Lost {
 
 /// The verdict of [`Lost`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub enum LostVerdict {
     /// `LOST`.
     #[serde(rename = "LOST")]
@@ -360,6 +374,7 @@ pub enum LostVerdict {
 
 /// Where records were lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum LostCause {
     /// Between kernel and daemon. The packets are in the counters.
@@ -372,6 +387,7 @@ pub enum LostCause {
 
 /// A line of `GET /v1/denials`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(untagged)]
 pub enum Record {
     /// Denied packets.
@@ -430,6 +446,7 @@ impl<'de> Deserialize<'de> for Peer {
 
 /// Query of `GET /v1/denials`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct DenialsRequest {
     /// At most so many of those that are kept; all when missing.
     pub last: Option<usize>,
@@ -444,6 +461,7 @@ pub struct DenialsRequest {
 
 /// Body of `POST /v1/explain`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct ExplainRequest {
     /// Who opens the flow.
     pub from: IpAddr,
@@ -455,6 +473,7 @@ pub struct ExplainRequest {
 
 /// Why a flow is allowed or denied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Explanation {
     /// The flow that was asked about.
     #[serde(flatten)]
@@ -485,6 +504,7 @@ pub struct Explanation {
 
 /// The answer to `POST /v1/reload`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Reloaded {
     /// Whether a new image took over; `false`: the files mean what runs already.
     pub changed: bool,
@@ -494,7 +514,42 @@ pub struct Reloaded {
 
 /// Any answer that is not a success.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Refusal {
     /// What went wrong, for a person; may have several lines.
     pub error: String,
+    /// The same for programs.
+    #[serde(default)]
+    pub code: RefusalCode,
+    /// Of `forbidden`: the group whose members may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+}
+
+/// Kinds of [`Refusal`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum RefusalCode {
+    /// The caller, or any caller on this socket, may not do this.
+    Forbidden,
+    /// No such path.
+    NotFound,
+    /// Not with this method.
+    MethodNotAllowed,
+    /// The request names what is not there, or cannot be read.
+    BadRequest,
+    /// More bytes than a request may have.
+    TooLarge,
+    /// The body did not come in time.
+    TooSlow,
+    /// Too many requests or streams of this user are being answered: try again.
+    Busy,
+    /// The files were read and cannot be used; what was in force stays.
+    Rejected,
+    /// The daemon is about to end.
+    Stopping,
+    /// A mistake of the daemon's own.
+    #[default]
+    Internal,
 }

@@ -8,6 +8,7 @@ use crate::{
     daemon::{
         environment::Host,
         files::{self, SettingsPath, Sources, Texts},
+        guard::Trust,
         load::{self, Loaded, Rejected},
     },
     policy::{Diagnostic, diag, model::Environment},
@@ -119,8 +120,12 @@ fn check(args: &Args) -> Result<Checked, Rejected> {
         (Some(path), settings) => (path.clone(), settings),
     };
     let (segments, settings) = segments;
-    let loaded =
-        progress(|progress| load::load(&Sources { segments, settings }, &environment(), progress))?;
+    let sources = Sources {
+        segments,
+        settings,
+        trust: Trust::Anyone,
+    };
+    let loaded = progress(|progress| load::load(&sources, &environment(), progress))?;
     Ok(Checked {
         policy: Some(Summary::of(&loaded)),
         settings: SettingsSummary::of(args.config.as_ref(), &loaded.settings),
@@ -132,7 +137,7 @@ fn check(args: &Args) -> Result<Checked, Rejected> {
 fn check_settings(path: &SettingsPath) -> Result<Checked, Rejected> {
     let texts = Texts {
         policy: Arc::default(),
-        settings: files::load_settings(path).map_err(Rejected::Files)?,
+        settings: files::load_settings(path, Trust::Anyone).map_err(Rejected::Files)?,
     };
     let (settings, warnings) =
         load::settings(&texts).map_err(|diagnostics| Rejected::Settings {

@@ -10,6 +10,7 @@ use crate::{
     daemon::{
         explain::{explain, now, one_flow},
         files::Sources,
+        guard::Trust,
         load,
     },
 };
@@ -53,6 +54,7 @@ pub fn run(args: &Args, globals: &Globals, out: &mut Out) -> Result<Exit, Failur
             let sources = Sources {
                 segments: path.clone(),
                 settings: None,
+                trust: Trust::Anyone,
             };
             let loaded = progress(|progress| load::load(&sources, &environment(), progress))
                 .map_err(|rejected| {

@@ -3,6 +3,7 @@
 mod check;
 mod completions;
 mod denials;
+mod doctor;
 mod explain;
 mod out;
 mod run;
@@ -27,7 +28,7 @@ const DEFAULT_SETTINGS: &str = "/etc/enforcer/enforcer.yaml";
 /// Loads the kernel programs: words of an image, flows of the table, debug messages.
 pub type Open = fn(u32, u32, bool) -> Result<Box<dyn Dataplane>, DataplaneError>;
 
-const EXIT_CODES: &str = "Exit codes: 0 fine, 1 the policy is no good, 3 the machine lacks \
+const EXIT_CODES: &str = "Exit codes: 0 fine, 1 the policy is no good, or doctor found a fault, 3 the machine lacks \
 something, 4 degraded, 5 not enforcing, 64 usage.";
 
 /// Microsegmentation for Linux: segments in YAML, enforced by eBPF.
@@ -62,6 +63,8 @@ enum Verb {
     Explain(explain::Args),
     /// Show what is enforced, and how well.
     Status(status::Args),
+    /// Say what this host lacks for being enforced, and how to mend it; nothing is changed.
+    Doctor(doctor::Args),
     /// Print a completion script.
     Completions(completions::Args),
 }
@@ -125,7 +128,7 @@ impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let exit = match error {
             ClientError::Unreachable { .. } | ClientError::Broken(_) => Exit::NotEnforcing,
-            ClientError::Forbidden(_) => Exit::Environment,
+            ClientError::Forbidden(_) | ClientError::NotAllowed(_) => Exit::Environment,
             // The daemon understood, and does not know what was named.
             ClientError::Refused(_) => Exit::Usage,
         };
@@ -155,6 +158,7 @@ pub fn main(open: Open) -> ExitCode {
         Verb::Denials(args) => denials::run(args, &cli.globals, &mut out),
         Verb::Explain(args) => explain::run(args, &cli.globals, &mut out),
         Verb::Status(args) => status::run(args, &cli.globals, &mut out),
+        Verb::Doctor(args) => doctor::run(args, &cli.globals, &mut out),
         Verb::Completions(args) => completions::run(args, &mut out),
     };
     let result = result.and_then(|exit| {

@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, IsTerminal, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use clap::ValueEnum;
@@ -13,7 +13,11 @@ use tokio::{
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    daemon::{self, Config, RunError, files::SettingsPath, netlink, preflight::preflight},
+    api::{DEFAULT_SOCKET, DEFAULT_VIEW_SOCKET},
+    daemon::{
+        self, Config, RunError, ViewSocket, files::SettingsPath, guard::Trust, netlink,
+        preflight::preflight,
+    },
     dataplane::{SocketHooks, flows::DEFAULT_FLOWS},
     policy::pattern::Pattern,
 };
@@ -31,6 +35,14 @@ pub struct Args {
     /// The daemon's own settings: essentials, ethertypes, failsafes.
     #[arg(long, value_name = "PATH", help = CONFIG_HELP)]
     config: Option<PathBuf>,
+    /// Socket for those who may only ask (default: /run/enforcer-view/view.sock, unless --socket is
+    /// given).
+    #[arg(long, value_name = "PATH")]
+    view_socket: Option<PathBuf>,
+    /// Take files of policy and settings that are symbolic links, if root owns the links and where
+    /// they lead is as safe: Kubernetes mounts ConfigMaps so.
+    #[arg(long)]
+    follow_links: bool,
     /// Interfaces to enforce on; `*` and `?` are globs. Those that appear later are enforced, too.
     #[arg(long, value_name = "IF", required = true, value_delimiter = ',')]
     pub interface: Vec<Pattern>,
@@ -85,8 +97,12 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
             path: args.config.clone().unwrap_or(DEFAULT_SETTINGS.into()),
             required: args.config.is_some(),
         }),
+        trust: Trust::Owner {
+            links: args.follow_links,
+        },
         interfaces: args.interface.clone(),
         socket: globals.socket.clone(),
+        view_socket: view_socket(args, globals),
         socket_hooks,
     };
     let (debug, flows) = (args.kernel_debug, args.flows);
@@ -120,6 +136,17 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
             | RunError::System { .. }),
         ) => Err(Failure::new(Exit::Environment, error.to_string())),
     }
+}
+
+/// One that listens elsewhere, as in a test, must not meet another at the default place.
+fn view_socket(args: &Args, globals: &Globals) -> Option<ViewSocket> {
+    let default = globals.socket == Path::new(DEFAULT_SOCKET);
+    let path = args.view_socket.clone();
+    let path = path.or_else(|| default.then(|| DEFAULT_VIEW_SOCKET.into()))?;
+    Some(ViewSocket {
+        path,
+        required: args.view_socket.is_some(),
+    })
 }
 
 /// A host is not cut off from itself: what it says to itself is not judged.

@@ -1,13 +1,15 @@
 //! Files of the policy and of the settings on disk.
 
 use std::{
-    fs::{self, OpenOptions},
+    ffi::OsStr,
+    fs::{File, OpenOptions},
     io::{self, Read},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::{ffi::OsStrExt as _, fs::OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use super::guard::{self, Fault, Trust};
 use crate::policy::SourceFile;
 
 /// Where policy and settings are.
@@ -17,6 +19,8 @@ pub struct Sources {
     pub segments: PathBuf,
     /// Settings, if there may be any.
     pub settings: Option<SettingsPath>,
+    /// What is asked of these files, and of the directories around them.
+    pub trust: Trust,
 }
 
 /// The file of the daemon's settings.
@@ -58,10 +62,18 @@ impl Texts {
 /// # Errors
 /// [`FilesError`]; all or nothing.
 pub fn read_all(sources: &Sources) -> Result<Texts, FilesError> {
+    let trust = sources.trust;
+    let policy = load(&sources.segments, trust);
     let settings = sources.settings.as_ref();
+    let settings = settings.map(|settings| load_settings(settings, trust));
+    // All that is unsafe in one go: it is one person who mends it.
+    if let (Err(FilesError::Unsafe(one)), Some(Err(FilesError::Unsafe(two)))) = (&policy, &settings)
+    {
+        return Err(FilesError::of([&one[..], two].concat()));
+    }
     Ok(Texts {
-        policy: load(&sources.segments)?.into(),
-        settings: settings.map(load_settings).transpose()?.flatten(),
+        policy: policy?.into(),
+        settings: settings.transpose()?.flatten(),
     })
 }
 
@@ -70,8 +82,11 @@ pub fn read_all(sources: &Sources) -> Result<Texts, FilesError> {
 ///
 /// # Errors
 /// [`FilesError`].
-pub fn load_settings(settings: &SettingsPath) -> Result<Option<SourceFile>, FilesError> {
-    match read(&settings.path) {
+pub fn load_settings(
+    settings: &SettingsPath,
+    trust: Trust,
+) -> Result<Option<SourceFile>, FilesError> {
+    match open(&settings.path, trust).and_then(|file| read(file, &settings.path)) {
         Ok(text) => Ok(Some(SourceFile {
             name: settings.path.display().to_string(),
             text,
@@ -128,6 +143,42 @@ pub enum FilesError {
         /// Bytes before it.
         offset: usize,
     },
+    /// Somebody else can have written them.
+    #[error("{}", lines(.0))]
+    Unsafe(Vec<Fault>),
+}
+
+impl FilesError {
+    /// Each fault once: files share the directories above them.
+    fn of(faults: Vec<Fault>) -> Self {
+        let mut once: Vec<Fault> = Vec::new();
+        for fault in faults {
+            if !once.contains(&fault) {
+                once.push(fault);
+            }
+        }
+        Self::Unsafe(once)
+    }
+
+    /// Whether it is for want of a right.
+    pub fn is_denied(&self) -> bool {
+        matches!(self, Self::Read { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
+    }
+
+    /// In one line.
+    pub fn summary(&self) -> String {
+        if let Self::Unsafe(faults) = self
+            && let [first, _, ..] = &faults[..]
+        {
+            return format!("{first} (and {} more)", faults.len() - 1);
+        }
+        self.to_string()
+    }
+}
+
+fn lines(faults: &[Fault]) -> String {
+    let lines: Vec<_> = faults.iter().map(ToString::to_string).collect();
+    lines.join("\n")
 }
 
 /// Reads a policy: every `*.yaml` and `*.yml` directly inside a directory, in lexical order of
@@ -136,21 +187,25 @@ pub enum FilesError {
 ///
 /// # Errors
 /// [`FilesError`]; all or nothing.
-pub fn load(path: &Path) -> Result<Vec<SourceFile>, FilesError> {
+pub fn load(path: &Path, trust: Trust) -> Result<Vec<SourceFile>, FilesError> {
     let failed = |source| FilesError::Read {
         path: path.to_owned(),
         source,
     };
-    if !fs::metadata(path).map_err(failed)?.is_dir() {
+    let opened = open(path, trust)?;
+    if !opened.metadata().map_err(failed)?.is_dir() {
         let name = path.file_name().unwrap_or(path.as_os_str());
         return Ok(vec![SourceFile {
             name: name.to_string_lossy().into_owned(),
-            text: read(path)?,
+            text: read(opened, path)?,
         }]);
     }
+    // The directory that was looked at, whatever its path means by now.
+    let mut directory = nix::dir::Dir::from_fd(opened.into()).map_err(|e| failed(e.into()))?;
     let mut paths = Vec::new();
-    for entry in fs::read_dir(path).map_err(failed)? {
-        let found = entry.map_err(failed)?.path();
+    for entry in directory.iter() {
+        let entry = entry.map_err(|e| failed(e.into()))?;
+        let found = path.join(OsStr::from_bytes(entry.file_name().to_bytes()));
         if is_policy_name(&found) {
             paths.push(found);
         }
@@ -161,18 +216,26 @@ pub fn load(path: &Path) -> Result<Vec<SourceFile>, FilesError> {
             path: path.to_owned(),
         });
     }
-    paths
-        .iter()
-        .map(|path| {
-            Ok(SourceFile {
+    let mut files = Vec::new();
+    let mut faults = Vec::new();
+    for path in &paths {
+        match open(path, trust) {
+            Ok(file) => files.push(SourceFile {
                 name: path
                     .file_name()
                     .map(|n| n.to_string_lossy().into_owned())
                     .unwrap_or_default(),
-                text: read(path)?,
-            })
-        })
-        .collect()
+                text: read(file, path)?,
+            }),
+            Err(FilesError::Unsafe(found)) => faults.extend(found),
+            Err(error) => return Err(error),
+        }
+    }
+    if faults.is_empty() {
+        Ok(files)
+    } else {
+        Err(FilesError::of(faults))
+    }
 }
 
 /// Hidden files are left out: editors keep their swap files under such names.
@@ -183,18 +246,27 @@ pub(super) fn is_policy_name(path: &Path) -> bool {
     !hidden && path.extension().is_some_and(|e| e == "yaml" || e == "yml")
 }
 
-/// Looks at the opened file, not at the path: what is checked is what is read. A link is followed
-/// (mounted Kubernetes ConfigMaps consist of links); a FIFO neither blocks nor passes.
-fn read(path: &Path) -> Result<String, FilesError> {
+/// Opens a file or a directory. A FIFO does not block.
+fn open(path: &Path, trust: Trust) -> Result<File, FilesError> {
+    match trust {
+        Trust::Owner { links } => guard::open(path, links),
+        Trust::Anyone => OpenOptions::new()
+            .read(true)
+            .custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits())
+            .open(path)
+            .map_err(|source| FilesError::Read {
+                path: path.to_owned(),
+                source,
+            }),
+    }
+}
+
+/// Looks at the opened file, not at the path: what is checked is what is read.
+fn read(file: File, path: &Path) -> Result<String, FilesError> {
     let failed = |source| FilesError::Read {
         path: path.to_owned(),
         source,
     };
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits())
-        .open(path)
-        .map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     if !metadata.is_file() {
         return Err(FilesError::NotAFile {
@@ -221,7 +293,7 @@ fn read(path: &Path) -> Result<String, FilesError> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::{fs, os::unix::fs::symlink};
 
     use super::*;
 
@@ -234,18 +306,18 @@ mod tests {
         fs::create_dir(dir.path().join("sub")).unwrap();
         fs::write(dir.path().join("sub/c.yaml"), "c").unwrap();
         symlink("b.yml", dir.path().join("link.yaml")).unwrap();
-        let files = load(dir.path()).unwrap();
+        let files = load(dir.path(), Trust::Anyone).unwrap();
         let names: Vec<_> = files.iter().map(|f| f.name.as_str()).collect();
         assert_eq!(names, ["a.yaml", "b.yml", "link.yaml"]);
         assert_eq!(files[2].text, "b.yml");
-        let one = load(&dir.path().join("a.yaml")).unwrap();
+        let one = load(&dir.path().join("a.yaml"), Trust::Anyone).unwrap();
         assert_eq!((one.len(), one[0].name.as_str()), (1, "a.yaml"));
     }
 
     #[test]
     fn what_cannot_be_a_policy_is_refused_by_name() {
         let dir = tempfile::tempdir().unwrap();
-        let error = |path: &Path| load(path).unwrap_err().to_string();
+        let error = |path: &Path| load(path, Trust::Anyone).unwrap_err().to_string();
         assert!(error(dir.path()).contains("no *.yaml"));
         assert!(error(&dir.path().join("x.yaml")).contains("No such file"));
 
@@ -268,17 +340,19 @@ mod tests {
             path: dir.path().join("enforcer.yaml"),
             required: false,
         };
-        assert_eq!(load_settings(&settings).unwrap(), None);
+        assert_eq!(load_settings(&settings, Trust::Anyone).unwrap(), None);
         settings.required = true;
-        let error = load_settings(&settings).unwrap_err().to_string();
+        let error = load_settings(&settings, Trust::Anyone)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("No such file"), "{error}");
         fs::write(&settings.path, "version: 1").unwrap();
-        let file = load_settings(&settings).unwrap().unwrap();
+        let file = load_settings(&settings, Trust::Anyone).unwrap().unwrap();
         assert_eq!(file.name, settings.path.display().to_string());
         // One that is there and cannot be read is no missing one.
         fs::remove_file(&settings.path).unwrap();
         fs::create_dir(&settings.path).unwrap();
         settings.required = false;
-        assert!(load_settings(&settings).is_err());
+        assert!(load_settings(&settings, Trust::Anyone).is_err());
     }
 }

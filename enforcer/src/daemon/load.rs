@@ -96,7 +96,7 @@ impl Rejected {
     /// One line, for a log or a list.
     pub fn summary(&self) -> String {
         match self {
-            Self::Files(error) => error.to_string(),
+            Self::Files(error) => error.summary(),
             Self::Policy { diagnostics, .. } | Self::Settings { diagnostics, .. } => {
                 let errors: Vec<_> = diagnostics
                     .iter()

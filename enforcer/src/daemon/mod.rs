@@ -5,9 +5,11 @@
 
 pub mod clock;
 pub mod control;
+pub mod doctor;
 pub mod environment;
 pub mod explain;
 pub mod files;
+pub mod guard;
 pub mod links;
 pub mod load;
 pub mod netlink;
@@ -39,7 +41,9 @@ use tokio::{
 
 use crate::{
     api::{
-        server::{self, Socket, SocketError},
+        peer::Authority,
+        server,
+        socket::{Socket, SocketError},
         types::Time,
     },
     compile::Image,
@@ -58,6 +62,7 @@ use crate::policy::pattern::Pattern;
 use control::Control;
 use environment::Host;
 use files::{SettingsPath, Sources};
+use guard::Trust;
 use links::Links;
 use load::Rejected;
 use state::{Live, Shared};
@@ -69,12 +74,25 @@ pub struct Config {
     pub segments: PathBuf,
     /// The daemon's own settings.
     pub settings: Option<SettingsPath>,
+    /// What is asked of these files.
+    pub trust: Trust,
     /// Where to enforce.
     pub interfaces: Vec<Pattern>,
     /// Where to listen.
     pub socket: PathBuf,
+    /// Where to listen for those who only ask.
+    pub view_socket: Option<ViewSocket>,
     /// What the socket hooks are to do, as far as the interfaces permit.
     pub socket_hooks: SocketHooks,
+}
+
+/// The socket of those who only ask.
+#[derive(Clone, Debug)]
+pub struct ViewSocket {
+    /// Where.
+    pub path: PathBuf,
+    /// Somebody named it: no start without.
+    pub required: bool,
 }
 
 /// Why the daemon did not start, or stopped. Nothing is enforced then.
@@ -129,6 +147,7 @@ pub async fn run(
     let sources = Sources {
         segments: config.segments.clone(),
         settings: config.settings.clone(),
+        trust: config.trust,
     };
     let (from, environment) = (sources.clone(), host.environment.clone());
     let loading = spawn_blocking(move || {
@@ -144,7 +163,7 @@ pub async fn run(
         .map_err(RunError::Policy)?;
     control::log_warnings(&loaded.warnings);
     // Before the kernel is touched: another daemon may be at work.
-    let socket = Socket::bind(&config.socket)?;
+    let sockets = Arc::new(listen(&config)?);
 
     let mut dataplane = open(size_class(&loaded.image))?;
     let generations = Arc::new(Generations::default());
@@ -202,7 +221,7 @@ pub async fn run(
         "enforcing"
     );
     let (asked, asks) = mpsc::channel(8);
-    let server = server::serve(&socket, Arc::clone(&shared), asked)?;
+    let server = server::serve(Arc::clone(&sockets), Arc::clone(&shared), asked)?;
     let server = supervised("the server of the control socket", &shared, server);
 
     let result = control.run(asks, &mut reload, &mut stop).await;
@@ -210,10 +229,23 @@ pub async fn run(
     if let Some(reader) = reader {
         reader.abort();
     }
-    drop(socket);
+    // The server may hold them for a moment more.
+    sockets.iter().for_each(Socket::remove);
     tracing::info!("stopping: taking the programs off");
     detach.now()?;
     result.map_err(system("the daemon cannot go on"))
+}
+
+fn listen(config: &Config) -> Result<Vec<Socket>, SocketError> {
+    let mut sockets = vec![Socket::bind(&config.socket, Authority::Change)?];
+    if let Some(view) = &config.view_socket {
+        match Socket::bind(&view.path, Authority::View) {
+            Ok(socket) => sockets.push(socket),
+            Err(error) if view.required => return Err(error),
+            Err(error) => tracing::warn!(%error, "those who only ask have no socket"),
+        }
+    }
+    Ok(sockets)
 }
 
 /// Runs a task that is to end only when it is aborted; any other end shows in the status.

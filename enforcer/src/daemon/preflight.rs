@@ -66,12 +66,14 @@ fn privileges() -> Result<(), DataplaneError> {
     Err(environment(what, help))
 }
 
-fn effective(status: &str) -> Option<u64> {
+/// The effective capabilities in a `/proc/PID/status`.
+pub(super) fn effective(status: &str) -> Option<u64> {
     let field = status.lines().find_map(|l| l.strip_prefix("CapEff:"))?;
     u64::from_str_radix(field.trim(), 16).ok()
 }
 
-fn lacking(effective: u64) -> Vec<&'static str> {
+/// Those that the daemon needs and that are not among them.
+pub(super) fn lacking(effective: u64) -> Vec<&'static str> {
     let has = |capability: u32| effective >> capability & 1 == 1;
     let mut missing = Vec::new();
     if !has(CAP_BPF) && !has(CAP_SYS_ADMIN) {
@@ -86,7 +88,7 @@ fn lacking(effective: u64) -> Vec<&'static str> {
     missing
 }
 
-fn btf() -> Result<(), DataplaneError> {
+pub(super) fn btf() -> Result<(), DataplaneError> {
     if Path::new(BTF).exists() {
         return Ok(());
     }
@@ -97,8 +99,12 @@ fn btf() -> Result<(), DataplaneError> {
     ))
 }
 
+/// Whether bpffs is where it is looked for.
+pub(super) fn is_bpffs() -> bool {
+    statfs(BPFFS).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
+}
+
 fn bpffs() -> Result<(), DataplaneError> {
-    let is_bpffs = || statfs(BPFFS).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
     if is_bpffs() {
         return Ok(());
     }

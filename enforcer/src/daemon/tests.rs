@@ -19,10 +19,11 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Config, RunError, fake::Handle, run};
+use super::{Config, RunError, ViewSocket, fake::Handle, guard::Trust, run};
 use crate::{
     api::{
         client::{Client, ClientError, DenialsQuery, Records},
+        openapi,
         types::{Denial, ExplainRequest, LostCause, Record, State, Status},
     },
     dataplane::{Counters, PacketCount, RecordCount, SocketHooks},
@@ -56,8 +57,13 @@ fn config(dir: &Path) -> Config {
     Config {
         segments: dir.join("segments"),
         settings: None,
+        trust: Trust::Owner { links: false },
         interfaces: vec!["lo".parse().unwrap()],
         socket: dir.join("run/control.sock"),
+        view_socket: Some(ViewSocket {
+            path: dir.join("view/view.sock"),
+            required: true,
+        }),
         socket_hooks: SocketHooks::Observe,
     }
 }
@@ -221,7 +227,7 @@ async fn status_says_what_is_enforced_and_stopping_takes_it_off() {
         let metadata = fs::metadata(daemon.dir.path().join(path)).unwrap();
         metadata.permissions().mode() & 0o777
     };
-    assert_eq!((mode("run/control.sock"), mode("run")), (0o600, 0o750));
+    assert_eq!((mode("run/control.sock"), mode("run")), (0o600, 0o700));
     daemon.stop().await.unwrap();
 }
 
@@ -518,5 +524,43 @@ async fn a_missing_interface_degrades() {
     })
     .await;
     assert_eq!(daemon.status().await.state, State::NotEnforcing);
+    daemon.stop().await.unwrap();
+}
+
+fn value(answer: &impl serde::Serialize) -> serde_json::Value {
+    serde_json::to_value(answer).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_are_as_openapi_describes_them() {
+    let daemon = Daemon::start().await;
+    daemon.fake.emit(&[event()]);
+    daemon
+        .until("a denial", async || {
+            !all(&daemon.client, DenialsQuery::default())
+                .await
+                .is_empty()
+        })
+        .await;
+    let description = daemon.client.openapi().await.unwrap();
+    let check = |path: &str, answer: serde_json::Value| {
+        openapi::check(&description, path, &answer).unwrap_or_else(|e| panic!("{path}: {e}"));
+    };
+    check("/v1/status", value(&daemon.status().await));
+    for record in all(&daemon.client, DenialsQuery::default()).await {
+        check("/v1/denials", value(&record));
+    }
+    let request = ExplainRequest {
+        from: "10.99.3.4".parse().unwrap(),
+        to: "10.10.1.5".parse().unwrap(),
+        service: "tcp/22".to_owned(),
+    };
+    check(
+        "/v1/explain",
+        value(&daemon.client.explain(&request).await.unwrap()),
+    );
+    check("/v1/reload", value(&daemon.client.reload().await.unwrap()));
+    let wrong = serde_json::json!({ "generation": 1 });
+    assert!(openapi::check(&description, "/v1/reload", &wrong).is_err());
     daemon.stop().await.unwrap();
 }

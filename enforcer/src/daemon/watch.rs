@@ -57,6 +57,8 @@ impl Watch {
             | AddWatchFlags::IN_CREATE
             | AddWatchFlags::IN_DELETE
             | AddWatchFlags::IN_MOVE
+            // Who owns a file, and who may write it, decides whether it is read.
+            | AddWatchFlags::IN_ATTRIB
             | AddWatchFlags::IN_DELETE_SELF
             | AddWatchFlags::IN_MOVE_SELF
             | AddWatchFlags::IN_ONLYDIR;
@@ -204,12 +206,13 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::daemon::files::SettingsPath;
+    use crate::daemon::{files::SettingsPath, guard::Trust};
 
     fn policy(path: &Path) -> Sources {
         Sources {
             segments: path.to_owned(),
             settings: None,
+            trust: Trust::Anyone,
         }
     }
 

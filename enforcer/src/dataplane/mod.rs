@@ -12,7 +12,8 @@ mod objects;
 mod query;
 mod sys;
 
-pub use sys::{release_memory, share_heaps};
+pub use query::{Hanging, hanging};
+pub use sys::{clock_is_kept, peer_groups, release_memory, share_heaps};
 
 use std::collections::BTreeSet;
 

@@ -320,6 +320,56 @@ pub(super) fn netns_cookie() -> io::Result<u64> {
     }
 }
 
+/// `SO_PEERGROUPS`: the supplementary groups of the process at the other end of a Unix socket, as
+/// they were when it connected.
+///
+/// # Errors
+/// The kernel's.
+pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<u32>> {
+    /// NGROUPS_MAX.
+    const MOST: usize = 1 << 16;
+    let mut groups: Vec<libc::gid_t> = vec![0; 64];
+    loop {
+        let mut bytes =
+            libc::socklen_t::try_from(size_of_val(&groups[..])).map_err(io::Error::other)?;
+        // SAFETY: the kernel writes at most `bytes` bytes, which is the length of the vector.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &raw mut bytes,
+            )
+        };
+        let needed = bytes as usize / size_of::<libc::gid_t>();
+        if result == 0 {
+            groups.truncate(needed);
+            return Ok(groups);
+        }
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() != Some(libc::ERANGE) || groups.len() >= MOST {
+            return Err(error);
+        }
+        groups.resize(needed.clamp(groups.len() + 1, MOST), 0);
+    }
+}
+
+/// Whether something keeps the wall clock right, as the kernel was told by it.
+///
+/// # Errors
+/// The kernel's.
+pub fn clock_is_kept() -> io::Result<bool> {
+    // SAFETY: numbers alone, of which zeros are valid: nothing is to be changed.
+    let mut state: libc::timex = unsafe { std::mem::zeroed() };
+    // SAFETY: `state` is live and exclusive.
+    let result = unsafe { libc::adjtimex(&raw mut state) };
+    match result {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(state.status & libc::STA_UNSYNC == 0),
+    }
+}
+
 /// Gives freed memory back to the system: a compiler at work leaves hundreds of MiB behind, which
 /// the allocator would keep.
 #[cfg(target_env = "gnu")]

@@ -27,6 +27,26 @@ pub struct Settings {
     pub ethertypes: Vec<u16>,
     /// In the order written.
     pub failsafes: Vec<Failsafe>,
+    /// Who may use the control sockets beside root.
+    pub access: Access,
+}
+
+/// Groups by name, or by number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// Its members may change what is enforced, and ask.
+    pub change: String,
+    /// Its members may ask.
+    pub view: String,
+}
+
+impl Default for Access {
+    fn default() -> Self {
+        Self {
+            change: "enforcer".to_owned(),
+            view: "enforcer-view".to_owned(),
+        }
+    }
 }
 
 impl Default for Settings {
@@ -36,6 +56,7 @@ impl Default for Settings {
             essentials: essential::ALL,
             ethertypes: Vec::new(),
             failsafes: Vec::new(),
+            access: Access::default(),
         }
     }
 }

@@ -9,7 +9,7 @@ use enforcer_common::image::{LLC, MAX_ETHERTYPES, MAX_FAILSAFES, essential};
 use ipnet::IpNet;
 
 use super::{
-    Failsafe, Settings,
+    Access, Failsafe, Settings,
     names::{ESSENTIAL_ETHERTYPES, ESSENTIALS, ETHERTYPES, ethertype_name},
 };
 use crate::{
@@ -28,7 +28,8 @@ use crate::{
     },
 };
 
-const TOP: [&str; 4] = ["version", "essentials", "ethertypes", "failsafe"];
+const TOP: [&str; 5] = ["version", "essentials", "ethertypes", "failsafe", "control"];
+const CONTROL: [&str; 2] = ["change", "view"];
 const FAILSAFE: [&str; 4] = ["name", "sources", "ports", "interfaces"];
 /// Sources of one failsafe, and its interfaces.
 const MAX_SOURCES: usize = 256;
@@ -70,6 +71,12 @@ pub fn parse(source: &SourceFile) -> Result<Parsed, Vec<Diagnostic>> {
     Ok((settings, parser.findings.finish()?))
 }
 
+/// As groupadd(8) takes them, capitals and dots too, which some directories use.
+fn is_group(text: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-.".contains(&b);
+    (1..=32).contains(&text.len()) && !text.starts_with(['-', '.']) && text.bytes().all(plain)
+}
+
 struct Parser {
     file: File,
     findings: Findings,
@@ -104,7 +111,35 @@ impl Parser {
         if let Some(node) = top.get("failsafe") {
             settings.failsafes = self.failsafes(node);
         }
+        if let Some(node) = top.get("control") {
+            settings.access = self.access(node);
+        }
         settings
+    }
+
+    fn access(&mut self, node: &Node) -> Access {
+        let mut access = Access::default();
+        let what = "`control`";
+        let fields = self.findings.fields(&self.file, node, what, &CONTROL, &[]);
+        let Some(fields) = fields else {
+            return access;
+        };
+        for (key, group) in [("change", &mut access.change), ("view", &mut access.view)] {
+            let Some(node) = fields.get(key) else {
+                continue;
+            };
+            let Some(text) = self.findings.text(&self.file, node, "a group") else {
+                continue;
+            };
+            if is_group(text) {
+                text.clone_into(group);
+            } else {
+                let message = format!("{} is not the name of a group", shown(text));
+                let help = "letters, digits, `_`, `-` and `.`, up to 32 of them; or a number";
+                self.error("E0508", node.span, message, Some(help.to_owned()));
+            }
+        }
+        access
     }
 
     fn version(&mut self, top: &Fields<'_>) {

@@ -178,3 +178,17 @@ fn random_text_never_panics() {
         let _ = read(&format!("version: 1\n{text}"));
     });
 }
+
+#[test]
+fn groups_of_the_control_sockets() {
+    assert_eq!(fine("version: 1\n").access, Access::default());
+    let settings = fine("version: 1\ncontrol: { change: netops, view: 4711 }\n");
+    assert_eq!(settings.access.change, "netops");
+    assert_eq!(settings.access.view, "4711");
+    let settings = fine("version: 1\ncontrol: { view: \"Domain.Users\" }\n");
+    assert_eq!(settings.access.change, "enforcer");
+    for bad in ["\"\"", "a:b", ".x", "[a]", "-1"] {
+        let text = format!("version: 1\ncontrol: {{ change: {bad} }}\n");
+        assert!(read(&text).is_err(), "{bad}");
+    }
+}

@@ -96,6 +96,8 @@ fn play(binary: &Path, keep: bool, paint: Paint) -> Result<()> {
     ui::step("A hospital: database, application, lab, guest and internet around a gateway");
     {
         let _making = LIFE.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whatever the user's is: nobody else may write what is made here.
+        nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
         fs::create_dir_all(daemon::DIR)?;
         copy_segments()?;
         topology::create()?;
@@ -338,8 +340,10 @@ fn copy_segments() -> Result<()> {
     fs::create_dir_all(&to)?;
     // That one file: others in the directory are examples of other places.
     let from = env::root().join("segments/hospital.yaml");
-    fs::copy(&from, to.join("hospital.yaml"))
-        .with_context(|| format!("cannot copy {}", from.display()))?;
+    // Its text, not its mode: the enforcer takes no file that others may write.
+    let text = fs::read_to_string(&from);
+    let text = text.with_context(|| format!("cannot read {}", from.display()))?;
+    fs::write(to.join("hospital.yaml"), text)?;
     Ok(())
 }
 

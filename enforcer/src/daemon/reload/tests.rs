@@ -29,6 +29,7 @@ fn reloads(settings: &str) -> Reloads {
     let sources = Sources {
         segments: PathBuf::from("p.yaml"),
         settings: None,
+        trust: crate::daemon::guard::Trust::Anyone,
     };
     let (shared, memory) = (Arc::new(shared), Memory::default());
     Reloads::new(sources, shared, texts, memory, &Environment::default())

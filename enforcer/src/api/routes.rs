@@ -1,0 +1,249 @@
+//! What is asked and answered on the control sockets.
+
+use std::{convert::Infallible, sync::Arc};
+
+use axum::{
+    Extension, Json, Router,
+    body::{Body, Bytes},
+    extract::{Query, State, rejection::QueryRejection},
+    http::{Method, StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{MethodRouter, get, post},
+};
+use futures_util::stream::{self, Stream, StreamExt};
+use tokio::{
+    sync::{Semaphore, mpsc, oneshot},
+    task::spawn_blocking,
+};
+
+use super::{
+    bounds::{AT_WORK, Kind},
+    peer::{Authority, Named},
+    types::{DenialsRequest, ExplainRequest, Peer as End, Record, Refusal, RefusalCode},
+};
+use crate::{
+    daemon::{reload::Ask, state::Shared},
+    events::store::{Filter, Follower, UNSEGMENTED},
+};
+
+/// What the answers are made of.
+#[derive(Clone)]
+pub struct Context {
+    shared: Arc<Shared>,
+    asks: mpsc::Sender<Ask>,
+    work: Arc<Semaphore>,
+}
+
+impl Context {
+    /// `asks` go to the control task.
+    pub fn new(shared: Arc<Shared>, asks: mpsc::Sender<Ask>) -> Self {
+        Self {
+            shared,
+            asks,
+            work: Arc::new(Semaphore::new(AT_WORK)),
+        }
+    }
+}
+
+/// A request that there is. `docs/openapi.json` describes each.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// Its one method.
+    pub method: Method,
+    /// Path, without variables.
+    pub path: &'static str,
+    /// Who may.
+    pub needs: Authority,
+    /// Whether the answer is a stream.
+    pub streams: bool,
+}
+
+impl Route {
+    /// What the answer is to its connection.
+    pub fn kind(&self) -> Kind {
+        if self.streams {
+            Kind::Stream
+        } else {
+            Kind::Request
+        }
+    }
+}
+
+/// Every request.
+pub fn all() -> (Vec<Route>, Router<Context>) {
+    let mut routes = Vec::new();
+    let mut router = Router::new();
+    let mut add = |method: Method, path, needs, streams, handler: MethodRouter<Context>| {
+        router = std::mem::take(&mut router).route(path, handler);
+        routes.push(Route {
+            method,
+            path,
+            needs,
+            streams,
+        });
+    };
+    let (ask, tell) = (Method::GET, Method::POST);
+    let (view, change) = (Authority::View, Authority::Change);
+    add(ask.clone(), "/v1/status", view, false, get(status));
+    add(ask.clone(), "/v1/denials", view, true, get(denials));
+    add(tell.clone(), "/v1/explain", view, false, post(explain));
+    add(tell, "/v1/reload", change, false, post(reload));
+    add(ask, "/v1/openapi.json", view, false, get(openapi));
+    (routes, router)
+}
+
+/// An answer that is not a success.
+pub fn refuse(status: StatusCode, code: RefusalCode, error: impl Into<String>) -> Response {
+    let error = error.into();
+    let group = None;
+    refusal(status, Refusal { error, code, group })
+}
+
+/// The same, with more to say.
+pub fn refusal(status: StatusCode, refusal: Refusal) -> Response {
+    (status, Json(refusal)).into_response()
+}
+
+fn stopping() -> Response {
+    let status = StatusCode::SERVICE_UNAVAILABLE;
+    refuse(status, RefusalCode::Stopping, "the daemon is stopping")
+}
+
+fn bad(error: impl Into<String>) -> Response {
+    refuse(StatusCode::BAD_REQUEST, RefusalCode::BadRequest, error)
+}
+
+/// Work that takes a moment of a processor, or waits for the kernel, when it is its turn.
+async fn work<T: Send + 'static>(
+    context: Context,
+    work: impl FnOnce(&Shared) -> T + Send + 'static,
+) -> Result<T, Response> {
+    let Ok(turn) = Arc::clone(&context.work).acquire_owned().await else {
+        return Err(stopping());
+    };
+    let shared = context.shared;
+    let done = spawn_blocking(move || {
+        let done = work(&shared);
+        drop(turn);
+        done
+    });
+    done.await.map_err(|error| {
+        let status = StatusCode::INTERNAL_SERVER_ERROR;
+        refuse(status, RefusalCode::Internal, error.to_string())
+    })
+}
+
+async fn status(State(context): State<Context>) -> Response {
+    match work(context, Shared::status).await {
+        Ok(status) => Json(status).into_response(),
+        Err(answer) => answer,
+    }
+}
+
+async fn explain(State(context): State<Context>, body: Bytes) -> Response {
+    let request: ExplainRequest = match serde_json::from_slice(&body) {
+        Ok(request) => request,
+        Err(error) => return bad(format!("the body is no such request: {error}")),
+    };
+    match work(context, move |shared| shared.explain(&request)).await {
+        Ok(Ok(explanation)) => Json(explanation).into_response(),
+        Ok(Err(error)) => bad(error),
+        Err(answer) => answer,
+    }
+}
+
+async fn reload(State(context): State<Context>, Extension(by): Extension<Arc<Named>>) -> Response {
+    let (sender, receiver) = oneshot::channel();
+    if context.asks.send(sender).await.is_err() {
+        return stopping();
+    }
+    match receiver.await {
+        Ok(Ok(reloaded)) => {
+            let (generation, changed) = (reloaded.generation, reloaded.changed);
+            tracing::info!(%by, generation, changed, "reloaded");
+            Json(reloaded).into_response()
+        }
+        Ok(Err(error)) => {
+            tracing::warn!(%by, "the reload was refused");
+            let status = StatusCode::UNPROCESSABLE_ENTITY;
+            refuse(status, RefusalCode::Rejected, error)
+        }
+        Err(_) => stopping(),
+    }
+}
+
+async fn openapi() -> Response {
+    let json = [(header::CONTENT_TYPE, "application/json")];
+    (json, super::OPENAPI).into_response()
+}
+
+async fn denials(
+    State(context): State<Context>,
+    query: Result<Query<DenialsRequest>, QueryRejection>,
+) -> Response {
+    let request = match query {
+        Ok(Query(request)) => request,
+        Err(error) => return bad(error.body_text()),
+    };
+    if let Some(error) = [&request.from, &request.to]
+        .into_iter()
+        .flatten()
+        .find_map(|peer| unknown_segment(&context.shared, peer))
+    {
+        return bad(error);
+    }
+    let filter = Filter {
+        from: request.from,
+        to: request.to,
+    };
+    let last = request.last.unwrap_or(usize::MAX);
+    let store = &context.shared.store;
+    let body = if request.follow {
+        let (records, follower) = store.follow(last, &filter);
+        Body::from_stream(lines(records).chain(follow(follower)))
+    } else {
+        Body::from_stream(lines(store.last(last, &filter)))
+    };
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], body).into_response()
+}
+
+/// A name that no recent policy has is a slip of the keyboard, not a filter.
+fn unknown_segment(shared: &Shared, peer: &End) -> Option<String> {
+    let End::Segment(name) = peer else {
+        return None;
+    };
+    let known = shared.generations.segment_names();
+    if name == UNSEGMENTED || known.contains(name) {
+        return None;
+    }
+    let near = known
+        .iter()
+        .map(|k| (strsim::damerau_levenshtein(k, name), k))
+        .filter(|(distance, _)| *distance <= 3)
+        .min();
+    let hint = near.map(|(_, near)| format!("; did you mean `{near}`?"));
+    Some(format!(
+        "no segment is named `{name}`{}",
+        hint.unwrap_or_default()
+    ))
+}
+
+type Line = Result<Bytes, Infallible>;
+
+fn line(record: &Record) -> Line {
+    // Strings, numbers and lists of strings: this cannot fail.
+    let mut json = serde_json::to_vec(record).unwrap_or_default();
+    json.push(b'\n');
+    Ok(json.into())
+}
+
+fn lines(records: Vec<Arc<Record>>) -> impl Stream<Item = Line> + Send {
+    stream::iter(records).map(|record| line(&record))
+}
+
+fn follow(follower: Follower) -> impl Stream<Item = Line> + Send {
+    stream::unfold(follower, async |mut follower| {
+        let record = follower.next().await?;
+        Some((line(&record), follower))
+    })
+}
