@@ -39,7 +39,9 @@ fn run() -> Result<(), String> {
         println!("cargo:rerun-if-changed={}", root.join(source).display());
     }
 
-    let hash = stamp::hash(root).map_err(|error| format!("kernel-side sources: {error}"))?;
+    // What an object may take for granted of the memory's order is the machine's.
+    let arch = env::var("CARGO_CFG_TARGET_ARCH").map_err(|_| "run by cargo only")?;
+    let hash = stamp::hash(root, &arch).map_err(|error| format!("kernel-side sources: {error}"))?;
     let dir = find(&hash)?;
     println!(
         "cargo:rerun-if-changed={}",
@@ -91,7 +93,7 @@ fn judge(dir: PathBuf, hash: &str) -> Result<PathBuf, String> {
 
 fn stale(dir: &Path) -> String {
     format!(
-        "the eBPF objects in {} are older than their sources",
+        "the eBPF objects in {} are older than their sources, or of another architecture",
         dir.display()
     )
 }

@@ -208,7 +208,7 @@ pub struct Control {
     /// See the `CONTROL_*` bits.
     pub flags: u32,
     /// Generation of the live image for the short way, 0 while there is none or another is put in
-    /// its place: then every packet goes the long way, and is judged by the image itself.
+    /// its place: then no packet passes for what an entry says, each is judged by an image.
     pub generation: u32,
     /// Always 0.
     pub reserved: u32,

@@ -1,5 +1,6 @@
 //! Builds the eBPF objects and the binary that embeds them.
 
+use std::env::consts::ARCH;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use std::{fs, io};
@@ -15,7 +16,7 @@ const BIN: &str = "enforcer";
 /// Builds the objects where they are missing or stale.
 pub fn objects() -> Result<()> {
     let dir = objects_dir()?;
-    let hash = stamp::hash(env::root()).context("cannot read the kernel-side sources")?;
+    let hash = stamp::hash(env::root(), ARCH).context("cannot read the kernel-side sources")?;
     if stamp::is_current(&dir, &hash) {
         return Ok(());
     }
@@ -101,13 +102,14 @@ mod tests {
         let src = root.path().join("enforcer-ebpf/src");
         fs::create_dir_all(&src).unwrap();
         fs::write(src.join("main.rs"), "a").unwrap();
-        let first = stamp::hash(root.path()).unwrap();
-        assert_eq!(first, stamp::hash(root.path()).unwrap());
+        let first = stamp::hash(root.path(), ARCH).unwrap();
+        assert_eq!(first, stamp::hash(root.path(), ARCH).unwrap());
         fs::write(src.join("main.rs"), "b").unwrap();
-        let second = stamp::hash(root.path()).unwrap();
+        let second = stamp::hash(root.path(), ARCH).unwrap();
         assert_ne!(first, second);
+        assert_ne!(second, stamp::hash(root.path(), "another").unwrap());
         fs::rename(src.join("main.rs"), src.join("other.rs")).unwrap();
-        assert_ne!(second, stamp::hash(root.path()).unwrap());
+        assert_ne!(second, stamp::hash(root.path(), ARCH).unwrap());
     }
 
     #[test]

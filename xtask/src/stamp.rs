@@ -40,10 +40,11 @@ pub fn object_name(class: &str) -> String {
     format!("enforcer-{class}.o")
 }
 
-/// FNV-1a (64 bits) over the relative paths and contents of all kernel-side sources, as hex.
+/// FNV-1a (64 bits) over the architecture that the objects are for, and the relative paths and
+/// contents of all kernel-side sources, as hex.
 ///
 /// A missing source counts as absent, so that adding or removing one changes the hash.
-pub fn hash(root: &Path) -> io::Result<String> {
+pub fn hash(root: &Path, arch: &str) -> io::Result<String> {
     let mut files = Vec::new();
     for source in SOURCES {
         collect(&root.join(source), &mut files)?;
@@ -51,6 +52,7 @@ pub fn hash(root: &Path) -> io::Result<String> {
     files.sort();
     let mut state = Fnv(0xcbf2_9ce4_8422_2325);
     state.feed(&RECIPE.to_le_bytes());
+    state.feed(arch.as_bytes());
     for file in files {
         let name = file
             .strip_prefix(root)

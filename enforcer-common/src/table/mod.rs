@@ -137,8 +137,10 @@ impl Found {
 
 /// What a slot without an entry is worth.
 const FREE: u32 = (1 << 27) - 1;
-/// Above this, an entry may go for that it has not been answered.
-const EVICTABLE: u32 = 1 << 25;
+/// Between the classes of what may be evicted.
+const CLASS: u32 = 1 << 25;
+/// From this on, an entry speaks for nothing any more.
+const EXPIRED: u32 = 2 * CLASS;
 
 /// What a writer looks for in a bucket. Plain words, passed by address in the kernel.
 #[derive(Clone, Copy, Debug)]
@@ -164,7 +166,6 @@ pub struct Look {
 /// last word. At most 27 bits.
 #[inline(always)]
 fn worth(age: u32, state: u32, rest: u32, hz: u32) -> u32 {
-    const CLASS: u32 = EVICTABLE;
     if state & LIVE == 0 {
         return FREE;
     }
@@ -172,7 +173,7 @@ fn worth(age: u32, state: u32, rest: u32, hz: u32) -> u32 {
     let scaled = age.min(CLASS - 1);
     let seconds = bound(rest as u8, state);
     if state & SESSION == 0 && u64::from(age) > seconds * u64::from(hz) {
-        return (2 * CLASS) | scaled;
+        return EXPIRED | scaled;
     }
     if state & PROTECTED == 0 {
         return CLASS | scaled;

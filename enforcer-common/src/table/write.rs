@@ -1,7 +1,7 @@
 //! Writers: each holds the lock of its key's stripe, but for the ages and counters of an entry.
 
 use super::{
-    Bucket, EVICTABLE, FREE, Found, Look, Memory, SLOTS,
+    Bucket, EXPIRED, FREE, Found, Look, Memory, SLOTS,
     layout::{Family, Key4, Key6, LIVE, behind, key_at, opener, place, stripe, tag_of, word},
 };
 use crate::{
@@ -156,8 +156,9 @@ fn insert_key<M: Memory, F: Family>(
     // higher numbers, and in each the first slot, so that of equals the one goes where readers look
     // first.
     look.best = memory.best(key, &look);
-    // If the home bucket has one that can go, the other's are only asked whether one is free.
-    look.enough = u32::from(look.best / (2 * SLOTS) >= EVICTABLE | (hz / 4));
+    // If the home bucket has one that speaks for nothing any more, the other's are only asked
+    // whether one is free.
+    look.enough = u32::from(look.best / (2 * SLOTS) >= EXPIRED);
     look.bucket = place.second;
     look.number = 0;
     let best = memory.best(key, &look);

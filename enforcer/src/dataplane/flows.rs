@@ -19,7 +19,7 @@ use super::{
 
 /// Flows of each family, if nobody says otherwise: 8 MiB for IPv4, 16 MiB for IPv6.
 pub const DEFAULT_FLOWS: u32 = 1 << 17;
-/// Fewest and most: below, a key's second bucket would be its first; above, a map has 4 GiB.
+/// Fewest and most: below, a few flows fill an opener's share; above, a map has 4 GiB.
 const LIMITS: (u32, u32) = (1 << 11, 1 << 24);
 const MAPS: [(&str, usize); 2] = [("FLOWS4", WORDS4 as usize), ("FLOWS6", WORDS6 as usize)];
 const TAGS: [&str; 2] = ["FLOW_TAGS4", "FLOW_TAGS6"];

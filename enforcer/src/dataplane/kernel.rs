@@ -234,8 +234,9 @@ impl KernelDataplane {
     /// # Errors
     /// When the kernel says no; then the image in force stays.
     pub fn make_live(&mut self, image: &WrittenImage) -> Result<(), DataplaneError> {
-        // Between the two writes of the generation every packet goes the long way. Should this
-        // process end there, they go on to: slow, and right.
+        // Between the two writes of the generation no packet passes for what an entry says without
+        // being put to the image's generation. Should this process end there, that goes on: slow,
+        // and right.
         let before = std::mem::take(&mut self.control.generation);
         let swapped = self.write_control().and_then(|()| self.swap(image));
         self.control.generation = match swapped {
@@ -244,7 +245,7 @@ impl KernelDataplane {
         };
         if let Err(error) = self.write_control() {
             // Whatever is in force stays so; the next write of the settings makes it quick again.
-            tracing::warn!("packets go the long way for now: {error}");
+            tracing::warn!("packets of established flows are slower for now: {error}");
         }
         swapped
     }

@@ -396,3 +396,24 @@ fn ports_that_are_counted_up_spread_with_any_secrets() {
         assert!(refused <= 16, "{refused} refused with seed {seed}");
     }
 }
+
+/// A flow that waits for its answer stays while either of the new one's buckets has an expired
+/// entry, however crowded the first is.
+#[test]
+fn what_expired_goes_before_what_waits_in_either_bucket() {
+    for seed in 0..200 {
+        let memory = HostMemory::new(2, NEVER_CAPPED, seed);
+        let table = HostTable::new(&memory);
+        for port in 0..3 {
+            assert!(table.insert(&key(false, port), &answered(NOW)));
+        }
+        // 300 ms ago.
+        assert!(table.insert(&key(false, 3), &opened(NOW - 3 * TICKS / 10)));
+        for port in 4..8 {
+            assert!(table.insert(&key(false, port), &opened(NOW - 3600 * TICKS)));
+        }
+        assert_eq!(memory.flows().len(), 8);
+        assert!(table.insert(&key(false, 8), &opened(NOW)));
+        assert!(table.find(&key(false, 3)).is_some(), "seed {seed}");
+    }
+}

@@ -102,6 +102,14 @@ impl Kept {
         if *names != self.0.names {
             return none();
         }
+        // Two files that read alike under one name: their rules have the same names.
+        let twice = |(at, (reading, _)): (usize, &(&Arc<Reading>, &[Node]))| {
+            let mut before = files.iter().take(at);
+            before.any(|(other, _)| Arc::ptr_eq(other, reading))
+        };
+        if files.iter().enumerate().any(twice) {
+            return none();
+        }
         let known = files.iter().map(|(reading, _)| {
             let mut parts = self.0.parts.iter();
             parts.find(|part| Arc::ptr_eq(&part.reading, reading))
