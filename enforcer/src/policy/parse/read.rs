@@ -284,6 +284,24 @@ mod tests {
         assert!(Arc::ptr_eq(&second.parts()[0], &third.parts()[0]));
     }
 
+    /// Names that are no text read alike.
+    #[test]
+    fn a_file_beside_its_own_copy_is_refused_as_at_the_start() {
+        let rules = file(
+            "r.yaml",
+            "version: 1\nrules:\n  - {name: r, from: [a], to: [any], services: [ssh]}\n",
+        );
+        let of = |copies| {
+            let mut files = vec![segments("a", &["10.0.0.1/32"])];
+            files.extend(std::iter::repeat_n(rules.clone(), copies));
+            Arc::new(files)
+        };
+        let mut cache = Cache::default();
+        cache.parse(&of(1)).unwrap();
+        cache.parse(&of(2)).unwrap_err();
+        cache.parse(&of(1)).unwrap();
+    }
+
     #[test]
     fn what_did_not_change_is_shared() {
         let other = file(
