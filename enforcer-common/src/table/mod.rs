@@ -3,7 +3,7 @@
 //! A slot is one cache line (IPv6: two). A key has two buckets; the second takes what the home
 //! bucket refuses. Beside the buckets are tags, sixteen bits of the hash for each slot, and those of
 //! a key's two buckets are in one line: who looks for a flow that is not there touches that line
-//! and no slot, a tenth of the cost. Readers look at a slot's version before and after; writers hold the
+//! and none of the eight slots. Readers look at a slot's version before and after; writers hold the
 //! lock of the key's stripe, make the version odd, write, and make it even again (a sequence lock
 //! per slot). A tag is written last, and is 0 where there is no entry: a reader that sees an old one
 //! misses an entry that is being made or goes away, never one that only changes.
