@@ -2,6 +2,7 @@
 
 use aya_ebpf::{
     EbpfContext as _,
+    bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     helpers::generated::{
         bpf_get_smp_processor_id, bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_skb_cgroup_id,
     },
@@ -74,7 +75,7 @@ pub fn record(ctx: &TcContext, case: &Case) {
             emit(slot, case.now)
         }
     } else {
-        if slot.pending != 0 && !output(slot) {
+        if slot.pending != 0 && !output(slot, case.now) {
             let suppressed = slot.pending.wrapping_sub(slot.pending_lost);
             // Of the hook that counted them.
             let displaced = Hook::from_bits(slot.event.hook).unwrap_or(hook);
@@ -97,7 +98,7 @@ pub fn record(ctx: &TcContext, case: &Case) {
 /// next record's total includes it.
 #[inline(always)]
 fn emit(slot: &mut DeniedSlot, now: u64) -> Record {
-    if output(slot) {
+    if output(slot, now) {
         slot.pending = 0;
         slot.pending_lost = 0;
         slot.emitted_at = now;
@@ -108,11 +109,18 @@ fn emit(slot: &mut DeniedSlot, now: u64) -> Record {
     }
 }
 
+/// Writes a record. The first one of a tick wakes the daemon; it comes for the others by itself,
+/// see `enforcer::events::reader`. To be woken for each costs more than all the rest of a denial.
 #[inline(always)]
-fn output(slot: &mut DeniedSlot) -> bool {
+fn output(slot: &mut DeniedSlot, now: u64) -> bool {
     // SAFETY: a helper without arguments.
     slot.event.time = unsafe { bpf_ktime_get_boot_ns() };
-    EVENTS.output(&slot.event, 0).is_ok()
+    let wake = if maps::wakes(now as u32) {
+        BPF_RB_FORCE_WAKEUP
+    } else {
+        BPF_RB_NO_WAKEUP
+    };
+    EVENTS.output(&slot.event, u64::from(wake)).is_ok()
 }
 
 /// A copy word by word: as a whole, the compiler calls a function that does it byte by byte.

@@ -55,6 +55,10 @@ static mut CONTROL: Control = Control {
     generation: 0,
     reserved: 0,
 };
+/// The tick, in its low bits, in which a record last woke the daemon.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = ".bss.woken")]
+static mut WOKEN: u32 = 0;
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentEntry, FRAGMENTED> = LruHashMap::new();
 #[btf_map]
@@ -114,6 +118,17 @@ pub fn control() -> Control {
 pub fn hz() -> u32 {
     // SAFETY: as in `control`.
     unsafe { (&raw const CONTROL.hz).read_volatile() }
+}
+
+/// Whether nobody has woken the daemon in this tick; from now on, somebody has.
+#[inline(always)]
+pub fn wakes(tick: u32) -> bool {
+    // SAFETY: a plain word of the programs'. Of two CPUs at once, both may wake.
+    unsafe {
+        let woken = (&raw const WOKEN).read_volatile();
+        (&raw mut WOKEN).write_volatile(tick);
+        woken != tick
+    }
 }
 
 /// The live image's generation for who does not ask it, see [`Control::generation`].

@@ -6,7 +6,7 @@ use std::{
 };
 
 use enforcer_common::wire::Event;
-use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 
 use super::{
     Store,
@@ -25,6 +25,11 @@ const SCAN_EVERY: Duration = Duration::from_secs(1);
 const BATCH: usize = 256;
 /// Batches taken in a row before a scan gets its turn: a flood must not starve it.
 const BATCHES: usize = 64;
+
+/// When to look again after a record. Only the first record of a tick, at most 10 ms, wakes; those
+/// that come after it in its tick are there by then. So it is longer than two ticks, and a record
+/// that comes when a look has found nothing is the first one of its tick.
+const LINGER: Duration = Duration::from_millis(25);
 
 /// The dataplane as the daemon's tasks share it.
 pub type SharedDataplane = Arc<Mutex<Box<dyn Dataplane>>>;
@@ -69,6 +74,7 @@ impl Reader {
         let mut scan = interval_at(Instant::now() + SCAN_EVERY, SCAN_EVERY);
         scan.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH);
+        let mut lingers = false;
         loop {
             let due = tokio::select! {
                 ready = self.readable.ready() => {
@@ -78,6 +84,12 @@ impl Reader {
                         // Keeps its readiness if a record came since the last look.
                         guard.clear_ready();
                     }
+                    lingers = true;
+                    false
+                }
+                () = sleep(LINGER), if lingers => {
+                    take(&mut batch, &mut *self.source);
+                    lingers = !batch.is_empty();
                     false
                 }
                 _ = scan.tick() => true,

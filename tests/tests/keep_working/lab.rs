@@ -141,10 +141,12 @@ impl Lab {
                 }
             }
         });
-        assert_eq!(
-            counted,
-            packets.len() as u64,
-            "{hook} {outcome} {reason}: {:#?}",
+        let sent = packets.len() as u64;
+        // The two kernels' own probes of one another, seconds later, are essential too.
+        let probes = (outcome, reason) == ("allowed", "essential");
+        assert!(
+            counted == sent || (probes && counted > sent),
+            "{hook} {outcome} {reason}: {counted} of {sent}, {:#?}",
             daemon.denials(&[])
         );
         let passes = outcome != "denied";
