@@ -23,6 +23,7 @@ use super::{
     netlink::Netlink,
     reload::{Ask, Reloads},
     state::Shared,
+    tamper::Watchman,
     watch::Watch,
 };
 
@@ -45,6 +46,7 @@ pub struct Control {
     hooks_error: Option<String>,
     verify_error: Option<String>,
     swept: Option<Instant>,
+    watchman: Watchman,
 }
 
 impl Control {
@@ -77,6 +79,7 @@ impl Control {
             hooks_error: None,
             verify_error: None,
             swept: None,
+            watchman: Watchman::default(),
         }
     }
 
@@ -159,6 +162,7 @@ impl Control {
                     self.clock.refresh(&self.shared.dataplane);
                     watch.repair();
                     self.verify();
+                    self.watchman.look(&self.shared, self.links.restored());
                     self.look();
                     self.sweep();
                 }
@@ -231,6 +235,8 @@ impl Control {
             self.links.problem(),
             self.clock.problem(),
         ];
+        let problems = problems.into_iter().flatten();
+        let problems: Vec<_> = problems.chain(self.watchman.problems()).collect();
         self.shared.note(|board| {
             board
                 .addresses
@@ -239,7 +245,7 @@ impl Control {
             board.socket_hooks_reason = self.links.hooks_reason();
             board.warnings = warnings;
             board.unix_floor = self.clock.floor();
-            board.problems = problems.into_iter().flatten().collect();
+            board.problems = problems;
         });
     }
 }

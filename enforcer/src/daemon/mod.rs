@@ -19,6 +19,7 @@ pub mod progress;
 pub mod reload;
 pub mod slots;
 pub mod state;
+pub mod tamper;
 pub mod topology;
 pub mod watch;
 
