@@ -10,13 +10,18 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
 };
 
-use aya::{programs::TcAttachType, util::KernelVersion};
+use aya::{
+    maps::{Map, MapData},
+    programs::TcAttachType,
+    util::KernelVersion,
+};
 
 use super::{
     DataplaneError, Interface, cgroup, clsact,
     errors::{attach_error, syscall},
     kernel::KernelDataplane,
     load::SOCKET_PROGRAMS,
+    pins::{Keep, Pins},
     query::interface_name,
     sys::objects::{self, AttachType},
 };
@@ -332,4 +337,40 @@ fn replace(link: &OwnedFd, program: std::os::fd::BorrowedFd<'_>) -> io::Result<(
         return Ok(());
     }
     objects::update_link(link.as_fd(), program)
+}
+
+/// Takes off what is pinned in a directory, whoever made it, while no daemon is at work there. Names
+/// of the interfaces that are not enforced any more; `None` when nothing is pinned.
+///
+/// # Errors
+/// [`DataplaneError`]; what could be taken off is off.
+pub fn take_off(root: &std::path::Path) -> Result<Option<Vec<String>>, DataplaneError> {
+    if !root.exists() {
+        return Ok(None);
+    }
+    let pins = Pins::open(&Keep::Pinned(root.to_owned()))?;
+    let mut interfaces = std::collections::BTreeSet::new();
+    for (_, ifindex, _) in pins.links().map_err(syscall("open pinned links"))? {
+        interfaces.extend(ifindex);
+    }
+    let mut result = Ok(());
+    if !tcx() {
+        let map = MapData::from_pin(pins.set(false).map("INTERFACES"));
+        let map = map.and_then(Map::from_map_data);
+        let map: Result<aya::maps::HashMap<_, u32, [u32; 2]>, _> = map.and_then(TryInto::try_into);
+        for ifindex in map.iter().flat_map(|map| map.keys().flatten()) {
+            interfaces.insert(ifindex);
+            let Some(name) = interface_name(ifindex) else {
+                continue;
+            };
+            for (program, direction, _) in TC_PROGRAMS {
+                result = result.and(clsact::detach(program, direction, &name));
+            }
+        }
+    }
+    let removed = pins.remove().map_err(syscall("remove the pins"));
+    result.and(removed)?;
+    Ok(Some(
+        interfaces.into_iter().filter_map(interface_name).collect(),
+    ))
 }

@@ -28,6 +28,7 @@ use super::{
     sys,
 };
 pub use super::{
+    hooks::take_off,
     images::WrittenImage,
     load::LoadOptions,
     pins::{DEFAULT_PINS, Keep},
@@ -93,7 +94,7 @@ impl KernelDataplane {
             .map_or(0, |before| before.image_words as usize);
         let (image_words, object, hash) = load::object(options.image_words.max(wanted))?;
         let meta = match &before {
-            Some(before) => before.with_object(hash, image_words),
+            Some(before) => before.with(hash, image_words, flows::buckets(options.flows)),
             None => {
                 let buckets = flows::buckets(options.flows);
                 Meta::new(hash, image_words, buckets, cookie, flows::secrets()?)
@@ -132,6 +133,10 @@ impl KernelDataplane {
         }
         if let Some(before) = &before {
             this.adopt_images(&set, before)?;
+            if before.buckets != this.meta.buckets {
+                let old = this.pins.set(false);
+                this.take_flows(&old, before)?;
+            }
         }
         this.write_control()?;
         this.adopt_interfaces()?;
@@ -174,7 +179,7 @@ impl KernelDataplane {
     pub(super) fn grow(&mut self, words: usize) -> Result<(), DataplaneError> {
         let (image_words, object, hash) = load::object(words)?;
         let before = self.meta;
-        let meta = before.with_object(hash, image_words);
+        let meta = before.with(hash, image_words, before.buckets);
         let options = LoadOptions {
             image_words: words,
             debug: false,

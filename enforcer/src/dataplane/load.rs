@@ -21,6 +21,7 @@ use super::{
     flows::Shape,
     objects,
     pins::{Keep, Meta, Pins, Set},
+    resize::SIZED,
     sys::objects::get,
 };
 
@@ -115,7 +116,11 @@ pub(super) fn load(
     }
     let shared: Vec<_> = before.map_or(Vec::new(), |(before, _)| {
         let same = before.image_words == meta.image_words;
-        let shared = MAPS.iter().filter(|name| same || **name != POLICY);
+        let table = before.buckets == meta.buckets;
+        let shared = MAPS
+            .iter()
+            .filter(|name| same || **name != POLICY)
+            .filter(|name| table || !SIZED.contains(name));
         shared.map(|name| (*name, current.map(name))).collect()
     });
     for (name, path) in &shared {

@@ -15,6 +15,7 @@ mod load;
 mod objects;
 mod pins;
 mod query;
+mod resize;
 mod sys;
 mod trial;
 

@@ -99,11 +99,12 @@ impl Meta {
         }
     }
 
-    /// The same, of another object.
-    pub(super) fn with_object(self, object: u64, image_words: u32) -> Self {
+    /// The same, of another object and other sizes.
+    pub(super) fn with(self, object: u64, image_words: u32, buckets: u32) -> Self {
         Self {
             object,
             image_words,
+            buckets,
             ..self
         }
     }

@@ -10,7 +10,8 @@ use super::{
 /// The name of an interface now.
 pub(super) fn interface_name(ifindex: u32) -> Option<String> {
     let name = nix::net::if_::if_indextoname(ifindex).ok()?;
-    name.into_string().ok()
+    // nix 0.31 takes the null pointer of a failure for an empty name.
+    name.into_string().ok().filter(|name| !name.is_empty())
 }
 
 /// Programs on an interface's two tcx hooks, in the order in which they are asked.
