@@ -15,13 +15,13 @@ use crate::{clock::Steps, policy::Diagnostic};
 
 use super::{
     RunError,
+    acts::Ask,
     clock::Clock,
     environment::Host,
-    files::{Sources, Texts},
+    files::Sources,
     links::Links,
-    load::Memory,
     netlink::Netlink,
-    reload::{Ask, Reloads},
+    reload::{Begun, Reloads},
     state::Shared,
     watch::Watch,
 };
@@ -48,23 +48,15 @@ pub struct Control {
 }
 
 impl Control {
-    /// `texts` are those of the live policy, `cache` is what they said; it was compiled for `host`, whose interfaces `links` has
-    /// named.
+    /// The live policy is `begun`; `links` has named the interfaces of `host`.
     pub fn new(
         sources: Sources,
         shared: Arc<Shared>,
-        texts: Texts,
-        memory: Memory,
+        begun: Begun,
         links: Links,
         host: Host,
     ) -> Self {
-        let reloads = Reloads::new(
-            sources.clone(),
-            Arc::clone(&shared),
-            texts,
-            memory,
-            &host.environment,
-        );
+        let reloads = Reloads::new(sources.clone(), Arc::clone(&shared), begun);
         Self {
             sources,
             shared,
@@ -132,7 +124,8 @@ impl Control {
             tokio::select! {
                 // A compiler at work does not hold up the end: nobody wants its image any more.
                 () = stopped(stop) => return Ok(()),
-                Some(ask) = asks.recv() => self.reloads.want("request", Some(ask)),
+                Some(ask) = asks.recv() => self.reloads.ask(ask).await,
+                () = self.reloads.due() => self.reloads.look_at_trial().await,
                 Some(()) = reload.recv() => self.reloads.want("SIGHUP", None),
                 done = self.reloads.done() => self.reloads.finish(done).await,
                 changed = watch.changed() => match changed {
@@ -229,6 +222,7 @@ impl Control {
             self.links.problem(),
             self.clock.problem(),
         ];
+        let trial = self.reloads.trial_problems();
         self.shared.note(|board| {
             board
                 .addresses
@@ -237,7 +231,7 @@ impl Control {
             board.socket_hooks_reason = self.links.hooks_reason();
             board.warnings = warnings;
             board.unix_floor = self.clock.floor();
-            board.problems = problems.into_iter().flatten().collect();
+            board.problems = problems.into_iter().flatten().chain(trial).collect();
         });
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! Must not know: aya, the command line. The kernel comes in as a [`Dataplane`].
 
+pub mod acts;
 pub mod clock;
 pub mod control;
 pub mod doctor;
@@ -17,7 +18,9 @@ pub mod preflight;
 pub mod progress;
 pub mod reload;
 pub mod slots;
+pub mod start;
 pub mod state;
+pub mod store;
 pub mod topology;
 pub mod watch;
 
@@ -30,7 +33,8 @@ use std::{
     collections::BTreeSet,
     io,
     path::PathBuf,
-    sync::{Arc, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use enforcer_common::image::SIZE_CLASSES;
@@ -44,7 +48,6 @@ use crate::{
         peer::Authority,
         server,
         socket::{Socket, SocketError},
-        types::Time,
     },
     compile::Image,
     dataplane::{
@@ -65,7 +68,9 @@ use files::{SettingsPath, Sources};
 use guard::Trust;
 use links::Links;
 use load::Rejected;
-use state::{Live, Shared};
+use start::Started;
+use state::Shared;
+use store::Store;
 
 /// What `enforcer run` is told.
 #[derive(Clone, Debug)]
@@ -84,6 +89,10 @@ pub struct Config {
     pub view_socket: Option<ViewSocket>,
     /// What the socket hooks are to do, as far as the interfaces permit.
     pub socket_hooks: SocketHooks,
+    /// Where the history and the last states are kept; `None`: in memory.
+    pub state_dir: Option<PathBuf>,
+    /// A policy that was never in force before is on trial for so long.
+    pub confirm_within: Option<Duration>,
 }
 
 /// The socket of those who only ask.
@@ -136,57 +145,91 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
 /// [`RunError`]; nothing is enforced any more then.
 pub async fn run(
     config: Config,
-    open: impl FnOnce(u32) -> Result<Box<dyn Dataplane>, DataplaneError>,
+    open: impl Fn(u32) -> Result<Box<dyn Dataplane>, DataplaneError>,
     mut reload: mpsc::Receiver<()>,
     mut stop: signal::Receiver<bool>,
 ) -> Result<(), RunError> {
     share_heaps();
     let mut host = Host::read().map_err(system("cannot list interfaces"))?;
     let mut links = Links::new(config.interfaces.clone(), config.socket_hooks);
-    host.environment.interfaces = links.name(&host, &BTreeSet::new());
+    let changes = Arc::new(Store::open(config.state_dir.as_deref()));
+    let saved = changes.saved_image().cloned();
+    let known = saved
+        .as_ref()
+        .map(|saved| saved.environment.interfaces.clone());
+    let known = known.unwrap_or_default();
+    links.known(&host, &known);
+    let taken: BTreeSet<u32> = known.into_keys().collect();
+    host.environment.interfaces = links.name(&host, &taken);
+    // What was in force when the daemon last ran is so before anything is parsed.
+    let mut early = None;
+    if start::is_due(&changes) {
+        let words = saved.as_ref().map_or(1, |saved| size_class(&saved.image));
+        let sockets = Arc::new(listen(&config)?);
+        let begun = Early::begin(open(words)?, words, sockets, &changes)?;
+        begun.attach(&mut links, &host);
+        early = Some(begun);
+    }
+    let left = early.as_ref().and_then(|early| early.left);
     let sources = Sources {
         segments: config.segments.clone(),
         settings: config.settings.clone(),
         trust: config.trust,
     };
     let (from, environment) = (sources.clone(), host.environment.clone());
+    let (kept, within) = (Arc::clone(&changes), config.confirm_within);
     let loading = spawn_blocking(move || {
-        progress::logged(|progress| load::load(&from, &environment, progress))
+        progress::logged(|progress| {
+            start::choose(&from, &kept, &environment, left, within, progress)
+        })
     });
-    let loaded = tokio::select! {
+    let chosen = tokio::select! {
         // A compiler at work does not hold up the end.
         () = control::stopped(&mut stop) => return Ok(()),
-        loaded = loading => loaded,
+        chosen = loading => chosen,
     };
-    let loaded = loaded
+    let chosen = chosen
         .map_err(|e| system("cannot compile")(io::Error::other(e)))?
         .map_err(RunError::Policy)?;
-    control::log_warnings(&loaded.warnings);
-    // Before the kernel is touched: another daemon may be at work.
-    let sockets = Arc::new(listen(&config)?);
-
-    let mut dataplane = open(size_class(&loaded.image))?;
-    let generations = Arc::new(Generations::default());
-    let policy = Arc::new(loaded.policy);
-    generations.insert(loaded.image.generation(), Arc::clone(&policy));
-    dataplane.apply(&loaded.image)?;
-    let events = dataplane.take_events();
-    let shared = Arc::new(Shared::new(
+    control::log_warnings(chosen.warnings());
+    let early = match early {
+        Some(early) if chosen.words() <= early.words => early,
+        // One that has outgrown what was loaded for the one before.
+        Some(early) => early.replace(|| open(size_class(chosen.image())), chosen.words())?,
+        None => {
+            // Before the kernel is touched: another daemon may be at work.
+            let sockets = Arc::new(listen(&config)?);
+            let words = size_class(chosen.image());
+            Early::begin(open(words)?, words, sockets, &changes)?
+        }
+    };
+    let Early {
         dataplane,
-        Arc::clone(&generations),
-        Live {
-            path: config.segments,
-            policy,
-            settings: Arc::new(loaded.settings),
-            settings_path: config
-                .settings
-                .filter(|_| loaded.texts.settings.is_some())
-                .map(|settings| settings.path),
-            image: loaded.image,
-            loaded_at: Time::now(),
-        },
-    ));
-    let detach = Detach(Some(Arc::clone(&shared.dataplane)));
+        detach,
+        sockets,
+        in_force,
+        ..
+    } = early;
+    let generations = Arc::new(Generations::default());
+    let (started, events) = {
+        let mut kernel = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
+        let saved = saved.as_ref().filter(|_| in_force);
+        let environment = host.environment.clone();
+        let started = start::put_in_force(
+            &mut **kernel,
+            &changes,
+            &generations,
+            &sources,
+            environment,
+            chosen,
+            saved,
+        )?;
+        (started, kernel.take_events())
+    };
+    let Started { live, begun, error } = started;
+    let shared = Shared::new(dataplane, Arc::clone(&generations), changes, live);
+    let shared = Arc::new(shared);
+    shared.note(|board| board.last_error = error);
     // What the parser and the compiler have left behind; nobody waits for it.
     drop(spawn_blocking(release_memory));
 
@@ -203,14 +246,7 @@ pub async fn run(
         None => None,
     };
 
-    let mut control = Control::new(
-        sources,
-        Arc::clone(&shared),
-        loaded.texts,
-        loaded.memory,
-        links,
-        host,
-    );
+    let mut control = Control::new(sources, Arc::clone(&shared), begun, links, host);
     control.start()?;
     let live = shared.live();
     tracing::info!(
@@ -231,6 +267,9 @@ pub async fn run(
     }
     // The server may hold them for a moment more.
     sockets.iter().for_each(Socket::remove);
+    if let Some(unkept) = shared.changes.persist().await {
+        tracing::error!("{unkept}");
+    }
     tracing::info!("stopping: taking the programs off");
     detach.now()?;
     result.map_err(system("the daemon cannot go on"))
@@ -279,6 +318,87 @@ fn size_class(image: &Image) -> u32 {
         .into_iter()
         .find(|class| *class as usize >= wanted)
         .unwrap_or_else(|| image.size_class())
+}
+
+/// The kernel's side, before it is known what is to be in force.
+struct Early {
+    dataplane: SharedDataplane,
+    detach: Detach,
+    sockets: Arc<Vec<Socket>>,
+    /// Words that the loaded programs take.
+    words: usize,
+    /// Whether the saved image is in force.
+    in_force: bool,
+    /// What is left of a trial.
+    left: Option<Duration>,
+}
+
+impl Early {
+    /// Puts the saved image in force, unless the kernel has something newer on trial.
+    fn begin(
+        dataplane: Box<dyn Dataplane>,
+        words: u32,
+        sockets: Arc<Vec<Socket>>,
+        changes: &Store,
+    ) -> Result<Self, DataplaneError> {
+        let dataplane: SharedDataplane = Arc::new(Mutex::new(dataplane));
+        let detach = Detach(Some(Arc::clone(&dataplane)));
+        let mut this = Self {
+            dataplane,
+            detach,
+            sockets,
+            words: words as usize,
+            in_force: false,
+            left: None,
+        };
+        let mut kernel = this
+            .dataplane
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        this.left = start::trial(&mut **kernel, changes)?;
+        if let Some(saved) = changes.saved_image()
+            && this.left.is_none()
+        {
+            kernel.apply(&saved.image)?;
+            tracing::info!(
+                generation = saved.image.generation(),
+                state = saved.state,
+                "the last image is in force until the policy is read"
+            );
+            this.in_force = true;
+        }
+        drop(kernel);
+        Ok(this)
+    }
+
+    /// Enforces what is in force. What cannot be enforced ends the start a moment later.
+    fn attach(&self, links: &mut Links, host: &Host) {
+        if self.in_force || self.left.is_some() {
+            clock::Clock::default().refresh(&self.dataplane);
+            links.sync(&self.dataplane, host);
+        }
+    }
+
+    /// Other programs in place of these.
+    fn replace(
+        self,
+        open: impl FnOnce() -> Result<Box<dyn Dataplane>, DataplaneError>,
+        words: usize,
+    ) -> Result<Self, DataplaneError> {
+        let new = open()?;
+        let mut kernel = self
+            .dataplane
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        kernel.detach_all()?;
+        *kernel = new;
+        drop(kernel);
+        Ok(Self {
+            words,
+            in_force: false,
+            ..self
+        })
+    }
 }
 
 /// Takes the programs off, also when a start fails half-way.

@@ -261,6 +261,13 @@ impl KernelDataplane {
     }
 }
 
+fn no_trials() -> DataplaneError {
+    DataplaneError::Environment {
+        what: "the kernel programs know no trials".to_owned(),
+        help: "apply without --confirm-within".to_owned(),
+    }
+}
+
 /// tcx links came with Linux 6.6; before, clsact through netlink.
 fn tcx() -> bool {
     KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
@@ -270,6 +277,31 @@ impl Dataplane for KernelDataplane {
     fn apply(&mut self, image: &Image) -> Result<(), DataplaneError> {
         let written = self.write_image(image)?;
         self.make_live(&written)
+    }
+
+    fn trial(
+        &mut self,
+        _: &Image,
+        _: Option<&Image>,
+        _: std::time::Duration,
+    ) -> Result<(), DataplaneError> {
+        Err(no_trials())
+    }
+
+    fn on_trial(&self) -> Result<Option<super::OnTrial>, DataplaneError> {
+        Ok(None)
+    }
+
+    fn confirm(&mut self) -> Result<(), DataplaneError> {
+        Err(no_trials())
+    }
+
+    fn revert(&mut self) -> Result<(), DataplaneError> {
+        Err(no_trials())
+    }
+
+    fn apply_both(&mut self, _: &Image, _: &Image) -> Result<(), DataplaneError> {
+        Err(no_trials())
     }
 
     fn set_clock(&mut self, clock: WallClock) -> Result<(), DataplaneError> {

@@ -15,7 +15,7 @@ mod sys;
 pub use query::{Hanging, hanging};
 pub use sys::{clock_is_kept, peer_groups, release_memory, share_heaps};
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use enforcer_common::{
     verdict::{Hook, Outcome, Reason},
@@ -120,6 +120,17 @@ pub struct Counters {
     pub records: Vec<RecordCount>,
 }
 
+/// A trial in the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OnTrial {
+    /// Until the deadline; zero: it has passed, and the programs judge by the previous image.
+    pub remaining: Duration,
+    /// Generation on trial.
+    pub live: u32,
+    /// Generation that it goes back to.
+    pub previous: u32,
+}
+
 /// What the kernel, or this process, said no to. Nothing was changed unless said otherwise.
 #[derive(Debug, thiserror::Error)]
 pub enum DataplaneError {
@@ -187,6 +198,45 @@ pub trait Dataplane: Send {
     /// # Errors
     /// [`DataplaneError`]; nothing has changed then.
     fn apply(&mut self, image: &Image) -> Result<(), DataplaneError>;
+
+    /// Puts an image on trial: the one in force stays as PREVIOUS, and when `within` has passed the
+    /// programs themselves judge by it again, whether a daemon lives or not. With `previous` that
+    /// image takes its place: what a first trial goes back to.
+    ///
+    /// # Errors
+    /// [`DataplaneError`]; nothing has changed then.
+    fn trial(
+        &mut self,
+        image: &Image,
+        previous: Option<&Image>,
+        within: Duration,
+    ) -> Result<(), DataplaneError>;
+
+    /// What is on trial in the kernel.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn on_trial(&self) -> Result<Option<OnTrial>, DataplaneError>;
+
+    /// The image on trial stays. Refused within the last second.
+    ///
+    /// # Errors
+    /// [`DataplaneError`]; the trial goes on then.
+    fn confirm(&mut self) -> Result<(), DataplaneError>;
+
+    /// Ends a trial by the previous image: it is live again, then the deadline goes. Also what tidies
+    /// up after an expiry.
+    ///
+    /// # Errors
+    /// [`DataplaneError`]; call it again.
+    fn revert(&mut self) -> Result<(), DataplaneError>;
+
+    /// Both images of a trial follow a change of members or addresses, PREVIOUS first. The deadline
+    /// stays.
+    ///
+    /// # Errors
+    /// [`DataplaneError`].
+    fn apply_both(&mut self, previous: &Image, live: &Image) -> Result<(), DataplaneError>;
 
     /// Tells the programs the time; before the first image, and when the clock was set.
     ///
