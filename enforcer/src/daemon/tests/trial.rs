@@ -3,6 +3,8 @@
 
 use std::path::Path;
 
+use tokio::runtime::Runtime;
+
 use super::*;
 use crate::api::{
     changes::{
@@ -22,7 +24,7 @@ struct Site {
     fake: Handle,
     client: Client,
     within: Option<Duration>,
-    running: Option<(watch::Sender<bool>, JoinHandle<Result<(), RunError>>)>,
+    running: Option<(Runtime, watch::Sender<bool>)>,
 }
 
 impl Site {
@@ -47,17 +49,29 @@ impl Site {
     async fn start(&mut self) {
         let mut config = config(self.dir.path());
         config.confirm_within = self.within;
-        let (_hangup, stop, task) = spawn(config, &self.fake);
-        self.running = Some((stop, task));
+        self.start_as(config).await;
+    }
+
+    async fn start_as(&mut self, config: Config) {
+        // Of its own: all its tasks end when it is killed.
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        let entered = runtime.enter();
+        let (_hangup, stop, _task) = spawn(config, &self.fake);
+        drop(entered);
+        self.running = Some((runtime, stop));
         self.until("it answers", async || self.client.status().await.is_ok())
             .await;
     }
 
-    /// As SIGKILL does, but that the threads go on for a moment.
+    /// As SIGKILL does.
     async fn kill(&mut self) {
-        let (_stop, task) = self.running.take().unwrap();
-        task.abort();
-        let _ = task.await;
+        let (runtime, _stop) = self.running.take().unwrap();
+        let end = move || runtime.shutdown_timeout(Duration::from_secs(10));
+        tokio::task::spawn_blocking(end).await.unwrap();
     }
 
     async fn restart(&mut self) {
@@ -136,6 +150,14 @@ impl Site {
         }
         let judges = format!("{:016x}", self.fake.lock().judges());
         assert_eq!(self.status().await.policy.hash, judges);
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        if let Some((runtime, _stop)) = self.running.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 
@@ -574,10 +596,7 @@ async fn settings_are_newer_than_what_was_applied_and_leave_it_in_force() {
         path: settings.clone(),
         required: false,
     });
-    let (_hangup, stop, task) = spawn(config, &site.fake);
-    site.running = Some((stop, task));
-    site.until("it answers", async || site.client.status().await.is_ok())
-        .await;
+    site.start_as(config).await;
     let other = site.other("other", &port(5433));
     site.apply(&other, None).await.unwrap();
     fs::write(&settings, "version: 1\nessentials: {off: [arp]}\n").unwrap();
