@@ -87,6 +87,7 @@ pub struct Setup<'a> {
     namespace: &'a Netns,
     directory: tempfile::TempDir,
     interface: String,
+    pins: Option<PathBuf>,
     more: Vec<String>,
 }
 
@@ -98,6 +99,7 @@ impl<'a> Setup<'a> {
             namespace,
             directory,
             interface: interface.to_owned(),
+            pins: None,
             more: Vec::new(),
         };
         this.write(policy);
@@ -107,6 +109,12 @@ impl<'a> Setup<'a> {
     /// Adds arguments of `run`.
     pub fn with(mut self, arguments: &[&str]) -> Self {
         self.more.extend(arguments.iter().map(|a| (*a).to_owned()));
+        self
+    }
+
+    /// Pinned here, so that it enforces on when the daemon ends.
+    pub fn pinned(mut self, pins: &Path) -> Self {
+        self.pins = Some(pins.to_owned());
         self
     }
 
@@ -161,6 +169,10 @@ impl<'a> Setup<'a> {
             .arg(self.segments())
             .args(["--interface", &self.interface])
             .args(&self.more);
+        match &self.pins {
+            Some(pins) => command.arg("--pins").arg(pins),
+            None => command.arg("--ephemeral"),
+        };
         command
     }
 

@@ -16,7 +16,7 @@ use enforcer_common::wire::Event;
 use crate::{
     compile::Image,
     dataplane::{
-        Counters, Dataplane, DataplaneError, EventSource, Interface, OnTrial, SocketHooks,
+        Adopted, Counters, Dataplane, DataplaneError, EventSource, Interface, OnTrial, SocketHooks,
         WallClock,
     },
 };
@@ -53,6 +53,9 @@ pub struct Fake {
     pub trial: Option<(Image, Instant)>,
     pub refuse_trial: bool,
     pub refuse_revert: bool,
+    /// What an earlier daemon has left.
+    pub adopted: Option<Adopted>,
+    pub outlives: bool,
     events: VecDeque<Event>,
     wake: Option<UnixStream>,
 }
@@ -81,6 +84,15 @@ impl Handle {
     pub fn open(&self, size_class: u32) -> Box<dyn Dataplane> {
         self.lock().size_class = size_class;
         Box::new(self.clone())
+    }
+
+    /// As the daemon asks for it.
+    pub fn open_or_adopt(&self, size_class: Option<u32>) -> Option<Box<dyn Dataplane>> {
+        match size_class {
+            Some(size_class) => Some(self.open(size_class)),
+            None if self.adopted().unwrap().is_some() => Some(Box::new(self.clone())),
+            None => None,
+        }
     }
 
     /// Puts records into the ring buffer.
@@ -167,6 +179,25 @@ impl Dataplane for Handle {
         let both = [previous, live].map(|image| (image.generation(), image.hash()));
         fake.applied.extend(both);
         Ok(())
+    }
+
+    fn adopted(&self) -> Result<Option<Adopted>, DataplaneError> {
+        let fake = self.lock();
+        if fake.adopted.is_some() || !fake.outlives {
+            return Ok(fake.adopted.clone());
+        }
+        let newest = fake.applied.iter().map(|(generation, _)| *generation).max();
+        let mut slots = fake.slots.clone();
+        slots.retain(|ifindex, _| fake.attached.contains(ifindex));
+        Ok(fake.live.clone().map(|live| Adopted {
+            live: Some(live),
+            generation: newest.unwrap_or(0),
+            slots,
+        }))
+    }
+
+    fn outlives(&self) -> bool {
+        self.lock().outlives
     }
 
     fn set_clock(&mut self, clock: WallClock) -> Result<(), DataplaneError> {

@@ -4,6 +4,7 @@
 //! Must not know: aya, the command line. The kernel comes in as a [`Dataplane`].
 
 pub mod acts;
+pub mod adopt;
 pub mod clock;
 pub mod control;
 pub mod doctor;
@@ -51,7 +52,8 @@ use crate::{
     },
     compile::Image,
     dataplane::{
-        Dataplane, DataplaneError, SocketHooks, cgroup::cgroup2_root, release_memory, share_heaps,
+        Adopted, Dataplane, DataplaneError, SocketHooks, cgroup::cgroup2_root, release_memory,
+        share_heaps,
     },
     events::{
         Generations,
@@ -62,15 +64,16 @@ use crate::{
 };
 
 use crate::policy::pattern::Pattern;
+use adopt::Before;
 use control::Control;
 use environment::Host;
 use files::{SettingsPath, Sources};
 use guard::Trust;
 use links::Links;
 use load::Rejected;
-use start::Started;
+use start::{Chosen, Started};
 use state::Shared;
-use store::Store;
+use store::{SavedImage, Store};
 
 /// What `enforcer run` is told.
 #[derive(Clone, Debug)]
@@ -91,7 +94,7 @@ pub struct Config {
     pub socket_hooks: SocketHooks,
     /// Where the history and the last states are kept; `None`: in memory.
     pub state_dir: Option<PathBuf>,
-    /// A policy that was never in force before is on trial for so long.
+    /// A policy that was not in force before is on trial for so long.
     pub confirm_within: Option<Duration>,
 }
 
@@ -138,98 +141,90 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
     move |source| RunError::System { what, source }
 }
 
-/// Runs until `stop` turns true, then takes everything off. `reload` asks for a reload (SIGHUP).
-/// `open` loads the kernel programs for images of so many words.
+/// Runs until `stop` turns true. What is pinned enforces on after that; the rest is taken off.
+/// `reload` asks for a reload (SIGHUP). `open` adopts what an earlier daemon has left, if there is
+/// any; with a number, it loads the kernel programs for images of so many words.
 ///
 /// # Errors
-/// [`RunError`]; nothing is enforced any more then.
+/// [`RunError`]; what was enforced before goes on, if anything was.
 pub async fn run(
     config: Config,
-    open: impl Fn(u32) -> Result<Box<dyn Dataplane>, DataplaneError>,
+    mut open: impl FnMut(Option<u32>) -> Result<Option<Box<dyn Dataplane>>, DataplaneError>,
     mut reload: mpsc::Receiver<()>,
     mut stop: signal::Receiver<bool>,
 ) -> Result<(), RunError> {
     share_heaps();
+    // Before the kernel is touched: another daemon may be at work.
+    let sockets = Arc::new(listen(&config)?);
+    let mut before = match open(None)? {
+        Some(dataplane) => Before::of(dataplane)?,
+        None => Before::default(),
+    };
     let mut host = Host::read().map_err(system("cannot list interfaces"))?;
     let mut links = Links::new(config.interfaces.clone(), config.socket_hooks);
+    links.adopt(&before.adopted.slots);
     let changes = Arc::new(Store::open(config.state_dir.as_deref()));
-    let saved = changes.saved_image().cloned();
-    let known = saved
-        .as_ref()
-        .map(|saved| saved.environment.interfaces.clone());
-    let known = known.unwrap_or_default();
-    links.known(&host, &known);
-    let taken: BTreeSet<u32> = known.into_keys().collect();
-    host.environment.interfaces = links.name(&host, &taken);
-    // What was in force when the daemon last ran is so before anything is parsed.
-    let mut early = None;
-    if start::is_due(&changes) {
-        let words = saved.as_ref().map_or(1, |saved| size_class(&saved.image));
-        let sockets = Arc::new(listen(&config)?);
-        let begun = Early::begin(open(words)?, words, sockets, &changes)?;
-        begun.attach(&mut links, &host);
-        early = Some(begun);
+    let mut left = start::trial(&mut before, &changes)?;
+    let mut fresh = before.dataplane.is_none();
+    // Nothing is at work: what was in force when the daemon last ran is so before anything is parsed.
+    if let Some(saved) = changes.saved_image().filter(|_| fresh) {
+        let dataplane = loaded(open(Some(size_class(&saved.image)))?)?;
+        before = boot(dataplane, saved, &mut links, &mut host)?;
+    } else {
+        host.environment.interfaces = links.name(&host, &BTreeSet::new());
     }
-    let left = early.as_ref().and_then(|early| early.left);
     let sources = Sources {
         segments: config.segments.clone(),
         settings: config.settings.clone(),
         trust: config.trust,
     };
-    let (from, environment) = (sources.clone(), host.environment.clone());
-    let (kept, within) = (Arc::clone(&changes), config.confirm_within);
-    let loading = spawn_blocking(move || {
-        progress::logged(|progress| {
-            start::choose(&from, &kept, &environment, left, within, progress)
-        })
-    });
-    let chosen = tokio::select! {
-        // A compiler at work does not hold up the end.
-        () = control::stopped(&mut stop) => return Ok(()),
-        chosen = loading => chosen,
-    };
-    let chosen = chosen
-        .map_err(|e| system("cannot compile")(io::Error::other(e)))?
-        .map_err(RunError::Policy)?;
-    control::log_warnings(chosen.warnings());
-    let early = match early {
-        Some(early) if chosen.words() <= early.words => early,
-        // One that has outgrown what was loaded for the one before.
-        Some(early) => early.replace(|| open(size_class(chosen.image())), chosen.words())?,
-        None => {
-            // Before the kernel is touched: another daemon may be at work.
-            let sockets = Arc::new(listen(&config)?);
-            let words = size_class(chosen.image());
-            Early::begin(open(words)?, words, sockets, &changes)?
+    let chosen = loop {
+        let (from, environment) = (sources.clone(), host.environment.clone());
+        let (kept, within) = (Arc::clone(&changes), config.confirm_within);
+        let loading = spawn_blocking(move || {
+            progress::logged(|progress| {
+                start::choose(&from, &kept, &environment, left, within, progress)
+            })
+        });
+        let chosen = tokio::select! {
+            // A compiler at work does not hold up the end.
+            () = control::stopped(&mut stop) => return Ok(()),
+            chosen = loading => chosen,
+        };
+        match chosen.map_err(|e| system("cannot compile")(io::Error::other(e)))? {
+            Ok(chosen) => break chosen,
+            // What is on trial means nothing to this daemon: what was before it comes back.
+            Err(_) if left.take().is_some() => start::give_up(&mut before, &changes)?,
+            Err(rejected) => break Chosen::unknown(before.without(rejected, &host)?, &before),
         }
     };
-    let Early {
-        dataplane,
-        detach,
-        sockets,
-        in_force,
-        ..
-    } = early;
-    let generations = Arc::new(Generations::default());
-    let (started, events) = {
-        let mut kernel = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
-        let saved = saved.as_ref().filter(|_| in_force);
-        let environment = host.environment.clone();
-        let started = start::put_in_force(
-            &mut **kernel,
-            &changes,
-            &generations,
-            &sources,
-            environment,
-            chosen,
-            saved,
-        )?;
-        (started, kernel.take_events())
+    control::log_warnings(chosen.warnings());
+
+    let mut dataplane = match before.dataplane.take() {
+        Some(dataplane) => dataplane,
+        None => {
+            fresh = true;
+            loaded(open(Some(size_class(chosen.image())))?)?
+        }
     };
-    let Started { live, begun, error } = started;
+    let generations = Arc::new(Generations::default());
+    let Started { live, begun, error } = start::put_in_force(
+        &mut *dataplane,
+        &changes,
+        &generations,
+        &sources,
+        host.environment.clone(),
+        chosen,
+        &before.adopted,
+    )?;
+    let outlives = dataplane.outlives();
+    let events = dataplane.take_events();
+    let dataplane = Arc::new(Mutex::new(dataplane));
     let shared = Shared::new(dataplane, Arc::clone(&generations), changes, live);
     let shared = Arc::new(shared);
     shared.note(|board| board.last_error = error);
+    // What was there before this start stays when it fails half-way.
+    let mut detach = Detach((fresh || !outlives).then(|| Arc::clone(&shared.dataplane)));
     // What the parser and the compiler have left behind; nobody waits for it.
     drop(spawn_blocking(release_memory));
 
@@ -248,6 +243,9 @@ pub async fn run(
 
     let mut control = Control::new(sources, Arc::clone(&shared), begun, links, host);
     control.start()?;
+    if outlives {
+        detach.0 = None;
+    }
     let live = shared.live();
     tracing::info!(
         policy = %live.path.display(),
@@ -270,9 +268,51 @@ pub async fn run(
     if let Some(unkept) = shared.changes.persist().await {
         tracing::error!("{unkept}");
     }
-    tracing::info!("stopping: taking the programs off");
+    if outlives {
+        tracing::info!("stopping: what is in force stays so; to end it: enforcer detach");
+    } else {
+        tracing::info!("stopping: taking the programs off");
+    }
     detach.now()?;
     result.map_err(system("the daemon cannot go on"))
+}
+
+fn loaded(opened: Option<Box<dyn Dataplane>>) -> Result<Box<dyn Dataplane>, RunError> {
+    let nothing = || system("cannot load the programs")(io::Error::other("nothing was loaded"));
+    opened.ok_or_else(nothing)
+}
+
+/// Puts the saved image in force, on the interfaces that it knows and all others that are asked for.
+/// What cannot be enforced ends the start a moment later.
+fn boot(
+    mut dataplane: Box<dyn Dataplane>,
+    saved: &SavedImage,
+    links: &mut Links,
+    host: &mut Host,
+) -> Result<Before, RunError> {
+    let known = &saved.environment.interfaces;
+    links.known(host, known);
+    host.environment.interfaces = links.name(host, &known.keys().copied().collect());
+    dataplane.apply(&saved.image)?;
+    let dataplane: SharedDataplane = Arc::new(Mutex::new(dataplane));
+    clock::Clock::default().refresh(&dataplane);
+    links.sync(&dataplane, host);
+    let generation = saved.image.generation();
+    tracing::info!(
+        generation,
+        "the last image is in force until the policy is read"
+    );
+    let dataplane = Arc::into_inner(dataplane);
+    let dataplane = dataplane.map(|d| d.into_inner().unwrap_or_else(PoisonError::into_inner));
+    Ok(Before {
+        dataplane,
+        adopted: Adopted {
+            live: Some(saved.image.clone()),
+            generation,
+            ..Adopted::default()
+        },
+        refused: None,
+    })
 }
 
 fn listen(config: &Config) -> Result<Vec<Socket>, SocketError> {
@@ -318,87 +358,6 @@ fn size_class(image: &Image) -> u32 {
         .into_iter()
         .find(|class| *class as usize >= wanted)
         .unwrap_or_else(|| image.size_class())
-}
-
-/// The kernel's side, before it is known what is to be in force.
-struct Early {
-    dataplane: SharedDataplane,
-    detach: Detach,
-    sockets: Arc<Vec<Socket>>,
-    /// Words that the loaded programs take.
-    words: usize,
-    /// Whether the saved image is in force.
-    in_force: bool,
-    /// What is left of a trial.
-    left: Option<Duration>,
-}
-
-impl Early {
-    /// Puts the saved image in force, unless the kernel has something newer on trial.
-    fn begin(
-        dataplane: Box<dyn Dataplane>,
-        words: u32,
-        sockets: Arc<Vec<Socket>>,
-        changes: &Store,
-    ) -> Result<Self, DataplaneError> {
-        let dataplane: SharedDataplane = Arc::new(Mutex::new(dataplane));
-        let detach = Detach(Some(Arc::clone(&dataplane)));
-        let mut this = Self {
-            dataplane,
-            detach,
-            sockets,
-            words: words as usize,
-            in_force: false,
-            left: None,
-        };
-        let mut kernel = this
-            .dataplane
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        this.left = start::trial(&mut **kernel, changes)?;
-        if let Some(saved) = changes.saved_image()
-            && this.left.is_none()
-        {
-            kernel.apply(&saved.image)?;
-            tracing::info!(
-                generation = saved.image.generation(),
-                state = saved.state,
-                "the last image is in force until the policy is read"
-            );
-            this.in_force = true;
-        }
-        drop(kernel);
-        Ok(this)
-    }
-
-    /// Enforces what is in force. What cannot be enforced ends the start a moment later.
-    fn attach(&self, links: &mut Links, host: &Host) {
-        if self.in_force || self.left.is_some() {
-            clock::Clock::default().refresh(&self.dataplane);
-            links.sync(&self.dataplane, host);
-        }
-    }
-
-    /// Other programs in place of these.
-    fn replace(
-        self,
-        open: impl FnOnce() -> Result<Box<dyn Dataplane>, DataplaneError>,
-        words: usize,
-    ) -> Result<Self, DataplaneError> {
-        let new = open()?;
-        let mut kernel = self
-            .dataplane
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        kernel.detach_all()?;
-        *kernel = new;
-        drop(kernel);
-        Ok(Self {
-            words,
-            in_force: false,
-            ..self
-        })
-    }
 }
 
 /// Takes the programs off, also when a start fails half-way.

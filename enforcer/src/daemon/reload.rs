@@ -83,6 +83,8 @@ pub struct Begun {
     pub memory: Memory,
     /// What it was compiled for.
     pub environment: Environment,
+    /// The largest generation that ever judged.
+    pub generation: u32,
     /// What comes back if nobody confirms it.
     pub previous: Option<Previous>,
 }
@@ -169,8 +171,7 @@ impl Reloads {
     /// The live policy is `begun`.
     pub fn new(sources: Sources, shared: Arc<Shared>, begun: Begun) -> Self {
         let live = shared.live();
-        let generation = shared.changes.read(|journal| journal.generation);
-        let generation = generation.max(live.image.generation());
+        let generation = begun.generation.max(live.image.generation());
         let mut this = Self {
             sources,
             shared,
@@ -289,7 +290,9 @@ impl Reloads {
         let tried_for = |(environment, at, _): &(Environment, Instant, String)| {
             *environment == relevant && at.elapsed() < RETRY
         };
-        if !fits && !self.unfit.as_ref().is_some_and(tried_for) {
+        // Of a policy that nobody could read there is the image alone.
+        let known = self.shared.live().known;
+        if known && !fits && !self.unfit.as_ref().is_some_and(tried_for) {
             let cause = if self.stale.is_some() {
                 ADDRESSES
             } else {

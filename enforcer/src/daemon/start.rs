@@ -8,30 +8,33 @@ use crate::{
         types::Time,
     },
     compile::Image,
-    dataplane::{Dataplane, DataplaneError},
+    dataplane::{Adopted, Dataplane, DataplaneError},
     events::Generations,
     policy::{Diagnostic, SourceFile, model::Environment},
 };
 
 use super::{
+    adopt::Before,
     files::{self, Sources, Texts},
     load::{self, Loaded, Memory, Rejected},
     progress::Progress,
     reload::{Begun, Previous, measure},
     state::Live,
-    store::{Content, Force, Material, Note, PASS_ALL, Pending, SavedImage, Store},
+    store::{Content, Force, Material, Note, PASS_ALL, Store},
 };
 
 /// A policy under which everything passes: what a first trial goes back to.
 const OPEN: &str = "version: 1\nsegments: {}\ndefaults: {unsegmented: allow}\n";
-/// What became of a trial of which the kernel knows nothing.
-const LATEST: &str = "the daemon ended before it could note what came of it";
+/// Where a policy was read that an earlier daemon has left in the kernel.
+const UNKNOWN: &str = "(not known)";
 
 /// What to put in force.
 pub struct Chosen {
     loaded: Loaded,
     path: PathBuf,
     kind: OriginKind,
+    /// Whether the policy is what the image was made of.
+    known: bool,
     /// What is in force by the journal, and stays so.
     force: Option<Force>,
     watched: Option<Texts>,
@@ -44,6 +47,21 @@ pub struct Chosen {
 }
 
 impl Chosen {
+    /// What was in force stays, whatever it is.
+    pub fn unknown(loaded: Loaded, before: &Before) -> Self {
+        Self {
+            loaded,
+            path: PathBuf::from(UNKNOWN),
+            kind: OriginKind::LastGood,
+            known: false,
+            force: None,
+            watched: None,
+            error: before.refused.as_ref().map(Rejected::summary),
+            previous: None,
+            trial: None,
+        }
+    }
+
     /// The image that is to be in force.
     pub fn image(&self) -> &Image {
         &self.loaded.image
@@ -70,23 +88,17 @@ enum OnStart {
     GoesOn(Duration),
 }
 
-/// Whether there is something to be put in force, or to be asked of the kernel, before any text is
-/// parsed.
-pub fn is_due(changes: &Store) -> bool {
-    changes.saved_image().is_some() || changes.read(|journal| journal.trial().is_some())
-}
-
 /// Finds out what became of a trial that the last daemon left behind. Answers with the time that
 /// it has left; otherwise it is over, and noted.
 ///
 /// # Errors
 /// When the kernel does not answer.
-pub fn trial(
-    dataplane: &mut dyn Dataplane,
-    changes: &Store,
-) -> Result<Option<Duration>, DataplaneError> {
+pub fn trial(before: &mut Before, changes: &Store) -> Result<Option<Duration>, DataplaneError> {
     let pending = changes.read(|journal| journal.trial().cloned());
-    let on = dataplane.on_trial()?;
+    let on = match &before.dataplane {
+        Some(dataplane) => dataplane.on_trial()?,
+        None => None,
+    };
     let left = on.map(|on| on.remaining).filter(|left| !left.is_zero());
     let known = pending
         .as_ref()
@@ -97,18 +109,46 @@ pub fn trial(
     }
     if on.is_some() {
         // Nobody knows what is on trial, or the deadline has passed.
-        dataplane.revert()?;
+        revert(before)?;
     }
-    if let Some(Pending { change, .. }) = pending {
-        let cause = match on {
-            Some(_) if left.is_none() => "the deadline passed",
-            Some(_) => "the texts of what was on trial are gone",
-            None => LATEST,
-        };
-        tracing::warn!(change, cause, "the trial was taken back");
-        changes.change(|journal| journal.revert(None, Some(cause.to_owned())));
+    let Some(pending) = pending else {
+        return Ok(None);
+    };
+    let (change, live) = (pending.change, before.adopted.live.as_ref());
+    if on.is_none() && live.is_some_and(|live| live.generation() == pending.generation) {
+        tracing::warn!(change, "the trial was confirmed, and that was not noted");
+        changes.change(|journal| journal.confirm(None));
+        return Ok(None);
     }
+    let cause = match on {
+        Some(_) if left.is_none() => "the deadline passed",
+        Some(_) => "the texts of what was on trial are gone",
+        None => "the kernel knows nothing of it any more",
+    };
+    tracing::warn!(change, cause, "the trial was taken back");
+    changes.change(|journal| journal.revert(None, Some(cause.to_owned())));
     Ok(None)
+}
+
+/// Ends a trial that cannot be gone on with.
+///
+/// # Errors
+/// What the kernel says.
+pub fn give_up(before: &mut Before, changes: &Store) -> Result<(), DataplaneError> {
+    revert(before)?;
+    let cause = "what is on trial cannot be compiled any more";
+    tracing::error!(cause, "the trial was taken back");
+    changes.change(|journal| journal.revert(None, Some(cause.to_owned())));
+    Ok(())
+}
+
+/// What was before the trial is in force again.
+fn revert(before: &mut Before) -> Result<(), DataplaneError> {
+    if let Some(dataplane) = &mut before.dataplane {
+        dataplane.revert()?;
+        before.adopted = dataplane.adopted()?.unwrap_or_default();
+    }
+    Ok(())
 }
 
 /// Reads, chooses and compiles. `left` is what a trial that goes on has left, `within` how long a
@@ -182,6 +222,7 @@ impl Desk<'_> {
             Ok(loaded) => Ok(Chosen {
                 path: self.sources.segments.clone(),
                 kind: OriginKind::Watched,
+                known: true,
                 force: self.force().filter(|force| self.same(force, &loaded.texts)),
                 loaded,
                 watched: Some(watched),
@@ -240,6 +281,7 @@ impl Desk<'_> {
             loaded: loaded.ok()?,
             path: PathBuf::from(&force.origin.path),
             kind: force.origin.kind,
+            known: true,
             force: Some(force).filter(|_| same_settings),
             watched: Some(watched.clone()),
             error: None,
@@ -273,6 +315,7 @@ impl Desk<'_> {
             loaded,
             path: PathBuf::from(&force.origin.path),
             kind: OriginKind::LastGood,
+            known: true,
             force: Some(force),
             watched,
             error: Some(error),
@@ -293,6 +336,7 @@ impl Desk<'_> {
             loaded: self.compile(texts)?,
             path: PathBuf::from(&pending.force.origin.path),
             kind: pending.force.origin.kind,
+            known: true,
             force: Some(pending.force),
             watched: files::read_all(self.sources).ok(),
             error: None,
@@ -334,7 +378,7 @@ pub struct Started {
     pub error: Option<String>,
 }
 
-/// Puts in force what was chosen, and notes it. `saved` is in force already.
+/// Puts in force what was chosen, unless it is so already, and notes it.
 ///
 /// # Errors
 /// [`DataplaneError`]; what was in force stays then.
@@ -345,16 +389,12 @@ pub fn put_in_force(
     sources: &Sources,
     environment: Environment,
     chosen: Chosen,
-    saved: Option<&SavedImage>,
+    adopted: &Adopted,
 ) -> Result<Started, DataplaneError> {
-    let known = dataplane
-        .on_trial()?
-        .map_or(0, |on| on.live.max(on.previous));
-    let saved_generation = changes
-        .saved_image()
-        .map_or(0, |saved| saved.image.generation());
     let last = changes.read(|journal| journal.generation);
-    let mut generation = last.max(known).max(saved_generation);
+    let saved = changes.saved_image();
+    let saved = saved.map_or(0, |saved| saved.image.generation());
+    let mut generation = last.max(saved).max(adopted.generation);
     let mut next = |image: Image| {
         generation = generation.wrapping_add(1).max(1);
         image.with_generation(generation)
@@ -366,6 +406,7 @@ pub fn put_in_force(
             path,
             settings_path: settings.map(|settings| settings.path.clone()),
             policy: Arc::new(loaded.policy),
+            known: true,
             settings: Arc::new(loaded.settings),
             image,
             loaded_at: Time::now(),
@@ -376,6 +417,7 @@ pub fn put_in_force(
         loaded,
         path,
         kind,
+        known,
         force,
         watched,
         error,
@@ -392,14 +434,17 @@ pub fn put_in_force(
         let origin = force.map_or_else(pass_all, |force| force.origin);
         (live, texts, origin)
     });
-    let image = match saved {
-        Some(saved) if saved.image.hash() == loaded.image.hash() && trial.is_none() => {
-            saved.image.clone()
-        }
-        Some(_) | None => next(loaded.image.clone()),
+    let in_force = adopted.live.as_ref().filter(|_| trial.is_none());
+    let in_force = in_force.filter(|live| live.hash() == loaded.image.hash());
+    let image = match in_force {
+        Some(image) => image.clone(),
+        None => next(loaded.image.clone()),
     };
-    let (live, texts, memory) = live(loaded, path, image);
-    generations.insert(live.image.generation(), Arc::clone(&live.policy));
+    let (mut live, texts, memory) = live(loaded, path, image);
+    live.known = known;
+    if known {
+        generations.insert(live.image.generation(), Arc::clone(&live.policy));
+    }
     let note = Note {
         kind: ChangeKind::Start,
         by: None,
@@ -429,15 +474,27 @@ pub fn put_in_force(
         (Some(OnStart::GoesOn(left)), Some((before, ..))) => {
             remaining = left;
             dataplane.apply_both(&before.image, &live.image)?;
-            changes.change(|journal| journal.go_on(note));
+            let generation = live.image.generation();
+            changes.change(|journal| {
+                journal.follow(generation);
+                journal.go_on(note);
+            });
             force.map_or_else(pass_all, |force| force.origin)
         }
         (Some(_) | None, _) => {
             remaining = Duration::ZERO;
-            if saved.is_none_or(|saved| saved.image != live.image) {
+            if in_force.is_none() {
                 dataplane.apply(&live.image)?;
             }
             let origin = match force {
+                None if !known => {
+                    changes.change(|journal| journal.refuse(note));
+                    Origin {
+                        kind,
+                        path: UNKNOWN.to_owned(),
+                        ..pass_all()
+                    }
+                }
                 Some(force) => {
                     changes.change(|journal| journal.go_on(note));
                     Origin {
@@ -449,7 +506,9 @@ pub fn put_in_force(
                     journal.take(note, kind, Material::Texts(&texts), seen)
                 }),
             };
-            changes.save_image(&live.image, &environment);
+            if known {
+                changes.save_image(&live.image, &environment);
+            }
             origin
         }
     };
@@ -468,6 +527,7 @@ pub fn put_in_force(
             origin,
             memory,
             environment,
+            generation,
             previous,
         },
         error,

@@ -7,15 +7,23 @@ pub mod cgroup;
 mod clsact;
 mod errors;
 pub mod flows;
+mod hooks;
+mod images;
 pub mod kernel;
+mod load;
 mod objects;
+mod pins;
 mod query;
 mod sys;
+mod trial;
 
 pub use query::{Hanging, hanging};
 pub use sys::{clock_is_kept, peer_groups, release_memory, share_heaps};
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use enforcer_common::{
     verdict::{Hook, Outcome, Reason},
@@ -120,14 +128,25 @@ pub struct Counters {
     pub records: Vec<RecordCount>,
 }
 
+/// What was in force before this process, and goes on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Adopted {
+    /// The live image, read back; `None` when there is none, or it is not whole.
+    pub live: Option<Image>,
+    /// The largest generation that ever judged.
+    pub generation: u32,
+    /// Slots of interfaces, by ifindex.
+    pub slots: BTreeMap<u32, u32>,
+}
+
 /// A trial in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OnTrial {
-    /// Until the deadline; zero: it has passed, and the programs judge by the previous image.
+    /// Time until the programs go back by themselves; zero: they have.
     pub remaining: Duration,
-    /// Generation on trial.
+    /// Generation of the image on trial.
     pub live: u32,
-    /// Generation that it goes back to.
+    /// Generation of the image to go back to.
     pub previous: u32,
 }
 
@@ -167,6 +186,9 @@ pub enum DataplaneError {
         /// The kernel's answer.
         source: std::io::Error,
     },
+    /// Asked for what does not go with the trial that is, or is not, running.
+    #[error("{0}")]
+    Trial(&'static str),
     /// A program could not be attached.
     #[error("cannot attach {hook} to {target}: {message}")]
     Attach {
@@ -199,12 +221,11 @@ pub trait Dataplane: Send {
     /// [`DataplaneError`]; nothing has changed then.
     fn apply(&mut self, image: &Image) -> Result<(), DataplaneError>;
 
-    /// Puts an image on trial: the one in force stays as PREVIOUS, and when `within` has passed the
-    /// programs themselves judge by it again, whether a daemon lives or not. With `previous` that
-    /// image takes its place: what a first trial goes back to.
+    /// Puts an image on trial: the one in force, or `previous` if one is given, is judged by again
+    /// once `within` has passed, by the programs themselves, whether a daemon lives or not.
     ///
     /// # Errors
-    /// [`DataplaneError`]; nothing has changed then.
+    /// [`DataplaneError::Trial`] while one is running, [`DataplaneError`]; the image in force stays.
     fn trial(
         &mut self,
         image: &Image,
@@ -212,31 +233,38 @@ pub trait Dataplane: Send {
         within: Duration,
     ) -> Result<(), DataplaneError>;
 
-    /// What is on trial in the kernel.
-    ///
-    /// # Errors
-    /// [`DataplaneError::Syscall`].
-    fn on_trial(&self) -> Result<Option<OnTrial>, DataplaneError>;
-
-    /// The image on trial stays. Refused within the last second.
-    ///
-    /// # Errors
-    /// [`DataplaneError`]; the trial goes on then.
-    fn confirm(&mut self) -> Result<(), DataplaneError>;
-
-    /// Ends a trial by the previous image: it is live again, then the deadline goes. Also what tidies
-    /// up after an expiry.
-    ///
-    /// # Errors
-    /// [`DataplaneError`]; call it again.
-    fn revert(&mut self) -> Result<(), DataplaneError>;
-
-    /// Both images of a trial follow a change of members or addresses, PREVIOUS first. The deadline
-    /// stays.
+    /// The trial that is running, or has expired and was not reverted yet.
     ///
     /// # Errors
     /// [`DataplaneError`].
+    fn on_trial(&self) -> Result<Option<OnTrial>, DataplaneError>;
+
+    /// The image on trial stays.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Trial`] within its last second, or when none is running.
+    fn confirm(&mut self) -> Result<(), DataplaneError>;
+
+    /// Ends a trial by the image before it; also after the programs have gone back by themselves.
+    ///
+    /// # Errors
+    /// [`DataplaneError`]; the deadline stands.
+    fn revert(&mut self) -> Result<(), DataplaneError>;
+
+    /// Puts others in the place of both images of a trial, the one to go back to first.
+    ///
+    /// # Errors
+    /// [`DataplaneError`]; the second may be the old one.
     fn apply_both(&mut self, previous: &Image, live: &Image) -> Result<(), DataplaneError>;
+
+    /// What an earlier daemon has left at work.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn adopted(&self) -> Result<Option<Adopted>, DataplaneError>;
+
+    /// Whether enforcement goes on when this is dropped.
+    fn outlives(&self) -> bool;
 
     /// Tells the programs the time; before the first image, and when the clock was set.
     ///

@@ -379,6 +379,7 @@ impl Meaning {
         Live {
             path: self.path,
             policy: self.policy,
+            known: true,
             settings: self.settings,
             settings_path: self.settings_path,
             image,

@@ -20,6 +20,7 @@ fn reloads(settings: &str) -> Reloads {
     let live = Live {
         path: PathBuf::from("p.yaml"),
         policy: Arc::new(loaded.policy),
+        known: true,
         settings: Arc::new(loaded.settings),
         settings_path: None,
         image: loaded.image,
@@ -48,6 +49,7 @@ fn reloads(settings: &str) -> Reloads {
         origin,
         memory: Memory::default(),
         environment: Environment::default(),
+        generation: 1,
         previous: None,
     };
     Reloads::new(sources, Arc::new(shared), begun)

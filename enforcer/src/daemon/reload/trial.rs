@@ -407,6 +407,7 @@ impl Reloads {
         let loaded_at = live.loaded_at;
         self.shared
             .set_live(Meaning::of(&live).live(image, loaded_at));
+        self.shared.changes.change(|journal| journal.follow(two));
         tracing::info!(
             previous = one,
             live = two,

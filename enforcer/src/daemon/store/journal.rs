@@ -41,6 +41,8 @@ pub struct Pending {
     pub change: u64,
     /// What is on trial.
     pub force: Force,
+    /// Generation of its image.
+    pub generation: u32,
     /// When it began.
     pub since: Time,
     /// When it ends, by the clock on the wall; the kernel has one of its own.
@@ -186,10 +188,12 @@ impl Journal {
     ) -> (Origin, Option<u64>) {
         let (force, new) = self.prepare(&note, kind, material, watched);
         let (origin, state) = (force.origin.clone(), force.state);
+        let generation = note.meaning.as_ref().map_or(0, |m| m.generation);
         let change = self.push(note, ChangeOutcome::OnTrial, Some(state), None);
         self.trial = Some(Pending {
             change,
             force,
+            generation,
             since: origin.at,
             deadline,
         });
@@ -235,6 +239,14 @@ impl Journal {
         let number = self.push(note, ChangeOutcome::InForce, state, Some(trial.change));
         self.evict();
         Some(number)
+    }
+
+    /// The image on trial is another one.
+    pub fn follow(&mut self, generation: u32) {
+        self.generation = self.generation.max(generation);
+        if let Some(trial) = &mut self.trial {
+            trial.generation = generation;
+        }
     }
 
     /// The trial never began.
