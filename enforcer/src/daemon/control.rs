@@ -124,10 +124,19 @@ impl Control {
             tokio::select! {
                 // A compiler at work does not hold up the end: nobody wants its image any more.
                 () = stopped(stop) => return Ok(()),
-                Some(ask) = asks.recv() => self.reloads.ask(ask).await,
-                () = self.reloads.due() => self.reloads.look_at_trial().await,
+                Some(ask) = asks.recv() => {
+                    self.reloads.ask(ask).await;
+                    self.report();
+                }
+                () = self.reloads.due() => {
+                    self.reloads.look_at_trial().await;
+                    self.report();
+                }
                 Some(()) = reload.recv() => self.reloads.want("SIGHUP", None),
-                done = self.reloads.done() => self.reloads.finish(done).await,
+                done = self.reloads.done() => {
+                    self.reloads.finish(done).await;
+                    self.report();
+                }
                 changed = watch.changed() => match changed {
                     Ok(()) => self.reloads.files_changed(),
                     Err(error) => broken("cannot watch the policy's files", &error).await,

@@ -24,7 +24,7 @@ use super::{
 };
 
 /// A policy under which everything passes: what a first trial goes back to.
-const OPEN: &str = "version: 1\nsegments: {}\ndefaults: {unsegmented: allow}\n";
+const OPEN: &str = "version: 1\ndefaults: {unsegmented: allow}\n";
 /// Where a policy was read that an earlier daemon has left in the kernel.
 const UNKNOWN: &str = "(not known)";
 

@@ -62,11 +62,14 @@ impl Site {
             .build()
             .unwrap();
         let entered = runtime.enter();
-        let (_hangup, stop, _task) = spawn(config, &self.fake);
+        let (_hangup, stop, task) = spawn(config, &self.fake);
         drop(entered);
         self.running = Some((runtime, stop));
-        self.until("it answers", async || self.client.status().await.is_ok())
-            .await;
+        let answers = self.until("it answers", async || self.client.status().await.is_ok());
+        tokio::select! {
+            () = answers => {}
+            ended = task => panic!("{ended:?}"),
+        }
     }
 
     /// As SIGKILL does.
@@ -257,11 +260,10 @@ async fn an_unconfirmed_trial_goes_back_and_a_confirmed_one_stays() {
     site.edit(&port(5434));
     let deadline = Instant::now() + Duration::from_millis(trial.remaining_ms);
     site.until("the kernel goes back", async || {
-        let on = site.fake.lock().trial.clone();
-        if on.is_some() {
-            assert!(site.status().await.generation == 2, "the edit did not wait");
-        }
-        on.is_none()
+        let generation = site.status().await.generation;
+        let on = site.fake.lock().trial.is_some();
+        assert!(!on || generation == 2, "the edit did not wait");
+        !on
     })
     .await;
     assert!(
