@@ -112,6 +112,12 @@ impl<'a> Setup<'a> {
         self
     }
 
+    /// On other interfaces.
+    pub fn on(mut self, interface: &str) -> Self {
+        interface.clone_into(&mut self.interface);
+        self
+    }
+
     /// Pinned here, so that it enforces on when the daemon ends.
     pub fn pinned(mut self, pins: &Path) -> Self {
         self.pins = Some(pins.to_owned());
@@ -266,6 +272,18 @@ impl<'a> Daemon<'a> {
         (self.setup, status)
     }
 
+    /// SIGKILL. Its files stay.
+    pub fn kill(mut self) -> Setup<'a> {
+        self.signal(Signal::SIGKILL);
+        self.wait();
+        self.setup
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.process.0.id()
+    }
+
     /// A verb that talks to this daemon.
     fn client(&self, verb: &str, arguments: &[&str]) -> Command {
         let mut command = command(None);
@@ -282,7 +300,8 @@ impl<'a> Daemon<'a> {
         self.client(verb, arguments).output().unwrap()
     }
 
-    fn try_status(&self) -> Option<Value> {
+    /// `status -o json`, if there is somebody who answers.
+    pub fn try_status(&self) -> Option<Value> {
         let output = self.ask("status", &["-o", "json"]);
         serde_json::from_slice(&output.stdout).ok()
     }

@@ -54,9 +54,6 @@ pub struct KernelDataplane {
     extra: &'static [&'static str],
 }
 
-/// Where the programs keep [`Control`].
-const CONTROL: &str = ".bss.control";
-
 impl KernelDataplane {
     /// Adopts what is pinned; programs of another build, or too small ones, are replaced. Without
     /// pins, programs and maps are loaded; nothing is attached then, no policy is live.
@@ -103,7 +100,12 @@ impl KernelDataplane {
         let same = before.is_some_and(|before| before == meta);
         let fresh = !same || options.anew || options.debug;
         if fresh {
-            load::load(&pins, object, &meta, before.as_ref(), options)?;
+            let control = match &before {
+                Some(_) => Some(load::control(&pins.set(false))?),
+                None => None,
+            };
+            let before = before.as_ref().zip(control.as_ref());
+            load::load(&pins, object, &meta, before, options)?;
         }
         let set = pins.set(fresh);
         let opened = load::open(&set, options.extra)?;
@@ -118,7 +120,7 @@ impl KernelDataplane {
                 ..Control::default()
             };
         } else {
-            let map: Array<_, Control> = this.typed(CONTROL)?;
+            let map: Array<_, Control> = this.typed(load::CONTROL)?;
             this.control = map.get(&0, 0).map_err(map_error("read the settings"))?;
         }
         this.control.flags &= !CONTROL_DEBUG;
@@ -178,7 +180,14 @@ impl KernelDataplane {
         };
         let staging = sys::Staging::new(image_words as usize);
         let staging = staging.map_err(syscall("make room for images"))?;
-        load::load(&self.pins, object, &meta, Some(&before), &options)?;
+        let control = self.control;
+        load::load(
+            &self.pins,
+            object,
+            &meta,
+            Some((&before, &control)),
+            &options,
+        )?;
         let mut opened = load::open(&self.pins.set(true), self.extra)?;
         // The ring's reader has it already; it is the same map.
         opened.maps.remove("EVENTS");
@@ -254,7 +263,7 @@ impl KernelDataplane {
 
     pub(super) fn write_control(&mut self) -> Result<(), DataplaneError> {
         let control = self.control;
-        let mut map: Array<_, Control> = self.typed_mut(CONTROL)?;
+        let mut map: Array<_, Control> = self.typed_mut(load::CONTROL)?;
         map.set(0, control, 0)
             .map_err(map_error("write the settings"))
     }

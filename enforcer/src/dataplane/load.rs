@@ -9,13 +9,15 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Map, MapData},
+    maps::{Array, Map, MapData},
     programs::{CgroupSockAddr, Program, SchedClassifier, TestRun as _, TestRunOptions},
 };
 
+use enforcer_common::wire::Control;
+
 use super::{
     DataplaneError,
-    errors::{load_error, missing, syscall},
+    errors::{load_error, map_error, missing, syscall},
     flows::Shape,
     objects,
     pins::{Keep, Meta, Pins, Set},
@@ -30,7 +32,7 @@ pub(super) const CLASSIFIERS: [&str; 4] = ["tc_ingress", "tc_egress", "clock", "
 pub(super) const SOCKET_PROGRAMS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
 /// What the programs of every build share. Their layouts are counted by `pins::LAYOUT`.
 pub(super) const MAPS: [&str; 19] = [
-    ".bss.control",
+    CONTROL,
     ".bss.woken",
     "COUNTERS",
     "DENIED",
@@ -51,6 +53,8 @@ pub(super) const MAPS: [&str; 19] = [
     "VLANS",
 ];
 pub(super) const POLICY: &str = "POLICY";
+/// Where the programs keep [`Control`].
+pub(super) const CONTROL: &str = ".bss.control";
 
 /// How to load.
 #[derive(Clone, Debug)]
@@ -95,7 +99,7 @@ pub(super) fn load(
     pins: &Pins,
     object: &[u8],
     meta: &Meta,
-    before: Option<&Meta>,
+    before: Option<(&Meta, &Control)>,
     options: &LoadOptions,
 ) -> Result<(), DataplaneError> {
     let (current, next) = (pins.set(false), pins.set(true));
@@ -105,7 +109,11 @@ pub(super) fn load(
     let shape = Shape::of(meta);
     let mut loader = EbpfLoader::new();
     shape.configure(&mut loader);
-    let shared: Vec<_> = before.map_or(Vec::new(), |before| {
+    if let Some((_, control)) = before {
+        // aya writes what the object says into maps that are there already, zeros in this case.
+        loader.override_global("CONTROL", control, true);
+    }
+    let shared: Vec<_> = before.map_or(Vec::new(), |(before, _)| {
         let same = before.image_words == meta.image_words;
         let shared = MAPS.iter().filter(|name| same || **name != POLICY);
         shared.map(|name| (*name, current.map(name))).collect()
@@ -144,6 +152,14 @@ pub(super) fn load(
         forward_messages(&mut ebpf)?;
     }
     next.describe(meta).map_err(syscall("pin the description"))
+}
+
+/// What the programs of a set are told.
+pub(super) fn control(set: &Set) -> Result<Control, DataplaneError> {
+    let map = MapData::from_pin(set.map(CONTROL)).and_then(Map::from_map_data);
+    let map = map.map_err(|e| load_error(CONTROL, &e))?;
+    let map: Array<_, Control> = map.try_into().map_err(|e| load_error(CONTROL, &e))?;
+    map.get(&0, 0).map_err(map_error("read the settings"))
 }
 
 fn missing_pin(name: &str) -> DataplaneError {
