@@ -52,7 +52,7 @@ pub struct Args {
     state_dir: Option<PathBuf>,
     /// Put a policy that was not in force before on trial: without `enforcer confirm` within this
     /// time the kernel goes back to what was, the first time to letting everything pass.
-    #[arg(long, value_name = "TIME", value_parser = trial_time)]
+    #[arg(long, value_name = "TIME", value_parser = trial_time, overrides_with = "confirm_within")]
     confirm_within: Option<Duration>,
     /// Take files of policy and settings that are symbolic links, if root owns the links and where
     /// they lead is as safe: Kubernetes mounts ConfigMaps so.

@@ -21,7 +21,7 @@ impl Reloads {
                 Err(error) => Err(internal(&error)),
             };
             if let Err(refused) = &result {
-                self.note_refusal(&proposal, refused);
+                self.note_refusal(&proposal, refused).await;
             }
             drop(spawn_blocking(release_memory));
             // The client may have left.
@@ -249,7 +249,7 @@ impl Reloads {
         measure(&self.shared.live())
     }
 
-    fn note_refusal(&self, proposal: &Proposal, refused: &Refused) {
+    pub(super) async fn note_refusal(&self, proposal: &Proposal, refused: &Refused) {
         tracing::warn!(by = %proposal.by, error = refused.error, "refused what somebody asked for");
         if proposal.dry_run {
             return;
@@ -265,6 +265,7 @@ impl Reloads {
         // Those of a trial that could not begin are noted there.
         if refused.code != RefusalCode::Internal || proposal.within.is_none() {
             self.shared.changes.change(|journal| journal.refuse(note));
+            self.shared.changes.persist().await;
         }
     }
 

@@ -132,6 +132,9 @@ impl Reloads {
                 Err(refused.unwrap_or_else(|| Refused::conflict("a trial has just ended")))
             }
         };
+        if let Err(refused) = &result {
+            self.note_refusal(&proposal, refused).await;
+        }
         let _ = answer.send(result);
     }
 
