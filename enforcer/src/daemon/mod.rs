@@ -216,7 +216,8 @@ pub async fn run(
         host.environment.clone(),
         chosen,
         &before.adopted,
-    )?;
+    )
+    .await?;
     let outlives = dataplane.outlives();
     let events = dataplane.take_events();
     let dataplane = Arc::new(Mutex::new(dataplane));

@@ -382,7 +382,7 @@ pub struct Started {
 ///
 /// # Errors
 /// [`DataplaneError`]; what was in force stays then.
-pub fn put_in_force(
+pub async fn put_in_force(
     dataplane: &mut dyn Dataplane,
     changes: &Store,
     generations: &Generations,
@@ -464,12 +464,20 @@ pub fn put_in_force(
                 confirm_within: Some(within.as_secs()),
                 ..note
             };
-            dataplane.trial(&live.image, Some(&before.image), within)?;
             let deadline = Time::after(within);
-            tracing::warn!(%deadline, "on trial: `enforcer confirm` keeps it");
-            changes.keep(&texts, |journal| {
+            let origin = changes.keep(&texts, |journal| {
                 journal.begin(note, kind, Material::Texts(&texts), seen, deadline)
-            })
+            });
+            // First the memory: a daemon that begins anew must find out what is on trial.
+            if let Some(unkept) = changes.persist().await {
+                tracing::warn!("{unkept}");
+            }
+            if let Err(error) = dataplane.trial(&live.image, Some(&before.image), within) {
+                changes.change(|journal| journal.abandon(&error.to_string()));
+                return Err(error);
+            }
+            tracing::warn!(%deadline, "on trial: `enforcer confirm` keeps it");
+            origin
         }
         (Some(OnStart::GoesOn(left)), Some((before, ..))) => {
             remaining = left;

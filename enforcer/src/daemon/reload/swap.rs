@@ -59,7 +59,7 @@ impl Reloads {
             Err(error) => (self.tried.take(), Err(Failure::Crashed(error)), false),
         };
         self.tried = tried;
-        let result = self.from_watched(&running, result, settings_only).await;
+        let result = self.take_watched(&running, result, settings_only).await;
         let error = result.as_ref().err().map(Failure::summary);
         if let (Some(summary), Err(failure)) = (&error, &result) {
             tracing::error!(
@@ -87,7 +87,7 @@ impl Reloads {
     }
 
     /// The watched files say something else than before, or somebody wants them again.
-    async fn from_watched(
+    async fn take_watched(
         &mut self,
         running: &Running,
         result: Result<Loaded, Failure>,
