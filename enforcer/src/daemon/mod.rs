@@ -169,7 +169,7 @@ pub async fn run(
     // Nothing is at work: what was in force when the daemon last ran is so before anything is parsed.
     if let Some(saved) = changes.saved_image().filter(|_| fresh) {
         let dataplane = loaded(open(Some(size_class(&saved.image)))?)?;
-        before = boot(dataplane, saved, &mut links, &mut host)?;
+        before = boot(dataplane, &saved, &mut links, &mut host)?;
     } else {
         host.environment.interfaces = links.name(&host, &BTreeSet::new());
     }
@@ -218,6 +218,7 @@ pub async fn run(
         &before.adopted,
     )
     .await?;
+    changes.forget_saved_image();
     let outlives = dataplane.outlives();
     let events = dataplane.take_events();
     let dataplane = Arc::new(Mutex::new(dataplane));

@@ -284,14 +284,14 @@ impl Reloads {
         if self.running.is_some() {
             return;
         }
-        if self.trial.is_none() && self.start_wanted(now) {
+        if self.start_wanted(now) {
             return;
         }
         let tried_for = |(environment, at, _): &(Environment, Instant, String)| {
             *environment == relevant && at.elapsed() < RETRY
         };
         // Of a policy that nobody could read there is the image alone.
-        let known = self.shared.live().known;
+        let known = self.shared.live().known && self.trial.as_ref().is_none_or(Trial::is_known);
         if known && !fits && !self.unfit.as_ref().is_some_and(tried_for) {
             let cause = if self.stale.is_some() {
                 ADDRESSES
@@ -336,7 +336,7 @@ impl Reloads {
             }
             return true;
         }
-        let Some(wanted) = self.wanted.take() else {
+        let Some(wanted) = self.wanted.take_if(|_| self.trial.is_none()) else {
             return false;
         };
         let sources = self.sources.clone();
@@ -437,6 +437,11 @@ fn proposed(
     memory: &Mutex<Memory>,
 ) -> Result<Box<(Loaded, Option<u64>)>, Refused> {
     let (texts, state) = match what {
+        // Others than root may ask, and diagnostics quote what they are about.
+        What::Path(path) if !path.is_dir() && !files::is_policy_name(&path) => {
+            let error = "error: a policy is a directory, or a file *.yaml or *.yml";
+            return Err(Refused::rejected(error));
+        }
         What::Path(segments) => {
             let sources = Sources {
                 segments,

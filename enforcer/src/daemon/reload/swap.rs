@@ -1,5 +1,7 @@
 //! What was compiled is put in force, or on trial, and noted.
 
+use std::path::Path;
+
 use super::*;
 use crate::{api::types::RefusalCode, dataplane::Dataplane};
 
@@ -174,7 +176,7 @@ impl Reloads {
         let texts = loaded.texts.clone();
         let (meaning, image) = self.meaning(loaded, path.clone());
         let (kind, origin) = match &proposal.what {
-            What::Path(path) if *path == self.sources.segments => {
+            What::Path(path) if self.is_watched(path) => {
                 self.tried = Some(texts.clone());
                 (ChangeKind::Apply, OriginKind::Watched)
             }
@@ -267,6 +269,10 @@ impl Reloads {
             self.shared.changes.change(|journal| journal.refuse(note));
             self.shared.changes.persist().await;
         }
+    }
+
+    fn is_watched(&self, path: &Path) -> bool {
+        std::path::absolute(&self.sources.segments).is_ok_and(|watched| watched == path)
     }
 
     fn path_of(&self, state: Option<u64>) -> PathBuf {

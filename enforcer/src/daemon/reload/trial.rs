@@ -76,6 +76,11 @@ impl Trial {
         names_interfaces(&live.policy, &live.settings)
     }
 
+    /// Whether there is more than an image.
+    pub fn is_known(&self) -> bool {
+        self.previous.live.known
+    }
+
     pub fn change(&self) -> u64 {
         self.status.change
     }
@@ -198,9 +203,32 @@ impl Reloads {
             "on trial: `enforcer confirm` keeps it"
         );
         self.trial = Some(trial);
+        self.refuse_waiting();
         self.now_for(environment);
         self.shared.note(|board| board.notice = None);
         Ok(())
+    }
+
+    /// Nobody who has asked for something else waits for the end of the trial.
+    fn refuse_waiting(&mut self) {
+        let Some(refused) = self.on_trial_already() else {
+            return;
+        };
+        let asks = self
+            .wanted
+            .iter_mut()
+            .flat_map(|wanted| wanted.asks.drain(..));
+        for (_, answer) in asks {
+            let _ = answer.send(Err(refused.clone()));
+        }
+        let looks = |(proposal, _): &(Box<Proposal>, _)| proposal.dry_run;
+        let (looks, others): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut self.proposals)
+            .into_iter()
+            .partition(looks);
+        self.proposals = looks;
+        for (_, answer) in others {
+            let _ = answer.send(Err(refused.clone()));
+        }
     }
 
     /// What is on trial stays.

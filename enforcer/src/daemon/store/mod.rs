@@ -46,7 +46,7 @@ pub struct Store {
     inner: Arc<Inner>,
     written: watch::Receiver<Written>,
     path: Option<PathBuf>,
-    saved: Option<SavedImage>,
+    saved: Mutex<Option<Arc<SavedImage>>>,
     /// What was wrong with the directory at the start.
     troubles: Vec<String>,
 }
@@ -61,7 +61,8 @@ struct Wanted {
     journal: Journal,
     /// Texts that are not on disk yet.
     texts: BTreeMap<u64, Texts>,
-    image: Option<Arc<SavedImage>>,
+    /// An image that is not on disk yet.
+    image: Option<SavedImage>,
     /// Counts what is to be written.
     version: u64,
     urgent: bool,
@@ -119,7 +120,7 @@ impl Store {
             inner,
             written,
             path: path.filter(|_| kept).map(Path::to_owned),
-            saved,
+            saved: Mutex::new(saved.map(Arc::new)),
             troubles,
         }
     }
@@ -167,18 +168,27 @@ impl Store {
         let Some(force) = journal.force() else {
             return;
         };
-        wanted.image = Some(Arc::new(SavedImage {
+        wanted.image = Some(SavedImage {
             image: image.clone(),
             state: force.state,
             environment: environment.clone(),
-        }));
+        });
         wanted.version += 1;
         self.inner.changed.notify_one();
     }
 
     /// The image that was in force when the daemon last ran, if its texts are there as well.
-    pub fn saved_image(&self) -> Option<&SavedImage> {
-        self.saved.as_ref()
+    pub fn saved_image(&self) -> Option<Arc<SavedImage>> {
+        self.saved
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Another one is in force by now: it takes memory no more.
+    pub fn forget_saved_image(&self) {
+        let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
+        *saved = None;
     }
 
     /// The texts of a state.
@@ -321,7 +331,6 @@ fn read(disk: &Disk, troubles: &mut Vec<String>) -> (Journal, Option<SavedImage>
 /// Brings the directory in line with the memory until the store is dropped.
 fn write_on(disk: &Disk, inner: &Inner, written: &watch::Sender<Written>) {
     let (mut done, mut attempts) = (0, 0);
-    let mut image_on_disk: Option<Arc<SavedImage>> = None;
     let mut failed: Option<Instant> = None;
     loop {
         let mut wanted = inner.lock();
@@ -357,18 +366,13 @@ fn write_on(disk: &Disk, inner: &Inner, written: &watch::Sender<Written>) {
             wanted.version,
             wanted.journal.clone(),
             wanted.texts.clone(),
-            wanted.image.clone(),
+            wanted.image.take(),
         );
         drop(wanted);
-        let known = |new: &&Arc<SavedImage>| {
-            let old = image_on_disk.as_ref();
-            old.is_some_and(|old| Arc::ptr_eq(old, new))
-        };
-        let new = image.as_ref().filter(|new| !known(new));
         attempts += 1;
-        let error = match write(disk, &journal, &texts, new.map(|image| &**image)) {
+        let error = match write(disk, &journal, &texts, image.as_ref()) {
             Ok(()) => {
-                (failed, done, image_on_disk) = (None, version, image);
+                (failed, done) = (None, version);
                 let mut wanted = inner.lock();
                 wanted.texts.retain(|state, _| !texts.contains_key(state));
                 None
@@ -378,6 +382,8 @@ fn write_on(disk: &Disk, inner: &Inner, written: &watch::Sender<Written>) {
                     tracing::error!(%error, "cannot write the state directory; enforcement goes on");
                 }
                 failed = Some(Instant::now());
+                let mut wanted = inner.lock();
+                wanted.image = wanted.image.take().or(image);
                 Some(error.to_string())
             }
         };

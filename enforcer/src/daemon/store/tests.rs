@@ -170,7 +170,7 @@ async fn what_is_changed_is_there_again() {
     let store = Store::open(Some(&path));
     assert_eq!(rounded(&store.history()), rounded(&before));
     assert_eq!((before.in_force, before.before), (Some(2), Some(1)));
-    assert_eq!(store.saved_image(), Some(&image));
+    assert_eq!(store.saved_image().as_deref(), Some(&image));
     assert_eq!(store.texts(1).unwrap(), texts(1));
     assert_eq!(store.read(|journal| journal.generation), 7);
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;

@@ -226,10 +226,10 @@ async fn the_newest_act_wins_across_restarts() {
 async fn an_unconfirmed_trial_goes_back_and_a_confirmed_one_stays() {
     let site = Site::started().await;
     let other = site.other("other", &port(5433));
-    let applied = site.apply(&other, Some(3)).await.unwrap();
+    let applied = site.apply(&other, Some(4)).await.unwrap();
     let trial = applied.trial.unwrap();
     assert!(
-        trial.remaining_ms <= 3_000 && trial.remaining_ms > 1_500,
+        trial.remaining_ms <= 4_000 && trial.remaining_ms > 2_500,
         "{trial:?}"
     );
     site.only(5433).await;
@@ -256,6 +256,15 @@ async fn an_unconfirmed_trial_goes_back_and_a_confirmed_one_stays() {
             "{said}"
         );
     }
+    // A look is no change.
+    let look = ApplyRequest {
+        path: third.clone(),
+        confirm_within: None,
+        message: None,
+        dry_run: true,
+        content: None,
+    };
+    assert!(site.client.apply(&look).await.unwrap().dry_run);
     // An edit waits.
     site.edit(&port(5434));
     let deadline = Instant::now() + Duration::from_millis(trial.remaining_ms);
@@ -497,6 +506,9 @@ async fn what_is_refused_changes_nothing_and_is_remembered() {
         said.contains("p.yaml:9:") && said.contains("ehr-bd"),
         "{said}"
     );
+    // Not every file that root may read is a policy.
+    let said = site.apply(Path::new("/etc/passwd"), None).await;
+    assert!(said.unwrap_err().to_string().contains("*.yaml"));
     // Others could have written it.
     let open = site.other("open", &port(5433));
     fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
@@ -514,7 +526,7 @@ async fn what_is_refused_changes_nothing_and_is_remembered() {
     site.only(5432).await;
     let outcomes: Vec<_> = site.history().await.iter().map(|c| c.outcome).collect();
     assert_eq!(outcomes[0], ChangeOutcome::InForce);
-    assert_eq!(outcomes[1..], [ChangeOutcome::Refused; 4]);
+    assert_eq!(outcomes[1..], [ChangeOutcome::Refused; 5]);
     let last = site.last().await;
     assert_eq!(last.message.as_deref(), Some("because"));
     assert!(last.error.is_some() && last.by.is_some(), "{last:?}");
@@ -530,7 +542,7 @@ async fn what_is_refused_changes_nothing_and_is_remembered() {
     let look = site.client.apply(&request).await.unwrap();
     assert!(look.changed && look.change.is_none(), "{look:?}");
     site.only(5432).await;
-    assert_eq!(site.history().await.len(), 5);
+    assert_eq!(site.history().await.len(), 6);
     request.dry_run = false;
     request.content = Some(look.content);
     fs::write(open.join("p.yaml"), port(5435)).unwrap();
