@@ -261,3 +261,31 @@ fn an_address_that_comes_during_a_trial_counts_after_it() {
         "the policy before, with the address"
     );
 }
+
+/// As after a boot: nothing is in the kernel, and the files are broken.
+#[test]
+fn the_last_image_is_in_force_before_the_files_are_read() {
+    let (net, pins) = (net(), Pins::default());
+    let daemon = setup(&net, &pins).start();
+    let hash = daemon.status()["policy"]["hash"].clone();
+    told(&daemon, "history", &[]);
+    let (files, _) = daemon.stop();
+    drop(pins);
+    assert!(traffic::udp_answers_soon(&net.a, port_of_b(7002)), "gone");
+    files.write("version: 1\nsegmnts: {}\n");
+    let pins = Pins::default();
+    let daemon = files.pinned(pins.path()).spawn();
+    let status = wait_for("the daemon", LONG * 2, || daemon.try_status());
+    assert_eq!(status["state"], "degraded", "{status}");
+    assert_eq!(status["policy"]["hash"], hash);
+    assert_eq!(status["policy"]["origin"]["kind"], "last_good");
+    assert!(status["policy"]["last_error"].as_str().unwrap().contains("segmnts"));
+    only(&net, 7001);
+    let log = daemon.log();
+    let early = log.find("the last image is in force until").unwrap();
+    let late = log.find("the watched files cannot be used").unwrap();
+    assert!(early < late, "{log}");
+    // Mended, the files are what counts.
+    daemon.swap(&policy(7002));
+    only(&net, 7002);
+}

@@ -23,6 +23,7 @@ use super::{
     netlink::Netlink,
     reload::{Begun, Reloads},
     state::Shared,
+    tamper::Watchman,
     watch::Watch,
 };
 
@@ -45,6 +46,7 @@ pub struct Control {
     hooks_error: Option<String>,
     verify_error: Option<String>,
     swept: Option<Instant>,
+    watchman: Watchman,
 }
 
 impl Control {
@@ -67,6 +69,7 @@ impl Control {
             hooks_error: None,
             verify_error: None,
             swept: None,
+            watchman: Watchman::default(),
         }
     }
 
@@ -159,6 +162,7 @@ impl Control {
                     self.clock.refresh(&self.shared.dataplane);
                     watch.repair();
                     self.verify();
+                    self.watchman.look(&self.shared, self.links.restored());
                     self.look();
                     self.sweep();
                 }
@@ -231,7 +235,10 @@ impl Control {
             self.links.problem(),
             self.clock.problem(),
         ];
+        let problems = problems.into_iter().flatten();
         let trial = self.reloads.trial_problems();
+        let problems = problems.chain(self.watchman.problems()).chain(trial);
+        let problems: Vec<_> = problems.collect();
         self.shared.note(|board| {
             board
                 .addresses
@@ -240,7 +247,7 @@ impl Control {
             board.socket_hooks_reason = self.links.hooks_reason();
             board.warnings = warnings;
             board.unix_floor = self.clock.floor();
-            board.problems = problems.into_iter().flatten().chain(trial).collect();
+            board.problems = problems;
         });
     }
 }

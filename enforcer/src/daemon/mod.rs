@@ -22,6 +22,7 @@ pub mod slots;
 pub mod start;
 pub mod state;
 pub mod store;
+pub mod tamper;
 pub mod topology;
 pub mod watch;
 
