@@ -21,6 +21,7 @@ mod known;
 mod local;
 mod marks;
 mod matches;
+pub mod reach;
 mod rows;
 mod services;
 mod settings;
