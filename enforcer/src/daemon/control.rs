@@ -22,7 +22,7 @@ use super::{
     load::Memory,
     netlink::Netlink,
     reload::{Ask, Reloads},
-    state::Shared,
+    state::{Ground, Shared},
     watch::Watch,
 };
 
@@ -238,6 +238,10 @@ impl Control {
             board.warnings = warnings;
             board.unix_floor = self.clock.floor();
             board.problems = problems.into_iter().flatten().collect();
+            board.ground = Some(Ground {
+                environment: self.host.environment.clone(),
+                sources: self.sources.clone(),
+            });
         });
     }
 }

@@ -10,12 +10,13 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-use enforcer_common::wire::Event;
+use enforcer_common::{table::Flow, wire::Event};
 
 use crate::{
     compile::Image,
     dataplane::{
-        Counters, Dataplane, DataplaneError, EventSource, Interface, SocketHooks, WallClock,
+        Counters, Dataplane, DataplaneError, EventSource, FlowReader, Interface, SocketHooks,
+        WallClock,
     },
 };
 
@@ -33,6 +34,8 @@ pub struct Fake {
     pub log: Vec<String>,
     pub clock: Option<WallClock>,
     pub sweeps: u32,
+    /// What is in the flow table; it is one second young.
+    pub flows: Vec<Flow>,
     pub refuse_clock: bool,
     /// Interfaces whose programs somebody takes off before the next look.
     pub stolen: Vec<u32>,
@@ -105,6 +108,10 @@ impl Dataplane for Handle {
         Ok(())
     }
 
+    fn flow_reader(&mut self) -> Result<Box<dyn FlowReader>, DataplaneError> {
+        Ok(Box::new(Flows(self.lock().flows.clone())))
+    }
+
     fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
         let mut fake = self.lock();
         assert!(!fake.applied.is_empty(), "attached before a policy is live");
@@ -165,6 +172,19 @@ impl Dataplane for Handle {
         let mut fake = self.lock();
         fake.attached.clear();
         fake.detached_all = true;
+        Ok(())
+    }
+}
+
+struct Flows(Vec<Flow>);
+
+impl FlowReader for Flows {
+    fn jiffies(&self) -> (u32, u32) {
+        (100, 100)
+    }
+
+    fn each(&mut self, see: &mut dyn FnMut(&Flow)) -> Result<(), DataplaneError> {
+        self.0.iter().for_each(see);
         Ok(())
     }
 }

@@ -15,11 +15,14 @@ use crate::{
     compile::Image,
     dataplane::{Counters, Dataplane, SocketHooks},
     events::{Generations, Store, enrich::Local, reader::SharedDataplane},
-    policy::model::Policy,
+    policy::model::{Environment, Policy},
     settings::{Settings, essentials_off, ethertype_name},
 };
 
-use super::explain::{explain, now};
+use super::{
+    explain::{explain, now},
+    files::Sources,
+};
 
 /// The policy that judges packets.
 #[derive(Debug)]
@@ -36,6 +39,15 @@ pub struct Live {
     pub image: Image,
     /// When the image took effect.
     pub loaded_at: Time,
+}
+
+/// What a policy would be compiled for and beside, if it were to take over now.
+#[derive(Clone, Debug)]
+pub struct Ground {
+    /// This host.
+    pub environment: Environment,
+    /// Where policy and settings are.
+    pub sources: Sources,
 }
 
 /// What the control task found out.
@@ -59,6 +71,8 @@ pub struct Board {
     pub problems: Vec<String>,
     /// Tasks that ended before their time.
     pub ended: Vec<String>,
+    /// What a policy would be compiled for; `None` before the first look at this host.
+    pub ground: Option<Ground>,
 }
 
 /// Shared by the control task, the record reader and the API.

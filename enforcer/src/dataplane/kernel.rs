@@ -35,7 +35,7 @@ use nix::{
 use super::errors::{attach_error, io_error, is_gone, load_error, map_error, missing, syscall};
 use super::query::{has_program, interface_name};
 use super::{
-    Counters, Dataplane, DataplaneError, EventSource, Interface, LinkType, PacketCount,
+    Counters, Dataplane, DataplaneError, EventSource, FlowReader, Interface, LinkType, PacketCount,
     RecordCount, SocketHooks, WallClock, cgroup, clsact,
     flows::{self, Shape},
     objects, sys,
@@ -281,6 +281,11 @@ impl Dataplane for KernelDataplane {
 
     fn sweep(&mut self) -> Result<(), DataplaneError> {
         flows::sweep(&mut self.ebpf, self.flow_buckets)
+    }
+
+    fn flow_reader(&mut self) -> Result<Box<dyn FlowReader>, DataplaneError> {
+        let jiffies = (ticks(&mut self.ebpf)?, self.control.hz);
+        flows::reader(&self.ebpf, self.flow_buckets, jiffies)
     }
 
     fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
@@ -532,21 +537,10 @@ fn forward_messages(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
 
 /// Learns the kernel's ticks a second from a program that returns jiffies.
 fn measure_hz(ebpf: &mut Ebpf) -> Result<u32, DataplaneError> {
-    let mut ticks = || -> Result<u32, DataplaneError> {
-        let frame = [0u8; 64];
-        let options = TestRunOptions {
-            data_in: Some(&frame),
-            ..TestRunOptions::new()
-        };
-        classifier(ebpf, "clock")?
-            .test_run(options)
-            .map(|r| r.return_value)
-            .map_err(|e| load_error("clock", &e))
-    };
     let begin = std::time::Instant::now();
-    let first = ticks()?;
+    let first = ticks(ebpf)?;
     std::thread::sleep(Duration::from_millis(120));
-    let second = ticks()?;
+    let second = ticks(ebpf)?;
     let elapsed = begin.elapsed().as_micros().max(1);
     let measured = u128::from(second.wrapping_sub(first)) * 1_000_000 / elapsed;
     let distance = |hz: u32| u128::from(hz).abs_diff(measured);
@@ -554,6 +548,19 @@ fn measure_hz(ebpf: &mut Ebpf) -> Result<u32, DataplaneError> {
         .into_iter()
         .min_by_key(|hz| distance(*hz))
         .unwrap_or(250))
+}
+
+/// The low half of jiffies.
+fn ticks(ebpf: &mut Ebpf) -> Result<u32, DataplaneError> {
+    let frame = [0u8; 64];
+    let options = TestRunOptions {
+        data_in: Some(&frame),
+        ..TestRunOptions::new()
+    };
+    classifier(ebpf, "clock")?
+        .test_run(options)
+        .map(|r| r.return_value)
+        .map_err(|e| load_error("clock", &e))
 }
 
 pub(super) fn classifier<'a>(
