@@ -49,6 +49,9 @@ pub enum ClientError {
     /// The daemon said no.
     #[error("{0}")]
     Refused(String),
+    /// The daemon has too much to do.
+    #[error("{0}")]
+    Busy(String),
     /// The daemon read the policy, and cannot use it.
     #[error("{}", .0.error.trim_end())]
     Rejected(Box<Refusal>),
@@ -230,10 +233,15 @@ impl Client {
         let bytes = Limited::new(body, LARGEST).collect().await;
         let bytes = bytes.map_err(broken)?.to_bytes();
         let refusal = serde_json::from_slice::<Refusal>(&bytes);
-        if let Ok(refusal) = &refusal
-            && refusal.code == RefusalCode::Rejected
-        {
-            return Err(ClientError::Rejected(Box::new(refusal.clone())));
+        if let Ok(refusal) = &refusal {
+            let error = match refusal.code {
+                RefusalCode::Rejected => Some(ClientError::Rejected(Box::new(refusal.clone()))),
+                RefusalCode::Busy => Some(ClientError::Busy(refusal.error.clone())),
+                _ => None,
+            };
+            if let Some(error) = error {
+                return Err(error);
+            }
         }
         let said = refusal.map_or_else(
             |_| format!("{status}: {}", String::from_utf8_lossy(&bytes).trim_end()),

@@ -135,7 +135,9 @@ impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let exit = match error {
             ClientError::Unreachable { .. } | ClientError::Broken(_) => Exit::NotEnforcing,
-            ClientError::Forbidden(_) | ClientError::NotAllowed(_) => Exit::Environment,
+            ClientError::Forbidden(_) | ClientError::NotAllowed(_) | ClientError::Busy(_) => {
+                Exit::Environment
+            }
             // The daemon understood, and does not know what was named.
             ClientError::Refused(_) => Exit::Usage,
             ClientError::Rejected(_) => Exit::Policy,
