@@ -18,7 +18,7 @@ use std::{
 };
 
 use enforcer_tests::{
-    daemon::{Daemon, LONG, Setup, enforcer, line_of, wait_for},
+    daemon::{Daemon, LONG, Setup, enforcer, line_of},
     netns::{Family, Routed, directory},
     scale, traffic,
 };
@@ -249,6 +249,7 @@ fn for_people(daemon: &Daemon<'_>, directory: &Path, going: &[Flow]) {
     for part in [
         format!("  - goes  allow a -> b: tcp/7001, udp/7001  policy.yaml:{line}\n"),
         "  a -> b\n    - tcp/7001, udp/7001: allowed -> denied\n".to_owned(),
+        "        10.1.0.1 -> 10.2.0.1 tcp/7001: allowed by rule goes ".to_owned(),
         "live flows that would be cut: 4\n".to_owned(),
         format!(
             "allowed by rule goes (policy.yaml:{line}) -> denied by default of b (policy.yaml:4)\n"
@@ -256,7 +257,8 @@ fn for_people(daemon: &Daemon<'_>, directory: &Path, going: &[Flow]) {
     ] {
         assert!(text.contains(&part), "{part}\n{text}");
     }
-    let summary = "1 rule removed; 1 pair of segments loses services; 4 live flows would be cut";
+    let summary =
+        "1 rule removed; 1 pair of segments loses tcp/7001, udp/7001; 4 live flows would be cut";
     assert_eq!(text.lines().last(), Some(summary), "{text}");
     assert!(!text.contains('\x1b'), "{text}");
 }

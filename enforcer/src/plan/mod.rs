@@ -39,6 +39,8 @@ const GROUPS: usize = 300;
 const ENDS: usize = 16;
 /// Services of a change.
 const SERVICES: usize = 24;
+/// Services that the summary names.
+const NAMED: usize = 3;
 /// Live flows of a list.
 const FLOWS: usize = 1_000;
 
@@ -187,15 +189,17 @@ fn reach_summary(reach: &ReachChanges, parts: &mut Vec<String>) {
         if pairs == 0 {
             continue;
         }
-        // Of one service, its name.
+        // Where all lose the same few, their names.
         let changes = reach.groups.iter().flat_map(|group| &group.changes);
         let mut changes = changes.filter(|c| (c.before.passes(), c.after.passes()) == passes);
         let first = changes.next().map(|change| &change.services);
-        let what = match first.map(Vec::as_slice) {
-            Some([service])
-                if reach.more == 0 && changes.all(|c| c.services == [service.clone()]) =>
+        let what = match first {
+            Some(services)
+                if services.len() <= NAMED
+                    && reach.more == 0
+                    && changes.all(|change| change.services == *services) =>
             {
-                service.clone()
+                services.join(", ")
             }
             _ => "services".to_owned(),
         };

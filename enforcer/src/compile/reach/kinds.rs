@@ -27,7 +27,7 @@ pub struct Kind {
     pub before: Vec<SegmentId>,
     /// Their segments after.
     pub after: Vec<SegmentId>,
-    /// They are this host's own.
+    /// They are this host's own, and some rule names `host`.
     pub host: bool,
     /// They are multicast or broadcast.
     pub multicast: bool,
@@ -164,6 +164,13 @@ impl Kinds {
             most,
             complete: true,
         };
+        // Where no rule speaks of the host, its addresses are like others.
+        let anywhere = Environment::default();
+        let env = if names_host(before.policy) || names_host(after.policy) {
+            env
+        } else {
+            &anywhere
+        };
         // The follower stops nothing.
         let Ok(sweep) = intervals::sweep(&policy, env, &[], &mut sets) else {
             return Self {
@@ -210,6 +217,14 @@ fn places<N: Number>(
     let stretches = intervals.iter().zip(ends.chain([N::TOP]));
     let second = stretches.map(|((start, kind), end)| (*kind, start.next().min(end)));
     usual.into_iter().chain(second)
+}
+
+/// Whether a rule names `host`.
+pub(super) fn names_host(policy: &Policy) -> bool {
+    policy
+        .rules
+        .iter()
+        .any(|rule| rule.from.host || rule.to.host)
 }
 
 fn kind(policy: &Policy, merged: &[Merged], set: &[u32]) -> Kind {

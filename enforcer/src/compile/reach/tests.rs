@@ -41,7 +41,8 @@ fn compared(
 fn kind_of(reach: &Reach, one: &Policy, other: &Policy, env: &Environment, ip: IpAddr) -> usize {
     let list = |set: BTreeSet<SegmentId>| Vec::from_iter(set);
     let (before, after) = (list(one.segments_of(ip)), list(other.segments_of(ip)));
-    let host = env.host_addresses.contains(&ip);
+    let named = kinds::names_host(one) || kinds::names_host(other);
+    let host = named && env.host_addresses.contains(&ip);
     let multicast = crate::policy::model::is_multicast(ip);
     let mut kinds = reach.kinds.iter();
     let found = kinds.position(|kind| {
