@@ -238,10 +238,14 @@ impl Control {
             board.warnings = warnings;
             board.unix_floor = self.clock.floor();
             board.problems = problems.into_iter().flatten().collect();
-            board.ground = Some(Ground {
-                environment: self.host.environment.clone(),
-                sources: self.sources.clone(),
-            });
+            let environment = &self.host.environment;
+            let known = board.ground.as_ref();
+            if known.is_none_or(|ground| ground.environment != *environment) {
+                board.ground = Some(Arc::new(Ground {
+                    environment: environment.clone(),
+                    sources: self.sources.clone(),
+                }));
+            }
         });
     }
 }

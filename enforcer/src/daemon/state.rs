@@ -72,7 +72,7 @@ pub struct Board {
     /// Tasks that ended before their time.
     pub ended: Vec<String>,
     /// What a policy would be compiled for; `None` before the first look at this host.
-    pub ground: Option<Ground>,
+    pub ground: Option<Arc<Ground>>,
 }
 
 /// Shared by the control task, the record reader and the API.

@@ -33,8 +33,6 @@ use types::{Because, ReachChanges, Sign};
 const ITEMS: usize = 200;
 /// Details of a thing.
 const DETAILS: usize = 12;
-/// Groups of pairs.
-const GROUPS: usize = 300;
 /// Ends on one side of a group.
 const ENDS: usize = 16;
 /// Services of a change.

@@ -8,25 +8,9 @@ use crate::{
 };
 
 use super::{
-    ENDS, GROUPS, SERVICES, Version, because, services,
+    ENDS, SERVICES, Version, because, services,
     types::{End, Example, ReachChange, ReachChanges, ReachGroup},
 };
-
-/// What happens to most of a group, the worst first.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Weight {
-    Lost,
-    Gained,
-    Regarded,
-}
-
-fn weight(change: &Change) -> Weight {
-    match (change.before.passes(), change.after.passes()) {
-        (true, false) => Weight::Lost,
-        (false, true) => Weight::Gained,
-        _ => Weight::Regarded,
-    }
-}
 
 /// Compares what the images say at `unix`.
 pub(super) fn changes(
@@ -37,30 +21,7 @@ pub(super) fn changes(
     bounds: Bounds,
 ) -> ReachChanges {
     let found = compare(before.parts(), after.parts(), env, unix, bounds);
-    let mut all = ReachChanges {
-        cut: found.cut.iter().map(|text| (*text).to_owned()).collect(),
-        ..ReachChanges::default()
-    };
-    let pairs = |group: &Group| group.from.len() as u64 * group.to.len() as u64;
-    let mut groups: Vec<&Group> = found.groups.iter().collect();
-    groups.sort_by_key(|group| {
-        let worst = group.changes.iter().map(weight).min();
-        (worst, std::cmp::Reverse(pairs(group)))
-    });
-    for group in groups {
-        for (total, kind) in [
-            (&mut all.lost, Weight::Lost),
-            (&mut all.gained, Weight::Gained),
-            (&mut all.regarded, Weight::Regarded),
-        ] {
-            if group.changes.iter().any(|change| weight(change) == kind) {
-                *total += pairs(group);
-            }
-        }
-        if all.groups.len() >= GROUPS {
-            all.more += 1;
-            continue;
-        }
+    let groups = found.groups.iter().map(|group| {
         let ends = |numbers: &[usize]| -> (Vec<End>, usize) {
             let shown = numbers.iter().take(ENDS);
             let shown = shown.filter_map(|number| found.kinds.get(*number));
@@ -69,22 +30,27 @@ pub(super) fn changes(
         };
         let (from, more_from) = ends(&group.from);
         let (to, more_to) = ends(&group.to);
-        let mut changes: Vec<&Change> = group.changes.iter().collect();
-        changes.sort_by_key(|change| weight(change));
         let families = families(&found, group);
-        let changes = changes.into_iter();
-        all.groups.push(ReachGroup {
+        let changes = group.changes.iter();
+        ReachGroup {
             from,
             more_from,
             to,
             more_to,
-            pairs: pairs(group),
+            pairs: group.from.len() as u64 * group.to.len() as u64,
             changes: changes
                 .map(|change| named(before, after, unix, change, families))
                 .collect(),
-        });
+        }
+    });
+    ReachChanges {
+        lost: found.totals.lost,
+        gained: found.totals.gained,
+        regarded: found.totals.regarded,
+        groups: groups.collect(),
+        more: found.more,
+        cut: found.cut.iter().map(|text| (*text).to_owned()).collect(),
     }
-    all
 }
 
 /// Families that the first pair of a group has in common, and so every other one.

@@ -150,6 +150,14 @@ fn same_members(one: &Segment, other: &Segment) -> bool {
 }
 
 impl Kinds {
+    /// The kinds of some joints, ascending.
+    pub(super) fn kinds_of(&self, joints: &[u32]) -> Vec<usize> {
+        let joints = joints.iter().filter_map(|j| self.joints.get(*j as usize));
+        let mut kinds: Vec<usize> = joints.flat_map(|joint| joint.kinds.clone()).collect();
+        kinds.sort_unstable();
+        kinds
+    }
+
     /// At most so many `kinds`, and so many that are told apart by the images.
     pub(super) fn find(
         before: Version<'_>,

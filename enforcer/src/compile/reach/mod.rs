@@ -11,18 +11,21 @@ mod kinds;
 mod tests;
 mod verdicts;
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap},
+};
 
 use enforcer_common::{image::row_of, verdict::Outcome};
 
-use super::{Image, intern::Interner, word};
+use super::{Image, SCRATCH, intern::Interner, word};
 use crate::policy::model::{Environment, FlowQuery, Policy};
 
 pub use kinds::Kind;
 pub use verdicts::Run;
 
 use kinds::{Joint, Kinds};
-use verdicts::{Compare, Difference, Services, Verdicts};
+use verdicts::{Compare, Services, Verdicts};
 
 /// A policy and its image.
 #[derive(Clone, Copy, Debug)]
@@ -36,17 +39,47 @@ pub struct Version<'a> {
 /// How far a comparison goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
-    /// Kinds of address.
+    /// Kinds of address that are told apart.
     pub kinds: usize,
-    /// Pairs of kinds, or looks at a service: so many times.
+    /// Looks at a service, or a [`PAIR`]th of those at a pair of kinds.
     pub effort: u64,
+    /// Groups that are told of; all are counted.
+    pub groups: usize,
 }
 
 impl Default for Bounds {
     fn default() -> Self {
         Self {
             kinds: 1 << 15,
-            effort: 1 << 31,
+            effort: 1 << 30,
+            groups: 300,
+        }
+    }
+}
+
+/// What a look at a pair costs, in looks at a service.
+const PAIR: u64 = 16;
+/// Pairs of rows whose difference is remembered. Others are compared again, which costs time alone.
+const REMEMBERED: usize = 1 << 22;
+
+/// What a change means for who opens such flows. The worst first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Effect {
+    /// They pass no more.
+    Lost,
+    /// They pass from now on.
+    Gained,
+    /// They pass as before, and are recorded or not.
+    Regarded,
+}
+
+impl Effect {
+    /// Of a change from one outcome to another one.
+    pub fn of(before: Outcome, after: Outcome) -> Self {
+        match (before.passes(), after.passes()) {
+            (true, false) => Self::Lost,
+            (false, true) => Self::Gained,
+            _ => Self::Regarded,
         }
     }
 }
@@ -71,8 +104,19 @@ pub struct Group {
     pub from: Vec<usize>,
     /// Destinations.
     pub to: Vec<usize>,
-    /// What changes, each other than before.
+    /// What changes, each other than before; the worst first.
     pub changes: Vec<Change>,
+}
+
+/// Pairs of kinds, by what happens to some of their flows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// [`Effect::Lost`].
+    pub lost: u64,
+    /// [`Effect::Gained`].
+    pub gained: u64,
+    /// [`Effect::Regarded`].
+    pub regarded: u64,
 }
 
 /// The outcome of a comparison.
@@ -80,11 +124,19 @@ pub struct Group {
 pub struct Reach {
     /// Kinds of address.
     pub kinds: Vec<Kind>,
-    /// What changes between them.
+    /// All pairs between which something changes.
+    pub totals: Totals,
+    /// What changes between them, the worst and largest first.
     pub groups: Vec<Group>,
+    /// Groups that were left out.
+    pub more: usize,
     /// Why this is not all; empty when it is.
     pub cut: Vec<&'static str>,
 }
+
+const MANY_KINDS: &str = "there are too many combinations of segments: only some were compared";
+const TOO_LARGE: &str =
+    "the policies differ in too much to compare every pair: the last are missing";
 
 /// What differs between two pairs of classes, and in which families.
 type Which = (u32, u8);
@@ -100,7 +152,7 @@ pub fn compare(
     let found = Kinds::find(before, after, env, bounds.kinds);
     let mut cut = Vec::new();
     if !found.complete {
-        cut.push("there are too many combinations of segments: only some were compared");
+        cut.push(MANY_KINDS);
     }
     let services = Services::of(before.image, after.image);
     let verdicts = (
@@ -112,70 +164,84 @@ pub fn compare(
         after: after.image,
         compare: Compare::new(&verdicts.0, &verdicts.1, &services),
         known: HashMap::new(),
-        differences: Vec::new(),
-        numbers: BTreeMap::new(),
+        differences: Interner::default(),
         effort: bounds.effort,
     };
     // Destinations under one source, by what differs; lists that many sources have are kept once.
     let mut lists = Interner::default();
-    let mut groups: BTreeMap<(u32, Which), Vec<usize>> = BTreeMap::new();
+    let mut groups: BTreeMap<(u32, Which), Vec<u32>> = BTreeMap::new();
+    let mut entries = 0;
     for (number, source) in found.joints.iter().enumerate() {
         if source.multicast {
             continue;
         }
-        let Some(differing) = pairs.from(source, &found.joints) else {
-            cut.push("the policies are too large to compare every pair: the last ones are missing");
+        let differing = pairs.from(source, &found.joints);
+        let Some(differing) = differing.filter(|_| lists.size().max(entries) < SCRATCH) else {
+            cut.push(TOO_LARGE);
             break;
         };
+        entries += differing.len();
         for (which, destinations) in differing {
             let list = lists.intern(&destinations);
-            groups.entry((list, which)).or_default().push(number);
+            groups.entry((list, which)).or_default().push(word(number));
         }
     }
-    let kinds_of = |joints: &mut dyn Iterator<Item = usize>| {
-        let joints = joints.filter_map(|joint| found.joints.get(joint));
-        let mut kinds: Vec<usize> = joints.flat_map(|joint| joint.kinds.clone()).collect();
-        kinds.sort_unstable();
-        kinds
+    let mut outcome = Reach {
+        cut,
+        ..Reach::default()
     };
-    let mut out = Vec::with_capacity(groups.len());
-    for ((list, (difference, families)), sources) in groups {
-        let from = kinds_of(&mut sources.into_iter());
-        let to = lists.get(list as usize).iter().map(|to| *to as usize);
-        let to = kinds_of(&mut to.into_iter());
-        let ends = (from.first(), to.first());
-        let (Some(one), Some(other)) = ends else {
+    let kinds = |joints: &[u32]| -> u64 {
+        let joints = joints.iter().filter_map(|j| found.joints.get(*j as usize));
+        joints.map(|joint| joint.kinds.len() as u64).sum()
+    };
+    // What each difference means, in each family.
+    let mut effects: BTreeMap<Which, Vec<Effect>> = BTreeMap::new();
+    let mut ranked = Vec::with_capacity(groups.len());
+    for ((list, which), sources) in &groups {
+        let effects = effects
+            .entry(*which)
+            .or_insert_with(|| pairs.changes(*which).map(|(e, _)| e).collect());
+        // Of ICMP of the other family alone.
+        let Some(worst) = effects.iter().min() else {
             continue;
         };
-        let ends = (found.kinds.get(*one), found.kinds.get(*other));
-        let (Some(one), Some(other)) = ends else {
-            continue;
-        };
-        let difference = pairs.differences.get(difference as usize);
-        let changes: Vec<Change> = difference
-            .into_iter()
-            .flatten()
-            .filter_map(|((before, after), numbers)| {
-                let services = verdicts::runs(&services, numbers, families);
+        let count = kinds(sources) * kinds(lists.get(*list as usize));
+        for (effect, total) in [
+            (Effect::Lost, &mut outcome.totals.lost),
+            (Effect::Gained, &mut outcome.totals.gained),
+            (Effect::Regarded, &mut outcome.totals.regarded),
+        ] {
+            if effects.contains(&effect) {
+                *total += count;
+            }
+        }
+        ranked.push((*worst, Reverse(count), (list, which, sources)));
+    }
+    ranked.sort_by_key(|(worst, count, _)| (*worst, *count));
+    outcome.more = ranked.len().saturating_sub(bounds.groups);
+    for (_, _, (list, which, sources)) in ranked.into_iter().take(bounds.groups) {
+        let from = found.kinds_of(sources);
+        let to = found.kinds_of(lists.get(*list as usize));
+        let ends = from.first().zip(to.first());
+        let ends = ends.and_then(|(a, b)| found.kinds.get(*a).zip(found.kinds.get(*b)));
+        let mut changes: Vec<Change> = pairs
+            .changes(*which)
+            .filter_map(|(_, (before, after, services))| {
+                let (one, other) = ends?;
                 let example = example(one, other, &services)?;
                 Some(Change {
-                    before: *before,
-                    after: *after,
+                    before,
+                    after,
                     services,
                     example,
                 })
             })
             .collect();
-        // Of ICMP of the other family alone.
-        if !changes.is_empty() {
-            out.push(Group { from, to, changes });
-        }
+        changes.sort_by_key(|change| Effect::of(change.before, change.after));
+        outcome.groups.push(Group { from, to, changes });
     }
-    Reach {
-        kinds: found.kinds,
-        groups: out,
-        cut,
-    }
+    outcome.kinds = found.kinds;
+    outcome
 }
 
 /// A flow of one of the services between two kinds.
@@ -203,15 +269,15 @@ struct Pairs<'a> {
     compare: Compare<'a>,
     /// By row before and after: the number of their difference; 0 is none.
     known: HashMap<(u32, u32), u32>,
-    differences: Vec<Difference>,
-    numbers: BTreeMap<Vec<(u32, u32, Vec<u32>)>, u32>,
+    /// Differences in words: outcome before and after, number of services, services; and again.
+    differences: Interner,
     effort: u64,
 }
 
 impl Pairs<'_> {
     /// The destinations to which something differs, ascending. `None`: that is too much to find out.
     fn from(&mut self, source: &Joint, all: &[Joint]) -> Option<BTreeMap<Which, Vec<u32>>> {
-        self.effort = self.effort.checked_sub(all.len() as u64)?;
+        self.effort = self.effort.checked_sub(PAIR * all.len() as u64)?;
         let mut differing: BTreeMap<Which, Vec<u32>> = BTreeMap::new();
         for (number, destination) in all.iter().enumerate() {
             let families = source.families & destination.families;
@@ -226,13 +292,7 @@ impl Pairs<'_> {
             );
             let difference = match self.known.get(&rows) {
                 Some(known) => *known,
-                None => {
-                    self.effort = self.effort.checked_sub(self.compare.cost())?;
-                    let difference = self.compare.rows(rows.0, rows.1);
-                    let difference = self.number(difference);
-                    self.known.insert(rows, difference);
-                    difference
-                }
+                None => self.look(rows)?,
             };
             if difference != 0 {
                 let same = differing.entry((difference - 1, families)).or_default();
@@ -242,19 +302,45 @@ impl Pairs<'_> {
         Some(differing)
     }
 
-    /// 0 for none; equal ones have one number.
-    fn number(&mut self, difference: Difference) -> u32 {
-        if difference.is_empty() {
-            return 0;
+    /// The number of a difference, 0 for none; equal ones have one number.
+    fn look(&mut self, rows: (u32, u32)) -> Option<u32> {
+        self.effort = self.effort.checked_sub(self.compare.cost())?;
+        let words = self.compare.rows(rows.0, rows.1);
+        let number = if words.is_empty() {
+            0
+        } else {
+            self.differences.intern(&words) + 1
+        };
+        if self.differences.size() > SCRATCH {
+            return None;
         }
-        let key = difference
-            .iter()
-            .map(|((one, other), services)| (*one as u32, *other as u32, services.clone()))
-            .collect();
-        let (numbers, differences) = (&mut self.numbers, &mut self.differences);
-        *numbers.entry(key).or_insert_with(|| {
-            differences.push(difference);
-            word(differences.len())
+        if self.known.len() < REMEMBERED {
+            self.known.insert(rows, number);
+        }
+        Some(number)
+    }
+
+    /// What a difference says of services that there are in the families.
+    fn changes(
+        &self,
+        (difference, families): Which,
+    ) -> impl Iterator<Item = (Effect, (Outcome, Outcome, Vec<Run>))> {
+        let mut rest = self.differences.get(difference as usize);
+        let parts = std::iter::from_fn(move || {
+            let (head, behind) = rest.split_first_chunk::<3>()?;
+            let [before, after, count] = *head;
+            let (services, behind) = behind.split_at_checked(count as usize)?;
+            rest = behind;
+            Some((
+                Outcome::from_bits(before),
+                Outcome::from_bits(after),
+                services,
+            ))
+        });
+        parts.filter_map(move |(before, after, services)| {
+            let runs = verdicts::runs(self.compare.services, services, families);
+            let effect = Effect::of(before, after);
+            (!runs.is_empty()).then_some((effect, (before, after, runs)))
         })
     }
 }

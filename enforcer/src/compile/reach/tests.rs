@@ -34,7 +34,30 @@ fn compared(
 ) -> Reach {
     let version = |policy, image| Version { policy, image };
     let (before, after) = (version(one, &images.0), version(other, &images.1));
-    compare(before, after, env, unix, Bounds::default())
+    let bounds = Bounds {
+        groups: usize::MAX,
+        ..Bounds::default()
+    };
+    let reach = compare(before, after, env, unix, bounds);
+    let total = |effect| -> u64 {
+        let of = |group: &&Group| {
+            let mut changes = group.changes.iter();
+            changes.any(|change| Effect::of(change.before, change.after) == effect)
+        };
+        let groups = reach.groups.iter().filter(of);
+        groups
+            .map(|group| (group.from.len() * group.to.len()) as u64)
+            .sum()
+    };
+    let totals = [Effect::Lost, Effect::Gained, Effect::Regarded].map(total);
+    let [lost, gained, regarded] = totals;
+    let said = Totals {
+        lost,
+        gained,
+        regarded,
+    };
+    assert_eq!((reach.totals, reach.more), (said, 0));
+    reach
 }
 
 /// The kind of an address, asked of the model.
@@ -204,6 +227,15 @@ fn what_was_cut_short_says_so() {
         kinds: 1,
         ..Bounds::default()
     };
+    let none = Bounds {
+        groups: 0,
+        ..Bounds::default()
+    };
+    let none = run(none);
+    assert_eq!(
+        (none.groups.len(), none.more, none.totals),
+        (0, 1, all.totals)
+    );
     for bounds in [effort, kinds] {
         let cut = run(bounds);
         assert_eq!(cut.cut.len(), 1, "{cut:?}");

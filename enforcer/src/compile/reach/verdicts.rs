@@ -184,9 +184,6 @@ impl Verdicts {
     }
 }
 
-/// Services whose outcome changes, by outcome before and after, each ascending.
-pub(super) type Difference = Vec<((Outcome, Outcome), Vec<u32>)>;
-
 /// Compares rows.
 pub(super) struct Compare<'a> {
     pub(super) before: &'a Verdicts,
@@ -211,10 +208,11 @@ impl<'a> Compare<'a> {
         (self.services.classes.len() + counts.0 + counts.1) as u64
     }
 
-    /// Where two rows differ.
-    pub(super) fn rows(&mut self, one: u32, other: u32) -> Difference {
+    /// Where two rows differ, in words: outcome before and after, how many services change so, and
+    /// which, ascending; and so on.
+    pub(super) fn rows(&mut self, one: u32, other: u32) -> Vec<u32> {
         if self.services.same && self.before.row(one) == self.after.row(other) {
-            return Difference::new();
+            return Vec::new();
         }
         let counts = self.services.counts;
         let (was, is) = &mut self.scratch;
@@ -230,11 +228,12 @@ impl<'a> Compare<'a> {
                 change.push(word(number));
             }
         }
-        let outcomes = |(one, other)| (Outcome::from_bits(one), Outcome::from_bits(other));
-        found
-            .into_iter()
-            .map(|(change, services)| (outcomes(change), services))
-            .collect()
+        let mut words = Vec::new();
+        for ((one, other), services) in found {
+            words.extend([one, other, word(services.len())]);
+            words.extend(services);
+        }
+        words
     }
 }
 
