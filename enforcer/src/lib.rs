@@ -13,4 +13,5 @@ pub mod dataplane;
 pub mod events;
 pub mod policy;
 mod poll;
+mod pulse;
 pub mod settings;

@@ -11,7 +11,7 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use crate::{clock::Steps, policy::Diagnostic};
+use crate::{clock::Steps, policy::Diagnostic, pulse::Pulse};
 
 use super::{
     RunError,
@@ -21,6 +21,7 @@ use super::{
     links::Links,
     load::Memory,
     netlink::Netlink,
+    notify::Notify,
     reload::{Ask, Reloads},
     state::Shared,
     watch::Watch,
@@ -45,6 +46,11 @@ pub struct Control {
     hooks_error: Option<String>,
     verify_error: Option<String>,
     swept: Option<Instant>,
+    notify: Arc<Notify>,
+    /// Of the reader of denials.
+    reader: Option<Arc<Pulse>>,
+    /// The start is over.
+    serves: bool,
 }
 
 impl Control {
@@ -57,6 +63,7 @@ impl Control {
         memory: Memory,
         links: Links,
         host: Host,
+        notify: Arc<Notify>,
     ) -> Self {
         let reloads = Reloads::new(
             sources.clone(),
@@ -75,7 +82,15 @@ impl Control {
             hooks_error: None,
             verify_error: None,
             swept: None,
+            notify,
+            reader: None,
+            serves: false,
         }
+    }
+
+    /// A sign of life is given only while this one beats, too.
+    pub fn watch(&mut self, reader: Option<Arc<Pulse>>) {
+        self.reader = reader;
     }
 
     /// Attaches for the first time.
@@ -123,17 +138,29 @@ impl Control {
         let mut steps = Steps::new()
             .inspect_err(|error| tracing::warn!(%error, "cannot watch the clock"))
             .ok();
+        self.serves = true;
+        self.report();
         // Loading the programs takes a second, in which nobody was watching.
         self.reloads.files_changed();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.reloads.step(&self.host.environment);
+            if !self.reloads.is_asked() {
+                let board = self.shared.note(|board| board.clone());
+                self.notify.reloaded(&board, &self.shared.live());
+            }
             tokio::select! {
                 // A compiler at work does not hold up the end: nobody wants its image any more.
                 () = stopped(stop) => return Ok(()),
-                Some(ask) = asks.recv() => self.reloads.want("request", Some(ask)),
-                Some(()) = reload.recv() => self.reloads.want("SIGHUP", None),
+                Some(ask) = asks.recv() => {
+                    self.notify.reloading();
+                    self.reloads.want("request", Some(ask));
+                }
+                Some(()) = reload.recv() => {
+                    self.notify.reloading();
+                    self.reloads.want("SIGHUP", None);
+                }
                 done = self.reloads.done() => self.reloads.finish(done).await,
                 changed = watch.changed() => match changed {
                     Ok(()) => self.reloads.files_changed(),
@@ -159,6 +186,7 @@ impl Control {
                     self.verify();
                     self.look();
                     self.sweep();
+                    self.notify.alive(|within| self.not_well(within));
                 }
             }
         }
@@ -175,6 +203,25 @@ impl Control {
         if let Err(error) = swept {
             tracing::error!(%error, "cannot take expired flows out of the table");
         }
+    }
+
+    /// Why the watchdog is to hear nothing: what does not go on, but for this task, which is here.
+    fn not_well(&self, within: Duration) -> Option<String> {
+        let ended = self.shared.note(|board| board.ended.first().cloned());
+        if ended.is_some() {
+            return ended;
+        }
+        if self.reader.as_ref().is_some_and(|r| !r.is_within(within)) {
+            return Some("the reader of denials does not go on".to_owned());
+        }
+        if !self.shared.serving.is_within(within) {
+            return Some("the server of the control socket does not go on".to_owned());
+        }
+        let dataplane = self.shared.dataplane.lock();
+        let counters = dataplane.unwrap_or_else(PoisonError::into_inner).counters();
+        counters
+            .err()
+            .map(|error| format!("the kernel's counters cannot be read: {error}"))
     }
 
     /// Asks the kernel whether what was attached still is.
@@ -239,6 +286,8 @@ impl Control {
             board.unix_floor = self.clock.floor();
             board.problems = problems.into_iter().flatten().collect();
         });
+        let board = self.shared.note(|board| board.clone());
+        self.notify.report(&board, &self.shared.live(), self.serves);
     }
 }
 

@@ -13,6 +13,7 @@ pub mod guard;
 pub mod links;
 pub mod load;
 pub mod netlink;
+pub mod notify;
 pub mod preflight;
 pub mod progress;
 pub mod reload;
@@ -65,6 +66,7 @@ use files::{SettingsPath, Sources};
 use guard::Trust;
 use links::Links;
 use load::Rejected;
+use notify::Notify;
 use state::{Live, Shared};
 
 /// What `enforcer run` is told.
@@ -140,6 +142,8 @@ pub async fn run(
     mut reload: mpsc::Receiver<()>,
     mut stop: signal::Receiver<bool>,
 ) -> Result<(), RunError> {
+    let notify = Arc::new(Notify::from_env());
+    notify.status("reading the policy");
     share_heaps();
     let mut host = Host::read().map_err(system("cannot list interfaces"))?;
     let mut links = Links::new(config.interfaces.clone(), config.socket_hooks);
@@ -155,7 +159,10 @@ pub async fn run(
     });
     let loaded = tokio::select! {
         // A compiler at work does not hold up the end.
-        () = control::stopped(&mut stop) => return Ok(()),
+        () = control::stopped(&mut stop) => {
+            notify.stopping();
+            return Ok(());
+        }
         loaded = loading => loaded,
     };
     let loaded = loaded
@@ -165,6 +172,7 @@ pub async fn run(
     // Before the kernel is touched: another daemon may be at work.
     let sockets = Arc::new(listen(&config)?);
 
+    notify.status("loading the programs");
     let mut dataplane = open(size_class(&loaded.image))?;
     let generations = Arc::new(Generations::default());
     let policy = Arc::new(loaded.policy);
@@ -190,6 +198,7 @@ pub async fn run(
     // What the parser and the compiler have left behind; nobody waits for it.
     drop(spawn_blocking(release_memory));
 
+    let mut pulse = None;
     let reader = match events {
         Some(source) => {
             let cgroups = Cgroups::new(cgroup2_root().ok());
@@ -198,6 +207,7 @@ pub async fn run(
             let store = Arc::clone(&shared.store);
             let reader = Reader::new(source, dataplane, enricher, store);
             let reader = reader.map_err(system("cannot poll for records"))?;
+            pulse = Some(reader.pulse());
             Some(supervised("the reader of denials", &shared, reader.run()))
         }
         None => None,
@@ -210,7 +220,9 @@ pub async fn run(
         loaded.memory,
         links,
         host,
+        Arc::clone(&notify),
     );
+    control.watch(pulse);
     control.start()?;
     let live = shared.live();
     tracing::info!(
@@ -225,6 +237,7 @@ pub async fn run(
     let server = supervised("the server of the control socket", &shared, server);
 
     let result = control.run(asks, &mut reload, &mut stop).await;
+    notify.stopping();
     server.abort();
     if let Some(reader) = reader {
         reader.abort();

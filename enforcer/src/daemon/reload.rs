@@ -69,6 +69,8 @@ struct Wanted {
 
 struct Running {
     cause: &'static str,
+    /// Somebody asked for it.
+    asked: bool,
     asks: Vec<Ask>,
     environment: Environment,
     task: JoinHandle<Output>,
@@ -156,6 +158,12 @@ impl Reloads {
         wanted.asks.extend(ask);
     }
 
+    /// Whether a reload that somebody asked for is not done yet.
+    pub fn is_asked(&self) -> bool {
+        self.wanted.as_ref().is_some_and(|wanted| wanted.always)
+            || self.running.as_ref().is_some_and(|running| running.asked)
+    }
+
     /// The files may have changed.
     pub fn files_changed(&mut self) {
         self.wanted.get_or_insert(Wanted {
@@ -209,7 +217,8 @@ impl Reloads {
             let sources = self.sources.clone();
             let tried = self.tried.clone().filter(|_| !wanted.always);
             let (environment, memory) = (now.clone(), Arc::clone(&self.memory));
-            self.start(wanted.cause, wanted.asks, now, move || {
+            let asked = wanted.always;
+            self.start((wanted.cause, asked), wanted.asks, now, move || {
                 from_files(&sources, tried.as_ref(), &environment, &memory)
             });
             return;
@@ -226,7 +235,7 @@ impl Reloads {
             // Not the files: they may be broken, or waiting for somebody's word.
             let environment = relevant.clone();
             let memory = Arc::clone(&self.memory);
-            self.start(cause, Vec::new(), &relevant, move || {
+            self.start((cause, false), Vec::new(), &relevant, move || {
                 let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
                 let (policy, settings, known) = (&live.policy, &live.settings, &mut memory.image);
                 let image = progress::logged(|progress| {
@@ -240,13 +249,14 @@ impl Reloads {
 
     fn start(
         &mut self,
-        cause: &'static str,
+        (cause, asked): (&'static str, bool),
         asks: Vec<Ask>,
         environment: &Environment,
         work: impl FnOnce() -> Output + Send + 'static,
     ) {
         self.running = Some(Running {
             cause,
+            asked,
             asks,
             environment: environment.clone(),
             task: spawn_blocking(work),

@@ -16,6 +16,7 @@ use crate::{
     dataplane::{Counters, Dataplane, SocketHooks},
     events::{Generations, Store, enrich::Local, reader::SharedDataplane},
     policy::model::Policy,
+    pulse::Pulse,
     settings::{Settings, essentials_off, ethertype_name},
 };
 
@@ -69,6 +70,8 @@ pub struct Shared {
     pub generations: Arc<Generations>,
     /// Recent denials.
     pub store: Arc<Store>,
+    /// Of the server of the control socket.
+    pub serving: Pulse,
     live: RwLock<Arc<Live>>,
     board: Mutex<Board>,
     started_at: Time,
@@ -81,6 +84,7 @@ impl Shared {
             dataplane: Arc::new(Mutex::new(dataplane)),
             generations,
             store: Arc::default(),
+            serving: Pulse::default(),
             live: RwLock::new(Arc::new(live)),
             board: Mutex::default(),
             started_at: Time::now(),
@@ -186,7 +190,8 @@ pub fn hooks_name(hooks: Option<SocketHooks>) -> &'static str {
     }
 }
 
-fn problems(board: &Board) -> Vec<String> {
+/// What is wrong, in words.
+pub(super) fn problems(board: &Board) -> Vec<String> {
     let mut problems = Vec::new();
     if let Some(error) = &board.last_error {
         problems.push(format!(
