@@ -17,6 +17,7 @@ pub mod notify;
 pub mod preflight;
 pub mod progress;
 pub mod reload;
+mod rivals;
 pub mod slots;
 pub mod state;
 pub mod topology;
