@@ -34,6 +34,7 @@ use enforcer_tests::{
     },
     netns::Family,
     nft::try_nft,
+    scale,
     seen::skipped,
     traffic::QUIET,
     wire::{self, Packets},

@@ -54,13 +54,14 @@ pub struct Control {
 }
 
 impl Control {
-    /// `texts` are those of the live policy, `cache` is what they said; it was compiled for `host`, whose interfaces `links` has
-    /// named.
+    /// `texts` are those of the live policy, `memory` is what they said; it was compiled for `host`, whose interfaces `links` has
+    /// named. `generation` is the largest that ever judged.
     pub fn new(
         sources: Sources,
         shared: Arc<Shared>,
         texts: Texts,
         memory: Memory,
+        generation: u32,
         links: Links,
         host: Host,
         notify: Arc<Notify>,
@@ -70,6 +71,7 @@ impl Control {
             Arc::clone(&shared),
             texts,
             memory,
+            generation,
             &host.environment,
         );
         Self {

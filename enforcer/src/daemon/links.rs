@@ -53,6 +53,18 @@ impl Links {
         }
     }
 
+    /// An earlier daemon has attached these, by ifindex, and given them these slots. Those that nobody
+    /// asks for any more lose their programs at the next [`Links::sync`].
+    pub fn adopt(&mut self, slots: &BTreeMap<u32, u32>) {
+        self.slots.adopt(slots);
+        let named = slots
+            .keys()
+            .map(|ifindex| (*ifindex, format!("ifindex {ifindex}")));
+        self.attached.extend(named);
+        // They are in the kernel, and are written again whatever they are.
+        self.tags_error = Some("VLAN tags are not looked at yet".to_owned());
+    }
+
     /// Gives slots to the interfaces that are asked for; answers with their names by slot, as an
     /// image wants to know them. `taken` are slots that images know already.
     pub fn name(&mut self, host: &Host, taken: &BTreeSet<u32>) -> BTreeMap<u32, String> {

@@ -211,12 +211,14 @@ fn summary(board: &Board, live: &Live) -> String {
         count if count > NAMED => format!("{count} interfaces"),
         _ => enforced.join(", "),
     };
-    let mut summary = format!(
-        "enforcing on {places}: {} segments, {} rules, generation {}",
-        live.policy.segments.len(),
-        live.policy.rules.len(),
-        live.image.generation()
-    );
+    let (policy, generation) = (&live.policy, live.image.generation());
+    let what = if live.known {
+        let (segments, rules) = (policy.segments.len(), policy.rules.len());
+        format!("{segments} segments, {rules} rules, generation {generation}")
+    } else {
+        format!("generation {generation}, of an earlier start")
+    };
+    let mut summary = format!("enforcing on {places}: {what}");
     let problems = problems(board);
     if let Some(first) = problems.first() {
         summary += &format!("; {first}");
