@@ -64,7 +64,6 @@ impl Control {
         generation: u32,
         links: Links,
         host: Host,
-        notify: Arc<Notify>,
     ) -> Self {
         let reloads = Reloads::new(
             sources.clone(),
@@ -84,15 +83,16 @@ impl Control {
             hooks_error: None,
             verify_error: None,
             swept: None,
-            notify,
+            notify: Arc::default(),
             reader: None,
             serves: false,
         }
     }
 
-    /// A sign of life is given only while this one beats, too.
-    pub fn watch(&mut self, reader: Option<Arc<Pulse>>) {
-        self.reader = reader;
+    /// Tells the service manager how things are; that all goes on only while the reader of denials
+    /// does, too.
+    pub fn tell(&mut self, notify: Arc<Notify>, reader: Option<Arc<Pulse>>) {
+        (self.notify, self.reader) = (notify, reader);
     }
 
     /// Attaches for the first time.

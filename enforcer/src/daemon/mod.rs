@@ -252,9 +252,8 @@ pub async fn run(
         generation,
         links,
         host,
-        Arc::clone(&notify),
     );
-    control.watch(pulse);
+    control.tell(Arc::clone(&notify), pulse);
     control.start()?;
     if outlives {
         detach.0 = None;

@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const NAMED: usize = 4;
 
 /// The service manager, if there is one.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Notify {
     manager: Option<Manager>,
     /// How long systemd waits for a sign of life.
