@@ -24,6 +24,7 @@ use super::{
     notify::Notify,
     reload::{Ask, Reloads},
     state::Shared,
+    tamper::Watchman,
     watch::Watch,
 };
 
@@ -51,6 +52,7 @@ pub struct Control {
     reader: Option<Arc<Pulse>>,
     /// The start is over.
     serves: bool,
+    watchman: Watchman,
 }
 
 impl Control {
@@ -86,6 +88,7 @@ impl Control {
             notify: Arc::default(),
             reader: None,
             serves: false,
+            watchman: Watchman::default(),
         }
     }
 
@@ -186,6 +189,7 @@ impl Control {
                     self.clock.refresh(&self.shared.dataplane);
                     watch.repair();
                     self.verify();
+                    self.watchman.look(&self.shared, self.links.restored());
                     self.look();
                     self.sweep();
                     self.notify.alive(|within| self.not_well(within));
@@ -278,6 +282,8 @@ impl Control {
             self.links.problem(),
             self.clock.problem(),
         ];
+        let problems = problems.into_iter().flatten();
+        let problems: Vec<_> = problems.chain(self.watchman.problems()).collect();
         self.shared.note(|board| {
             board
                 .addresses
@@ -286,7 +292,7 @@ impl Control {
             board.socket_hooks_reason = self.links.hooks_reason();
             board.warnings = warnings;
             board.unix_floor = self.clock.floor();
-            board.problems = problems.into_iter().flatten().collect();
+            board.problems = problems;
         });
         let board = self.shared.note(|board| board.clone());
         self.notify.report(&board, &self.shared.live(), self.serves);

@@ -30,6 +30,8 @@ pub struct Links {
     failed: BTreeMap<u32, String>,
     /// Somebody took the programs off.
     stolen: BTreeSet<u32>,
+    /// They have them again.
+    restored: Vec<String>,
     slots: Slots,
     /// Tags that the kernel leaves to VLAN devices now.
     tags: Tags,
@@ -47,6 +49,7 @@ impl Links {
             attached: BTreeMap::new(),
             failed: BTreeMap::new(),
             stolen: BTreeSet::new(),
+            restored: Vec::new(),
             slots: Slots::default(),
             tags: Tags::new(),
             tags_error: None,
@@ -100,6 +103,11 @@ impl Links {
     /// Why packets with VLAN tags may be judged in the wrong place.
     pub fn problem(&self) -> Option<String> {
         self.tags_error.clone()
+    }
+
+    /// Interfaces that had lost their programs to somebody, and have them again, since the last call.
+    pub fn restored(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.restored)
     }
 
     /// What the socket hooks do now.
@@ -252,6 +260,7 @@ impl Links {
         match result {
             Ok(()) => {
                 if self.stolen.remove(&link.ifindex) {
+                    self.restored.push(link.name.clone());
                     tracing::warn!(
                         interface = link.name,
                         "somebody removed the programs from this interface; attached again"

@@ -21,6 +21,7 @@ pub mod reload;
 mod rivals;
 pub mod slots;
 pub mod state;
+pub mod tamper;
 pub mod topology;
 pub mod watch;
 
