@@ -171,18 +171,32 @@ fn undisturbed<T: Default>(mut read: impl FnMut(&mut T) -> io::Result<bool>) -> 
 
 /// All of a kind, and whether they were left alone meanwhile. The request's body of `length` bytes
 /// is zero: any family.
-fn dump(kind: u16, length: usize, mut take: impl FnMut(&Message<'_>)) -> io::Result<bool> {
+pub(super) fn dump(
+    kind: u16,
+    length: usize,
+    mut take: impl FnMut(&Message<'_>),
+) -> io::Result<bool> {
+    dump_of(kind, &vec![0; length], &mut take)
+}
+
+/// All of a kind that `body` asks for, as above.
+pub(super) fn dump_of(
+    kind: u16,
+    body: &[u8],
+    take: &mut dyn FnMut(&Message<'_>),
+) -> io::Result<bool> {
     let socket = socket(
         AddressFamily::Netlink,
         SockType::Raw,
         SockFlag::SOCK_CLOEXEC,
         SockProtocol::NetlinkRoute,
     )?;
-    let mut request = Vec::with_capacity(HEADER + length);
-    request.extend(((HEADER + length) as u32).to_ne_bytes());
+    let mut request = Vec::with_capacity(HEADER + body.len());
+    request.extend(((HEADER + body.len()) as u32).to_ne_bytes());
     request.extend(kind.to_ne_bytes());
     request.extend(DUMP.to_ne_bytes());
-    request.resize(HEADER + length, 0);
+    request.resize(HEADER, 0);
+    request.extend(body);
     let kernel = NetlinkAddr::new(0, 0);
     sendto(socket.as_raw_fd(), &request, &kernel, MsgFlags::empty())?;
     let mut buffer = vec![0; 65_536];
@@ -300,13 +314,13 @@ fn ip(bytes: &[u8]) -> Option<IpAddr> {
     <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from)
 }
 
-fn text(value: &[u8]) -> String {
+pub(super) fn text(value: &[u8]) -> String {
     let text = value.split(|b| *b == 0).next().unwrap_or_default();
     String::from_utf8_lossy(text).into_owned()
 }
 
 /// Type and value of each attribute. Cut off where the bytes end.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(half(bytes, 0)?).max(4);
         let kind = half(bytes, 2)? & TYPE;
@@ -323,10 +337,10 @@ fn removed_links(bytes: &[u8]) -> impl Iterator<Item = u32> {
         .filter_map(|m| word(m.body, 4))
 }
 
-struct Message<'a> {
-    kind: u16,
+pub(super) struct Message<'a> {
+    pub kind: u16,
     flags: u16,
-    body: &'a [u8],
+    pub body: &'a [u8],
 }
 
 /// Cut off where the bytes end.
@@ -343,7 +357,7 @@ fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
     })
 }
 
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
+pub(super) fn word(bytes: &[u8], at: usize) -> Option<u32> {
     let bytes = bytes.get(at..at + 4)?;
     Some(u32::from_ne_bytes(bytes.try_into().ok()?))
 }
