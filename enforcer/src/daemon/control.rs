@@ -11,16 +11,20 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use crate::{clock::Steps, policy::Diagnostic};
+use crate::{
+    api::types::{InterfaceState, InterfaceStatus},
+    clock::Steps,
+    policy::Diagnostic,
+};
 
 use super::{
     RunError,
     clock::Clock,
     environment::Host,
     files::{Sources, Texts},
-    links::Links,
+    links::{Effort, Links},
     load::Memory,
-    netlink::Netlink,
+    netlink::{Changes, Netlink},
     reload::{Ask, Reloads},
     state::Shared,
     watch::Watch,
@@ -29,6 +33,9 @@ use super::{
 /// Interfaces and addresses are looked at this often even if rtnetlink says nothing, and what
 /// failed is tried again.
 const TICK: Duration = Duration::from_secs(1);
+
+/// Where addresses change all the time, they are looked at this often.
+const ADDRESSES: Duration = Duration::from_millis(50);
 
 /// Expired flows are taken out of the table this often: long before their ages begin anew, and so
 /// that no opener is charged for what has ended.
@@ -45,6 +52,11 @@ pub struct Control {
     hooks_error: Option<String>,
     verify_error: Option<String>,
     swept: Option<Instant>,
+    /// Interfaces wait for their turn to be attached.
+    waiting: bool,
+    /// When addresses were looked at last, and when they are to be looked at again.
+    looked: Instant,
+    addresses_due: Option<Instant>,
 }
 
 impl Control {
@@ -75,6 +87,9 @@ impl Control {
             hooks_error: None,
             verify_error: None,
             swept: None,
+            waiting: false,
+            looked: Instant::now(),
+            addresses_due: None,
         }
     }
 
@@ -87,17 +102,21 @@ impl Control {
         // A rule that has expired must not hold for the first packet.
         self.clock.refresh(&self.shared.dataplane);
         let host = self.host.clone();
-        let statuses = self.links.sync(&self.shared.dataplane, &host);
-        if let Some(failed) = statuses.iter().find(|s| !s.enforced && s.ifindex != 0) {
+        let roster = self
+            .links
+            .sync(&self.shared.dataplane, &host, Effort::Whole);
+        let statuses = roster.statuses;
+        let failed = |s: &&InterfaceStatus| s.state == InterfaceState::Failed;
+        if let Some(failed) = statuses.iter().filter(failed).find(|s| s.ifindex != 0) {
             return Err(RunError::Interface {
                 interface: failed.name.clone(),
                 error: failed.error.clone().unwrap_or_default(),
             });
         }
-        for missing in statuses.iter().filter(|s| !s.enforced) {
+        for missing in statuses.iter().filter(failed) {
             tracing::warn!(interface = missing.name, "no such interface yet");
         }
-        if statuses.is_empty() {
+        if !statuses.iter().any(InterfaceStatus::is_asked_for) {
             tracing::warn!("no interface matches --interface: nothing is enforced yet");
         }
         self.links
@@ -118,7 +137,9 @@ impl Control {
         stop: &mut signal::Receiver<bool>,
     ) -> io::Result<()> {
         let mut watch = Watch::new(&self.sources)?;
-        let mut netlink = Netlink::new()?;
+        let mut netlink = Netlink::new(self.links.follow_default_route())?;
+        // What has changed before somebody listened.
+        self.look_at_routes();
         // Without it the tick notices.
         let mut steps = Steps::new()
             .inspect_err(|error| tracing::warn!(%error, "cannot watch the clock"))
@@ -129,6 +150,7 @@ impl Control {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.reloads.step(&self.host.environment);
+            let due = self.due();
             tokio::select! {
                 // A compiler at work does not hold up the end: nobody wants its image any more.
                 () = stopped(stop) => return Ok(()),
@@ -140,15 +162,10 @@ impl Control {
                     Err(error) => broken("cannot watch the policy's files", &error).await,
                 },
                 changes = netlink.changed() => match changes {
-                    Ok(changes) => {
-                        self.links.removed(&self.shared.dataplane, &changes.removed);
-                        if changes.lost {
-                            self.verify();
-                        }
-                        self.look();
-                    }
+                    Ok(changes) => self.follow(&changes),
                     Err(error) => broken("cannot listen to rtnetlink", &error).await,
                 },
+                () = until(due) => self.catch_up(),
                 () = step(&mut steps) => {
                     self.clock.refresh(&self.shared.dataplane);
                     self.report();
@@ -190,19 +207,82 @@ impl Control {
         self.verify_error = error;
     }
 
+    /// Takes over what rtnetlink says: new interfaces get their programs at once.
+    fn follow(&mut self, changes: &Changes) {
+        self.links.removed(&self.shared.dataplane, &changes.removed);
+        if changes.lost {
+            tracing::warn!("messages about interfaces were lost: looking at all of them");
+            self.look_at_routes();
+            self.verify();
+            return self.look();
+        }
+        if changes.routes {
+            self.look_at_routes();
+        }
+        if changes.addresses {
+            let due = self.looked + ADDRESSES;
+            self.addresses_due.get_or_insert(due);
+        }
+        if changes.look {
+            return self.look();
+        }
+        self.host.follow(changes);
+        if changes.routes || !changes.links.is_empty() || !changes.removed.is_empty() {
+            self.settle(Effort::Told);
+        }
+    }
+
+    /// When something is to be done even if nothing happens.
+    fn due(&self) -> Option<Instant> {
+        let waiting = self.waiting.then(Instant::now);
+        let due = [waiting, self.addresses_due, self.reloads.due()];
+        due.into_iter().flatten().min()
+    }
+
+    /// Does what is due.
+    fn catch_up(&mut self) {
+        if self.addresses_due.is_some_and(|due| due <= Instant::now()) {
+            if let Err(error) = self.host.look_at_addresses() {
+                tracing::error!(%error, "cannot list addresses");
+            }
+            self.looked = Instant::now();
+            self.addresses_due = None;
+            self.report();
+        }
+        if self.waiting {
+            self.settle(Effort::Told);
+        }
+    }
+
+    fn look_at_routes(&mut self) {
+        if self.links.follow_default_route()
+            && let Err(error) = self.host.look_at_routes()
+        {
+            tracing::error!(%error, "cannot list default routes");
+        }
+    }
+
     /// Looks at interfaces and addresses.
     fn look(&mut self) {
-        let host = match Host::read() {
-            Ok(host) => host,
-            Err(error) => {
-                tracing::error!(%error, "cannot list interfaces");
-                return;
-            }
-        };
-        self.host = host;
+        if let Err(error) = self.host.look() {
+            tracing::error!(%error, "cannot list interfaces");
+            return;
+        }
+        self.looked = Instant::now();
+        self.addresses_due = None;
+        self.settle(Effort::Looked);
+    }
+
+    /// Brings everything in line with the host as it is known.
+    fn settle(&mut self, effort: Effort) {
         let taken = self.reloads.slots();
         self.host.environment.interfaces = self.links.name(&self.host, &taken);
-        let statuses = self.links.sync(&self.shared.dataplane, &self.host);
+        let roster = self.links.sync(&self.shared.dataplane, &self.host, effort);
+        self.waiting = roster.waiting > 0;
+        if roster.failed && effort == Effort::Told {
+            // Gone again, most likely.
+            return self.look();
+        }
         let stale = self.reloads.stale();
         let hooks = self
             .links
@@ -214,7 +294,7 @@ impl Control {
             }
             self.hooks_error = error;
         }
-        self.shared.note(|board| board.interfaces = statuses);
+        self.shared.note(|board| board.interfaces = roster.statuses);
         self.report();
     }
 
@@ -239,6 +319,14 @@ impl Control {
             board.unix_floor = self.clock.floor();
             board.problems = problems.into_iter().flatten().collect();
         });
+    }
+}
+
+/// Waits for a moment, for ever if there is none.
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 

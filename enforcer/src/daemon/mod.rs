@@ -7,6 +7,7 @@ pub mod clock;
 pub mod control;
 pub mod doctor;
 pub mod environment;
+pub mod expedite;
 pub mod explain;
 pub mod files;
 pub mod guard;
@@ -16,6 +17,8 @@ pub mod netlink;
 pub mod preflight;
 pub mod progress;
 pub mod reload;
+pub mod routes;
+pub mod selection;
 pub mod slots;
 pub mod state;
 pub mod topology;
@@ -58,13 +61,13 @@ use crate::{
     },
 };
 
-use crate::policy::pattern::Pattern;
 use control::Control;
 use environment::Host;
 use files::{SettingsPath, Sources};
 use guard::Trust;
 use links::Links;
 use load::Rejected;
+use selection::Selection;
 use state::{Live, Shared};
 
 /// What `enforcer run` is told.
@@ -77,7 +80,7 @@ pub struct Config {
     /// What is asked of these files.
     pub trust: Trust,
     /// Where to enforce.
-    pub interfaces: Vec<Pattern>,
+    pub interfaces: Selection,
     /// Where to listen.
     pub socket: PathBuf,
     /// Where to listen for those who only ask.
@@ -142,7 +145,11 @@ pub async fn run(
 ) -> Result<(), RunError> {
     share_heaps();
     let mut host = Host::read().map_err(system("cannot list interfaces"))?;
-    let mut links = Links::new(config.interfaces.clone(), config.socket_hooks);
+    let mut links = Links::new(config.interfaces.clone(), config.socket_hooks).expedited();
+    if links.follow_default_route() {
+        host.look_at_routes()
+            .map_err(system("cannot list default routes"))?;
+    }
     host.environment.interfaces = links.name(&host, &BTreeSet::new());
     let sources = Sources {
         segments: config.segments.clone(),

@@ -34,6 +34,13 @@ use super::{
 const GRACE: Duration = Duration::from_secs(1);
 /// After a failure for the host as it is now the next attempt comes so much later.
 const RETRY: Duration = Duration::from_secs(10);
+/// Where addresses or interfaces change all the time, the live policy is compiled for them at most
+/// so often: the rest after each time grows from the first to the last of these, is at least so many
+/// times as long as the work, and begins anew when nothing has changed for so long.
+const REST: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
+const REST_TO_WORK: u32 = 3;
+const LONGEST_REST: Duration = Duration::from_secs(5);
+const CALM: Duration = Duration::from_secs(2);
 const ADDRESSES: &str = "addresses of this host changed";
 const INTERFACES: &str = "interfaces of this host changed";
 
@@ -57,6 +64,41 @@ pub struct Reloads {
     unfit: Option<(Environment, Instant, String)>,
     wanted: Option<Wanted>,
     running: Option<Running>,
+    rest: Rest,
+}
+
+/// When the live policy may follow the host again.
+#[derive(Debug, Default)]
+struct Rest {
+    /// The end of the last time.
+    last: Option<Instant>,
+    length: Duration,
+    /// Something waits for the end of the rest.
+    awaited: bool,
+}
+
+impl Rest {
+    fn end(&self) -> Option<Instant> {
+        Some(self.last? + self.length)
+    }
+
+    /// After so much work.
+    fn begin(&mut self, now: Instant, work: Duration) {
+        let calm = |last: Instant| now.duration_since(last) > self.length + work + CALM;
+        let [first, last] = REST;
+        let length = match self.last.is_none_or(calm) {
+            true => first,
+            false => (self.length * 2).min(last),
+        };
+        let length = length.max((work * REST_TO_WORK).min(LONGEST_REST));
+        (self.last, self.length, self.awaited) = (Some(now), length, false);
+    }
+
+    /// Whether it is over.
+    fn over(&mut self, now: Instant) -> bool {
+        self.awaited = self.end().is_some_and(|end| end > now);
+        !self.awaited
+    }
 }
 
 /// The next look at the files.
@@ -71,6 +113,7 @@ struct Running {
     cause: &'static str,
     asks: Vec<Ask>,
     environment: Environment,
+    since: Instant,
     task: JoinHandle<Output>,
 }
 
@@ -141,7 +184,14 @@ impl Reloads {
             unfit: None,
             wanted: None,
             running: None,
+            rest: Rest::default(),
         }
+    }
+
+    /// When [`Reloads::step`] has something to do even if nothing happens.
+    pub fn due(&self) -> Option<Instant> {
+        let end = self.rest.end().filter(|_| self.rest.awaited);
+        end.filter(|_| self.running.is_none())
     }
 
     /// The files are to be compiled, whether they changed or not. While other work is running
@@ -217,7 +267,11 @@ impl Reloads {
         let tried_for = |(environment, at, _): &(Environment, Instant, String)| {
             *environment == relevant && at.elapsed() < RETRY
         };
-        if relevant != self.environment && !self.unfit.as_ref().is_some_and(tried_for) {
+        self.rest.awaited = false;
+        if relevant != self.environment
+            && !self.unfit.as_ref().is_some_and(tried_for)
+            && self.rest.over(Instant::now())
+        {
             let cause = if self.stale.is_some() {
                 ADDRESSES
             } else {
@@ -249,6 +303,7 @@ impl Reloads {
             cause,
             asks,
             environment: environment.clone(),
+            since: Instant::now(),
             task: spawn_blocking(work),
         });
     }
@@ -275,6 +330,7 @@ impl Reloads {
                     Ok(image) => self.swap(cause, meaning, image).await,
                     Err(error) => Err(Failure::Rejected(Rejected::Compile(error))),
                 };
+                self.rest.begin(Instant::now(), running.since.elapsed());
                 self.fitted(running.environment, result);
                 return;
             }

@@ -9,8 +9,8 @@ use std::{
 
 use crate::{
     api::types::{
-        CounterStatus, EventStatus, ExplainRequest, Explanation, FailsafeStatus, InterfaceStatus,
-        PolicyStatus, RecordStatus, SettingsStatus, State, Status, Time,
+        CounterStatus, EventStatus, ExplainRequest, Explanation, FailsafeStatus, InterfaceState,
+        InterfaceStatus, PolicyStatus, RecordStatus, SettingsStatus, State, Status, Time,
     },
     compile::Image,
     dataplane::{Counters, Dataplane, SocketHooks},
@@ -43,7 +43,7 @@ pub struct Live {
 pub struct Board {
     /// Why the policy on disk is not the one that runs.
     pub last_error: Option<String>,
-    /// Interfaces that are enforced or should be.
+    /// Every interface, and those that should be there.
     pub interfaces: Vec<InterfaceStatus>,
     /// What the socket hooks do.
     pub socket_hooks: Option<SocketHooks>,
@@ -193,10 +193,11 @@ fn problems(board: &Board) -> Vec<String> {
             "what is on disk was refused, what was in force before stays: {error}"
         ));
     }
-    if board.interfaces.is_empty() {
+    if !board.interfaces.iter().any(InterfaceStatus::is_asked_for) {
         problems.push("no interface matches --interface".to_owned());
     }
-    for interface in board.interfaces.iter().filter(|i| !i.enforced) {
+    let failed = |i: &&InterfaceStatus| i.state == InterfaceState::Failed;
+    for interface in board.interfaces.iter().filter(failed) {
         let why = interface.error.as_deref().unwrap_or("no hook is attached");
         problems.push(format!("{} is not enforced: {why}", interface.name));
     }

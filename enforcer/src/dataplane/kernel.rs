@@ -189,6 +189,13 @@ impl KernelDataplane {
         map.set(index, new, 0).map_err(map_error("write ETHERNET"))
     }
 
+    /// Has the programs know nothing of an interface any more.
+    fn forget(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
+        let mut map: HashMap<_, u32, WireInterface> = typed_mut(&mut self.ebpf, "INTERFACES")?;
+        let _ = map.remove(&ifindex);
+        self.set_ethernet(ifindex, None)
+    }
+
     fn attach_one(
         &mut self,
         name: &'static str,
@@ -318,6 +325,8 @@ impl Dataplane for KernelDataplane {
                     for (name, link) in attached.links {
                         let _ = classifier(&mut self.ebpf, name)?.detach(link);
                     }
+                    // Nor may its number mean anything to the next one that gets it.
+                    self.forget(interface.ifindex)?;
                     return Err(error);
                 }
             }
@@ -339,9 +348,7 @@ impl Dataplane for KernelDataplane {
                 }
             }
         }
-        let mut map: HashMap<_, u32, WireInterface> = typed_mut(&mut self.ebpf, "INTERFACES")?;
-        let _ = map.remove(&ifindex);
-        result.and(self.set_ethernet(ifindex, None))
+        result.and(self.forget(ifindex))
     }
 
     fn set_vlans(&mut self, keys: &BTreeSet<u64>) -> Result<(), DataplaneError> {

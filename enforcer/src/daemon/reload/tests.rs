@@ -48,6 +48,11 @@ fn host(interfaces: &[(u32, &str)], addresses: &[&str]) -> Environment {
 /// Whether the host as it is makes work; it is done then.
 async fn works(reloads: &mut Reloads, now: &Environment) -> bool {
     reloads.step(now);
+    if let Some(due) = reloads.due() {
+        assert!(reloads.running.is_none());
+        tokio::time::sleep_until(due.into()).await;
+        reloads.step(now);
+    }
     let works = reloads.running.is_some();
     if works {
         let done = reloads.done().await;
@@ -75,6 +80,7 @@ async fn interfaces_matter_to_those_who_name_them() {
     // Another name, and a slot less.
     assert!(works(&mut named, &host(&[(1, "eth1")], &[])).await);
     // The slot is taken while an image may come that means it.
+    named.rest = Rest::default();
     named.step(&host(&[(2, "eth0")], &[]));
     assert_eq!(named.slots(), BTreeSet::from([1, 2]));
     let done = named.done().await;
@@ -84,6 +90,30 @@ async fn interfaces_matter_to_those_who_name_them() {
         named.environment.interfaces,
         BTreeMap::from([(2, "eth0".to_owned())])
     );
+}
+
+#[test]
+fn the_rest_grows_while_the_host_changes_and_is_as_long_as_the_work_takes() {
+    let (start, ms) = (Instant::now(), Duration::from_millis);
+    let mut rest = Rest::default();
+    assert!(rest.over(start) && rest.end().is_none());
+    let mut now = start;
+    let mut lengths = Vec::new();
+    for _ in 0..8 {
+        rest.begin(now, ms(5));
+        assert!(!rest.over(now) && rest.awaited);
+        lengths.push(rest.length.as_millis());
+        now = rest.end().unwrap();
+        assert!(rest.over(now) && !rest.awaited);
+    }
+    assert_eq!(lengths, [20, 40, 80, 160, 320, 640, 1000, 1000]);
+    // Long work, and work without end.
+    rest.begin(now, ms(800));
+    assert_eq!(rest.length, ms(2400));
+    rest.begin(now, ms(60_000));
+    assert_eq!(rest.length, LONGEST_REST);
+    rest.begin(now + ms(20_000), ms(1));
+    assert_eq!(rest.length, REST[0]);
 }
 
 #[tokio::test]
