@@ -102,6 +102,11 @@ impl Netns {
         this
     }
 
+    /// As `ip -n` takes it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// For `setns` in a child.
     pub fn file(&self) -> File {
         self.file.try_clone().unwrap()
