@@ -37,12 +37,19 @@ pub enum Effort {
     Told,
 }
 
+/// Why an interface is not enforced.
+struct Failure {
+    error: String,
+    /// The log has it.
+    told: bool,
+}
+
 /// What a [`Links::sync`] found, and what it left.
 #[derive(Debug, Default)]
 pub struct Roster {
     /// Of every interface; see [`crate::api::types::Status::interfaces`].
     pub statuses: Vec<InterfaceStatus>,
-    /// Interfaces that wait for the next call.
+    /// Interfaces that wait for the next call, to be attached or let go.
     pub waiting: usize,
     /// Something failed. After [`Effort::Told`], look and call again.
     pub failed: bool,
@@ -58,7 +65,10 @@ pub struct Links {
     hooks_now: Option<SocketHooks>,
     hooks_reason: Option<String>,
     attached: BTreeMap<u32, String>,
-    failed: BTreeMap<u32, String>,
+    /// Gone, with what the dataplane keeps of them not yet let go: the kernel takes the lock that
+    /// births need for each of them.
+    leaving: BTreeMap<u32, String>,
+    failed: BTreeMap<u32, Failure>,
     /// Somebody took the programs off.
     stolen: BTreeSet<u32>,
     slots: Slots,
@@ -78,6 +88,7 @@ impl Links {
             hooks_now: None,
             hooks_reason: None,
             attached: BTreeMap::new(),
+            leaving: BTreeMap::new(),
             failed: BTreeMap::new(),
             stolen: BTreeSet::new(),
             slots: Slots::default(),
@@ -155,12 +166,17 @@ impl Links {
         }
     }
 
-    /// These interfaces went away, and may have come back without their hooks.
+    /// These interfaces went away, and may have come back without their hooks. The next
+    /// [`Links::sync`] lets go what is left of them.
     pub fn removed(&mut self, dataplane: &SharedDataplane, removed: &[u32]) {
+        if removed.is_empty() {
+            return;
+        }
         let mut dataplane = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
         self.take_tags_back(&mut **dataplane, removed);
         for ifindex in removed {
-            self.detach(&mut **dataplane, *ifindex);
+            let known = self.attached.remove(ifindex);
+            self.leaving.extend(known.map(|name| (*ifindex, name)));
             // What comes back may be another one.
             self.slots.remove(*ifindex);
             self.held.remove(ifindex);
@@ -194,10 +210,17 @@ impl Links {
         self.tags = tags;
     }
 
-    fn detach(&mut self, dataplane: &mut dyn Dataplane, ifindex: u32) {
-        let Some(name) = self.attached.remove(&ifindex) else {
-            return;
-        };
+    /// Lets go what is left of those that went away, as far as there is time; how many stay.
+    fn let_go(&mut self, dataplane: &mut dyn Dataplane, time: impl Fn() -> bool) -> usize {
+        while time()
+            && let Some((ifindex, name)) = self.leaving.pop_first()
+        {
+            Self::detach(dataplane, ifindex, &name);
+        }
+        self.leaving.len()
+    }
+
+    fn detach(dataplane: &mut dyn Dataplane, ifindex: u32, name: &str) {
         match dataplane.detach(ifindex) {
             Ok(()) => tracing::info!(interface = name, "interface gone, detached"),
             Err(error) => tracing::error!(interface = name, %error, "cannot detach"),
@@ -214,6 +237,9 @@ impl Links {
         let missing = dataplane.missing()?;
         self.take_tags_back(&mut **dataplane, &missing);
         for ifindex in missing {
+            if self.leaving.contains_key(&ifindex) {
+                continue;
+            }
             if let Err(error) = dataplane.detach(ifindex) {
                 tracing::debug!(ifindex, %error, "cannot detach what is left");
             }
@@ -248,11 +274,14 @@ impl Links {
         // Those that packets can come through already go first.
         new.sort_by_key(|link| (!link.up, link.ifindex));
         let expedite = std::mem::take(&mut self.expedite);
-        let quick = (!gone.is_empty() || !new.is_empty()).then(|| expedite.begin());
+        let busy = !gone.is_empty() || !new.is_empty() || !self.leaving.is_empty();
+        let quick = busy.then(|| expedite.begin());
 
         self.take_tags_back(&mut **guard, &gone);
         for ifindex in gone {
-            self.detach(&mut **guard, ifindex);
+            if let Some(name) = self.attached.remove(&ifindex) {
+                Self::detach(&mut **guard, ifindex, &name);
+            }
         }
         // A VLAN device may have got another parent, and a parent may have joined a bridge.
         let tags = topology::tags(host, |ifindex| self.attached.contains_key(&ifindex));
@@ -270,9 +299,13 @@ impl Links {
             }
         }
         let start = Instant::now();
+        let time = || effort == Effort::Whole || start.elapsed() < SLICE;
         let mut waiting = 0;
         for link in new {
-            let error = if effort != Effort::Whole && start.elapsed() >= SLICE {
+            if let Some(name) = self.leaving.remove(&link.ifindex) {
+                Self::detach(&mut **guard, link.ifindex, &name);
+            }
+            let error = if !time() {
                 waiting += 1;
                 Some("it waits for its turn".to_owned())
             } else {
@@ -280,13 +313,14 @@ impl Links {
             };
             errors.extend(error.map(|error| (link.ifindex, error)));
         }
-        drop(quick);
-        self.expedite = expedite;
         let tags = topology::tags(host, |ifindex| self.attached.contains_key(&ifindex));
         self.set_tags(&mut **guard, tags);
+        let leaving = self.let_go(&mut **guard, time);
         drop(guard);
+        drop(quick);
+        self.expedite = expedite;
         Roster {
-            waiting,
+            waiting: waiting + leaving,
             failed: errors.len() > waiting,
             statuses: self.statuses(host, &wanted, &errors),
         }
@@ -399,10 +433,19 @@ impl Links {
             }
             Err(error) if effort == Effort::Told => Err(error),
             Err(error) => {
-                let before = self.failed.insert(link.ifindex, error.clone());
-                if before.as_ref() != Some(&error) {
+                let before = self.failed.remove(&link.ifindex);
+                let before = before.filter(|failure| failure.error == error);
+                let told = before.as_ref().is_some_and(|failure| failure.told);
+                // It may go at this moment: what is worth telling fails twice.
+                let tell = !told && (before.is_some() || effort == Effort::Whole);
+                if tell {
                     tracing::error!(interface = link.name, error, "cannot enforce");
                 }
+                let failure = Failure {
+                    error: error.clone(),
+                    told: told || tell,
+                };
+                self.failed.insert(link.ifindex, failure);
                 Err(error)
             }
         }

@@ -195,7 +195,7 @@ fn a_tag_goes_to_its_device_after_the_programs_and_back_before() {
     sync(&mut links, &dataplane, &host);
     log();
     links.removed(&dataplane, &[3]);
-    assert_eq!(log(), ["vlans {}", "detach 3"]);
+    assert_eq!(log(), ["vlans {}"]);
     // A device that cannot be enforced leaves its tag where it is judged.
     fake.lock().refuse_attach = true;
     sync(&mut links, &dataplane, &host);
@@ -340,4 +340,25 @@ fn those_that_wait_are_attached_next_and_those_that_are_up_first() {
     fake.lock().slow_attach = SLICE;
     assert_eq!(links.sync(&dataplane, &host, Effort::Whole).waiting, 0);
     assert_eq!(attached(&fake), [2, 3, 4]);
+}
+
+#[test]
+fn what_went_away_is_let_go_after_births_and_before_its_number_is_given_again() {
+    let (fake, dataplane, mut links) = setup(&["*"]);
+    let before = host(&[(2, "eth0"), (3, "eth1"), (4, "eth2"), (5, "eth3")]);
+    sync(&mut links, &dataplane, &before);
+    fake.lock().log.clear();
+    links.removed(&dataplane, &[2, 3, 4]);
+    assert!(fake.lock().log.is_empty());
+    // Nor are they taken for stolen meanwhile.
+    fake.lock().stolen = vec![3];
+    links.verify(&dataplane).unwrap();
+    assert!(fake.lock().log.is_empty() && links.stolen.is_empty());
+    fake.lock().slow_attach = SLICE;
+    let after = host(&[(3, "eth7"), (5, "eth3")]);
+    let roster = links.sync(&dataplane, &after, Effort::Told);
+    assert_eq!(fake.lock().log, ["detach 3", "attach 3"]);
+    assert_eq!((roster.waiting, attached(&fake)), (2, vec![2, 3, 4, 5]));
+    let roster = links.sync(&dataplane, &after, Effort::Told);
+    assert_eq!((roster.waiting, attached(&fake)), (0, vec![3, 5]));
 }
