@@ -60,13 +60,14 @@ pub struct Control {
 }
 
 impl Control {
-    /// `texts` are those of the live policy, `cache` is what they said; it was compiled for `host`, whose interfaces `links` has
-    /// named.
+    /// `texts` are those of the live policy, `memory` is what they said; it was compiled for `host`, whose interfaces `links` has
+    /// named. `generation` is the largest that ever judged.
     pub fn new(
         sources: Sources,
         shared: Arc<Shared>,
         texts: Texts,
         memory: Memory,
+        generation: u32,
         links: Links,
         host: Host,
     ) -> Self {
@@ -75,6 +76,7 @@ impl Control {
             Arc::clone(&shared),
             texts,
             memory,
+            generation,
             &host.environment,
         );
         Self {

@@ -15,7 +15,8 @@ use enforcer_common::wire::Event;
 use crate::{
     compile::Image,
     dataplane::{
-        Counters, Dataplane, DataplaneError, EventSource, Interface, SocketHooks, WallClock,
+        Adopted, Counters, Dataplane, DataplaneError, EventSource, Interface, OnTrial, SocketHooks,
+        WallClock,
     },
 };
 
@@ -47,6 +48,9 @@ pub struct Fake {
     /// The next record asked for ends the reader.
     pub poisoned: bool,
     pub size_class: u32,
+    /// What an earlier daemon has left.
+    pub adopted: Option<Adopted>,
+    pub outlives: bool,
     events: VecDeque<Event>,
     wake: Option<UnixStream>,
 }
@@ -63,6 +67,15 @@ impl Handle {
     pub fn open(&self, size_class: u32) -> Box<dyn Dataplane> {
         self.lock().size_class = size_class;
         Box::new(self.clone())
+    }
+
+    /// As the daemon asks for it.
+    pub fn open_or_adopt(&self, size_class: Option<u32>) -> Option<Box<dyn Dataplane>> {
+        match size_class {
+            Some(size_class) => Some(self.open(size_class)),
+            None if self.lock().adopted.is_some() => Some(Box::new(self.clone())),
+            None => None,
+        }
     }
 
     /// Puts records into the ring buffer.
@@ -89,6 +102,39 @@ impl Dataplane for Handle {
         }
         fake.applied.push((image.generation(), image.hash()));
         Ok(())
+    }
+
+    fn trial(
+        &mut self,
+        _: &Image,
+        _: Option<&Image>,
+        _: std::time::Duration,
+    ) -> Result<(), DataplaneError> {
+        Err(refused("trial"))
+    }
+
+    fn on_trial(&self) -> Result<Option<OnTrial>, DataplaneError> {
+        Ok(None)
+    }
+
+    fn confirm(&mut self) -> Result<(), DataplaneError> {
+        Err(refused("confirm"))
+    }
+
+    fn revert(&mut self) -> Result<(), DataplaneError> {
+        Err(refused("revert"))
+    }
+
+    fn apply_both(&mut self, _: &Image, _: &Image) -> Result<(), DataplaneError> {
+        Err(refused("apply_both"))
+    }
+
+    fn adopted(&self) -> Result<Option<Adopted>, DataplaneError> {
+        Ok(self.lock().adopted.clone())
+    }
+
+    fn outlives(&self) -> bool {
+        self.lock().outlives
     }
 
     fn set_clock(&mut self, clock: WallClock) -> Result<(), DataplaneError> {

@@ -108,6 +108,18 @@ impl Links {
         self.selection.follows_default_route()
     }
 
+    /// An earlier daemon has attached these, by ifindex, and given them these slots. Those that nobody
+    /// asks for any more lose their programs at the next [`Links::sync`].
+    pub fn adopt(&mut self, slots: &BTreeMap<u32, u32>) {
+        self.slots.adopt(slots);
+        let named = slots
+            .keys()
+            .map(|ifindex| (*ifindex, format!("ifindex {ifindex}")));
+        self.attached.extend(named);
+        // They are in the kernel, and are written again whatever they are.
+        self.tags_error = Some("VLAN tags are not looked at yet".to_owned());
+    }
+
     /// Gives slots to the interfaces that are asked for; answers with their names by slot, as an
     /// image wants to know them. `taken` are slots that images know already.
     pub fn name(&mut self, host: &Host, taken: &BTreeSet<u32>) -> BTreeMap<u32, String> {
@@ -278,11 +290,10 @@ impl Links {
         let quick = busy.then(|| expedite.begin());
 
         self.take_tags_back(&mut **guard, &gone);
-        for ifindex in gone {
-            if let Some(name) = self.attached.remove(&ifindex) {
-                Self::detach(&mut **guard, ifindex, &name);
-            }
-        }
+        let gone: Vec<(u32, String)> = gone
+            .into_iter()
+            .filter_map(|ifindex| Some((ifindex, self.attached.remove(&ifindex)?)))
+            .collect();
         // A VLAN device may have got another parent, and a parent may have joined a bridge.
         let tags = topology::tags(host, |ifindex| self.attached.contains_key(&ifindex));
         self.set_tags(&mut **guard, tags);
@@ -315,6 +326,10 @@ impl Links {
         }
         let tags = topology::tags(host, |ifindex| self.attached.contains_key(&ifindex));
         self.set_tags(&mut **guard, tags);
+        // Last: what takes over is enforced before another is let go.
+        for (ifindex, name) in gone {
+            Self::detach(&mut **guard, ifindex, &name);
+        }
         let leaving = self.let_go(&mut **guard, time);
         drop(guard);
         drop(quick);

@@ -162,16 +162,17 @@ fn names_interfaces(policy: &Policy, settings: &Settings) -> bool {
 }
 
 impl Reloads {
-    /// `texts` are those of the live policy, compiled for `environment`.
+    /// `texts` are those of the live policy, compiled for `environment`; `generation` is the largest
+    /// that ever judged.
     pub fn new(
         sources: Sources,
         shared: Arc<Shared>,
         texts: Texts,
         memory: Memory,
+        generation: u32,
         environment: &Environment,
     ) -> Self {
         let live = shared.live();
-        let generation = live.image.generation();
         let environment = Meaning::of(&live).relevant(environment);
         Self {
             sources,
@@ -268,7 +269,9 @@ impl Reloads {
             *environment == relevant && at.elapsed() < RETRY
         };
         self.rest.awaited = false;
-        if relevant != self.environment
+        // Of a policy that nobody could read there is the image alone.
+        if self.shared.live().known
+            && relevant != self.environment
             && !self.unfit.as_ref().is_some_and(tried_for)
             && self.rest.over(Instant::now())
         {
@@ -411,6 +414,7 @@ impl Reloads {
             self.shared.set_live(Live {
                 path: live.path.clone(),
                 policy,
+                known: true,
                 settings,
                 settings_path,
                 image: live.image.clone(),
@@ -453,6 +457,7 @@ impl Reloads {
         self.shared.set_live(Live {
             path: live.path.clone(),
             policy,
+            known: true,
             settings,
             settings_path,
             image,

@@ -4,16 +4,17 @@
 use std::{fs::File, io::Read as _, os::fd::AsFd as _};
 
 use aya::{
-    Ebpf, EbpfLoader,
+    EbpfLoader,
     maps::Map,
-    programs::{TestRun as _, TestRunOptions},
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use enforcer_common::table::{self, Flow, SECRETS, SLOTS, SOURCE_SHARE, WORDS4, WORDS6};
 
 use super::{
     DataplaneError,
     errors::{load_error, missing, syscall},
-    kernel::{KernelDataplane, classifier},
+    kernel::KernelDataplane,
+    pins::Meta,
     sys,
 };
 
@@ -32,27 +33,35 @@ pub(super) struct Shape {
     secrets: [u64; SECRETS],
 }
 
+/// Buckets of each family for a table of at least `flows`.
+pub(super) fn buckets(flows: u32) -> u32 {
+    flows.clamp(LIMITS.0, LIMITS.1).next_power_of_two() / SLOTS
+}
+
+/// Fresh secrets for a table's hash.
+pub(super) fn secrets() -> Result<[u64; SECRETS], DataplaneError> {
+    let mut bytes = [0; SECRETS * 8];
+    File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut bytes))
+        .map_err(syscall("read /dev/urandom"))?;
+    let mut secrets = [0; SECRETS];
+    for (secret, bytes) in secrets.iter_mut().zip(bytes.chunks_exact(8)) {
+        *secret = bytes
+            .iter()
+            .fold(0, |all, byte| all << 8 | u64::from(*byte));
+    }
+    Ok(secrets)
+}
+
 impl Shape {
-    /// A table of at least `flows` of each family, with fresh secrets.
-    pub(super) fn new(flows: u32) -> Result<Self, DataplaneError> {
-        let flows = flows.clamp(LIMITS.0, LIMITS.1).next_power_of_two();
-        let mut bytes = [0; SECRETS * 8];
-        File::open("/dev/urandom")
-            .and_then(|mut random| random.read_exact(&mut bytes))
-            .map_err(syscall("read /dev/urandom"))?;
-        let mut secrets = [0; SECRETS];
-        for (secret, bytes) in secrets.iter_mut().zip(bytes.chunks_exact(8)) {
-            *secret = bytes
-                .iter()
-                .fold(0, |all, byte| all << 8 | u64::from(*byte));
+    /// As it is, or is to be.
+    pub(super) fn of(meta: &Meta) -> Self {
+        Self {
+            buckets: meta.buckets,
+            mask: meta.buckets - 1,
+            cap: meta.buckets * SLOTS / SOURCE_SHARE,
+            secrets: meta.secrets,
         }
-        let buckets = flows / SLOTS;
-        Ok(Self {
-            buckets,
-            mask: buckets - 1,
-            cap: flows / SOURCE_SHARE,
-            secrets,
-        })
     }
 
     /// Writes it into the object.
@@ -63,11 +72,6 @@ impl Shape {
         loader.override_global("FLOW_MASK", &self.mask, true);
         loader.override_global("FLOW_CAP", &self.cap, true);
         loader.override_global("FLOW_SECRETS", &self.secrets, true);
-    }
-
-    /// Number of buckets of each family.
-    pub(super) fn buckets(&self) -> u32 {
-        self.buckets
     }
 }
 
@@ -90,7 +94,7 @@ impl KernelDataplane {
         mut see: impl FnMut(&Map, u32, &[u32], usize) -> Result<(), DataplaneError>,
     ) -> Result<(), DataplaneError> {
         for (name, slot_words) in MAPS {
-            let Some(map @ Map::Array(data)) = self.ebpf().map(name) else {
+            let Some(map @ Map::Array(data)) = self.map(name) else {
                 return Err(missing(name));
             };
             let words = slot_words * SLOTS as usize;
@@ -121,7 +125,7 @@ impl KernelDataplane {
             Ok(())
         })?;
         for name in TAGS {
-            let Some(Map::Array(data)) = self.ebpf().map(name) else {
+            let Some(Map::Array(data)) = self.map(name) else {
                 return Err(missing(name));
             };
             let tags = sys::array(data.fd().as_fd(), self.flow_buckets(), 2);
@@ -133,7 +137,7 @@ impl KernelDataplane {
                 }
             }
         }
-        let Some(Map::Array(data)) = self.ebpf().map("FLOW_SOURCES") else {
+        let Some(Map::Array(data)) = self.map("FLOW_SOURCES") else {
             return Err(missing("FLOW_SOURCES"));
         };
         let counts = sys::array(data.fd().as_fd(), 1 << 14, 1).map_err(syscall("read"))?;
@@ -147,14 +151,14 @@ impl KernelDataplane {
 }
 
 /// Goes through the whole table once and takes out what expired: tens of nanoseconds a bucket.
-pub(super) fn sweep(ebpf: &mut Ebpf, buckets: u32) -> Result<(), DataplaneError> {
+pub(super) fn sweep(program: &SchedClassifier, buckets: u32) -> Result<(), DataplaneError> {
     let frame = [0u8; 64];
     let options = TestRunOptions {
         data_in: Some(&frame),
         repeat: buckets,
         ..TestRunOptions::new()
     };
-    classifier(ebpf, "sweep")?
+    program
         .test_run(options)
         .map(drop)
         .map_err(|e| load_error("sweep", &e))

@@ -7,15 +7,23 @@ pub mod cgroup;
 mod clsact;
 mod errors;
 pub mod flows;
+mod hooks;
+mod images;
 pub mod kernel;
+mod load;
 mod objects;
+mod pins;
 mod query;
 mod sys;
+mod trial;
 
 pub use query::{Hanging, hanging};
 pub use sys::{clock_is_kept, peer_groups, release_memory, share_heaps};
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use enforcer_common::{
     verdict::{Hook, Outcome, Reason},
@@ -120,6 +128,28 @@ pub struct Counters {
     pub records: Vec<RecordCount>,
 }
 
+/// What was in force before this process, and goes on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Adopted {
+    /// The live image, read back; `None` when there is none, or it is not whole.
+    pub live: Option<Image>,
+    /// The largest generation that ever judged.
+    pub generation: u32,
+    /// Slots of interfaces, by ifindex.
+    pub slots: BTreeMap<u32, u32>,
+}
+
+/// A trial in the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OnTrial {
+    /// Time until the programs go back by themselves; zero: they have.
+    pub remaining: Duration,
+    /// Generation of the image on trial.
+    pub live: u32,
+    /// Generation of the image to go back to.
+    pub previous: u32,
+}
+
 /// What the kernel, or this process, said no to. Nothing was changed unless said otherwise.
 #[derive(Debug, thiserror::Error)]
 pub enum DataplaneError {
@@ -156,6 +186,9 @@ pub enum DataplaneError {
         /// The kernel's answer.
         source: std::io::Error,
     },
+    /// Asked for what does not go with the trial that is, or is not, running.
+    #[error("{0}")]
+    Trial(&'static str),
     /// A program could not be attached.
     #[error("cannot attach {hook} to {target}: {message}")]
     Attach {
@@ -187,6 +220,51 @@ pub trait Dataplane: Send {
     /// # Errors
     /// [`DataplaneError`]; nothing has changed then.
     fn apply(&mut self, image: &Image) -> Result<(), DataplaneError>;
+
+    /// Puts an image on trial: the one in force, or `previous` if one is given, is judged by again
+    /// once `within` has passed, by the programs themselves, whether a daemon lives or not.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Trial`] while one is running, [`DataplaneError`]; the image in force stays.
+    fn trial(
+        &mut self,
+        image: &Image,
+        previous: Option<&Image>,
+        within: Duration,
+    ) -> Result<(), DataplaneError>;
+
+    /// The trial that is running, or has expired and was not reverted yet.
+    ///
+    /// # Errors
+    /// [`DataplaneError`].
+    fn on_trial(&self) -> Result<Option<OnTrial>, DataplaneError>;
+
+    /// The image on trial stays.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Trial`] within its last second, or when none is running.
+    fn confirm(&mut self) -> Result<(), DataplaneError>;
+
+    /// Ends a trial by the image before it; also after the programs have gone back by themselves.
+    ///
+    /// # Errors
+    /// [`DataplaneError`]; the deadline stands.
+    fn revert(&mut self) -> Result<(), DataplaneError>;
+
+    /// Puts others in the place of both images of a trial, the one to go back to first.
+    ///
+    /// # Errors
+    /// [`DataplaneError`]; the second may be the old one.
+    fn apply_both(&mut self, previous: &Image, live: &Image) -> Result<(), DataplaneError>;
+
+    /// What an earlier daemon has left at work.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn adopted(&self) -> Result<Option<Adopted>, DataplaneError>;
+
+    /// Whether enforcement goes on when this is dropped.
+    fn outlives(&self) -> bool;
 
     /// Tells the programs the time; before the first image, and when the clock was set.
     ///

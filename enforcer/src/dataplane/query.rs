@@ -22,6 +22,8 @@ pub(super) fn has_program(
             // for none at all.
             Err(error) if has_errno(&error, libc::ENOENT) && attempts > 0 => {}
             Err(error) if is_gone(&error) => return Ok(false),
+            // aya hides that the interface went away under the query.
+            Err(_) if nix::net::if_::if_nametoindex(name).is_err() => return Ok(false),
             Err(error) => {
                 return Err(syscall("query the programs of a link")(io_error(&error)));
             }

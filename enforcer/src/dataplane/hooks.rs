@@ -1,0 +1,322 @@
+//! Programs on hooks: attached once, found again by the next daemon, replaced in one step.
+//!
+//! tcx links and those of the socket hooks are pinned. Before tcx (Linux 6.6), filters of the clsact
+//! discipline do without: they stay as they are.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+};
+
+use aya::{programs::TcAttachType, util::KernelVersion};
+
+use super::{
+    DataplaneError, Interface, cgroup, clsact,
+    errors::{attach_error, syscall},
+    kernel::KernelDataplane,
+    load::SOCKET_PROGRAMS,
+    query::{has_program, interface_name},
+    sys::objects::{self, AttachType},
+};
+
+pub(super) const TC_PROGRAMS: [(&str, TcAttachType, AttachType); 2] = [
+    ("tc_ingress", TcAttachType::Ingress, AttachType::TcxIngress),
+    ("tc_egress", TcAttachType::Egress, AttachType::TcxEgress),
+];
+
+/// Programs on one interface.
+pub(super) struct Attached {
+    name: String,
+    pub(super) slot: u32,
+    hooks: BTreeMap<&'static str, Hook>,
+}
+
+/// One program on one interface.
+enum Hook {
+    Tcx(OwnedFd),
+    Clsact,
+}
+
+/// tcx links came with Linux 6.6; before, clsact through netlink.
+pub(super) fn tcx() -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
+}
+
+fn attach_type(program: &str) -> AttachType {
+    match program {
+        "connect4" => AttachType::Connect4,
+        "connect6" => AttachType::Connect6,
+        "sendmsg4" => AttachType::Sendmsg4,
+        _ => AttachType::Sendmsg6,
+    }
+}
+
+/// The kernel's word for a link, or a filter, whose interface is gone.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENOLINK | libc::ENODEV | libc::ENOENT)
+    )
+}
+
+impl KernelDataplane {
+    pub(super) fn attach_interface(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
+        let (ifindex, slot) = (interface.ifindex, interface.slot);
+        if let Some(attached) = self.attached.get_mut(&ifindex) {
+            attached.name.clone_from(&interface.name);
+            if attached.slot == slot {
+                return Ok(());
+            }
+        }
+        self.note_interface(interface)?;
+        if let Some(attached) = self.attached.get_mut(&ifindex) {
+            attached.slot = slot;
+            return Ok(());
+        }
+        let mut attached = Attached {
+            name: interface.name.clone(),
+            slot,
+            hooks: BTreeMap::new(),
+        };
+        for (program, direction, tcx) in TC_PROGRAMS {
+            match self.hook(program, direction, tcx, interface) {
+                Ok(hook) => {
+                    attached.hooks.insert(program, hook);
+                }
+                Err(error) => {
+                    // Half an interface is worse than none: take the first hook off again.
+                    let _ = self.unhook(ifindex, attached);
+                    // Nor may its number mean anything to the next one that gets it.
+                    self.forget_interface(ifindex)?;
+                    return Err(error);
+                }
+            }
+        }
+        self.attached.insert(ifindex, attached);
+        Ok(())
+    }
+
+    fn hook(
+        &mut self,
+        program: &'static str,
+        direction: TcAttachType,
+        attach_type: AttachType,
+        interface: &Interface,
+    ) -> Result<Hook, DataplaneError> {
+        let ifindex = interface.ifindex;
+        if !tcx() {
+            let classifier = self.opened.classifiers.get_mut(program);
+            let classifier = classifier.ok_or_else(|| super::errors::missing(program))?;
+            clsact::attach(classifier, program, direction, &interface.name)?;
+            return Ok(Hook::Clsact);
+        }
+        let failed = |error: io::Error| attach_error(program, &interface.name, &error);
+        let fd = self
+            .classifier(program)?
+            .fd()
+            .map_err(|e| failed(io::Error::other(e)))?;
+        let link = objects::link_interface(fd.as_fd(), ifindex, attach_type).map_err(failed)?;
+        self.pins
+            .pin_link(program, Some(ifindex), link.as_fd())
+            .map_err(failed)?;
+        Ok(Hook::Tcx(link))
+    }
+
+    pub(super) fn detach_interface(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
+        let Some(attached) = self.attached.remove(&ifindex) else {
+            return Ok(());
+        };
+        let result = self.unhook(ifindex, attached);
+        result.and(self.forget_interface(ifindex))
+    }
+
+    fn unhook(&mut self, ifindex: u32, attached: Attached) -> Result<(), DataplaneError> {
+        let mut result = Ok(());
+        for (program, hook) in attached.hooks {
+            let done = match hook {
+                // The last who knows of the link is `hook`, dropped here.
+                Hook::Tcx(_) => self
+                    .pins
+                    .forget_link(program, Some(ifindex))
+                    .map_err(|error| attach_error(program, &attached.name, &error)),
+                Hook::Clsact => {
+                    // Renamed, perhaps; and if it is gone, so is the filter.
+                    let name = interface_name(ifindex);
+                    name.map_or(Ok(()), |name| clsact::detach(program, &name))
+                }
+            };
+            result = result.and(done);
+        }
+        result
+    }
+
+    /// Finds what an earlier daemon has attached. Links that name other programs than ours are led to
+    /// ours, those whose interface is gone are forgotten.
+    pub(super) fn adopt_links(&mut self) -> Result<(), DataplaneError> {
+        let slots = self.interfaces()?;
+        let mut found: BTreeMap<u32, Attached> = BTreeMap::new();
+        let links = self.pins.links().map_err(syscall("open pinned links"))?;
+        for (program, ifindex, link) in links {
+            let socket = SOCKET_PROGRAMS.iter().find(|name| **name == program);
+            let tc = TC_PROGRAMS.iter().find(|(name, ..)| *name == program);
+            let info = objects::link_info(link.as_fd()).map_err(syscall("read a link"))?;
+            match (socket, tc, ifindex) {
+                (Some(name), _, None) => {
+                    self.socket_links.insert(name, link);
+                }
+                (_, Some((name, ..)), Some(ifindex)) if info.ifindex == ifindex => {
+                    let attached = found.entry(ifindex).or_insert_with(|| Attached {
+                        name: interface_name(ifindex).unwrap_or_default(),
+                        slot: slots.get(&ifindex).copied().unwrap_or(0),
+                        hooks: BTreeMap::new(),
+                    });
+                    attached.hooks.insert(name, Hook::Tcx(link));
+                }
+                _ => {
+                    let forgotten = self.pins.forget_link(&program, ifindex);
+                    forgotten.map_err(syscall("unpin a link"))?;
+                }
+            }
+        }
+        if !tcx() {
+            for (ifindex, slot) in &slots {
+                let Some(name) = interface_name(*ifindex) else {
+                    continue;
+                };
+                let hooks = TC_PROGRAMS.map(|(program, ..)| (program, Hook::Clsact));
+                let attached = Attached {
+                    name,
+                    slot: *slot,
+                    hooks: hooks.into(),
+                };
+                found.insert(*ifindex, attached);
+            }
+        }
+        for ifindex in slots.keys().filter(|ifindex| !found.contains_key(ifindex)) {
+            self.forget_interface(*ifindex)?;
+        }
+        self.attached = found;
+        self.replace_programs()
+    }
+
+    /// Sees to it that every hook has our programs, each in one step: no packet passes unjudged, as
+    /// all programs share what they judge by.
+    pub(super) fn replace_programs(&mut self) -> Result<(), DataplaneError> {
+        for (ifindex, attached) in &self.attached {
+            for (program, hook) in &attached.hooks {
+                let Hook::Tcx(link) = hook else { continue };
+                let classifier = self.classifier(program)?;
+                let ours = classifier
+                    .fd()
+                    .map_err(|e| attach_error(program, &attached.name, &e))?;
+                match replace(link, ours.as_fd()) {
+                    // Its interface went away meanwhile: rtnetlink says so.
+                    Err(error) if is_gone(&error) => {
+                        tracing::debug!(ifindex, program, "the link is gone");
+                    }
+                    replaced => {
+                        replaced.map_err(|e| attach_error(program, &attached.name, &e))?;
+                    }
+                }
+            }
+        }
+        for (program, link) in &self.socket_links {
+            if let Some(ours) = self.opened.socket.get(program) {
+                replace(link, ours.as_fd()).map_err(|e| attach_error(program, "a cgroup", &e))?;
+            }
+        }
+        if tcx() {
+            return Ok(());
+        }
+        let mut gone = Vec::new();
+        for (ifindex, attached) in &self.attached {
+            for (program, direction, _) in TC_PROGRAMS {
+                let Some(classifier) = self.opened.classifiers.get_mut(program) else {
+                    continue;
+                };
+                let Some(name) = interface_name(*ifindex) else {
+                    gone.push(*ifindex);
+                    break;
+                };
+                if attached.hooks.contains_key(program) {
+                    clsact::attach(classifier, program, direction, &name)?;
+                }
+            }
+        }
+        for ifindex in gone {
+            self.detach_interface(ifindex)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn missing_hooks(&mut self) -> Result<Vec<u32>, DataplaneError> {
+        let mut missing = Vec::new();
+        // Filters of clsact have no query that aya offers: there the kernel is taken at its word.
+        if !tcx() {
+            return Ok(missing);
+        }
+        let mut ours = Vec::new();
+        for (program, direction, _) in TC_PROGRAMS {
+            let info = self.classifier(program)?.info();
+            let info = info.map_err(|e| syscall("read a program's id")(io::Error::other(e)))?;
+            ours.push((direction, info.id()));
+        }
+        for ifindex in self.attached.keys().copied() {
+            // Renamed, perhaps; aya asks by name.
+            let Some(name) = interface_name(ifindex) else {
+                missing.push(ifindex);
+                continue;
+            };
+            for (direction, id) in &ours {
+                if !has_program(&name, *direction, *id)? {
+                    missing.push(ifindex);
+                    break;
+                }
+            }
+        }
+        Ok(missing)
+    }
+
+    pub(super) fn attach_socket_hooks(&mut self) -> Result<(), DataplaneError> {
+        if self.socket_links.len() == SOCKET_PROGRAMS.len() {
+            return Ok(());
+        }
+        let root = cgroup::cgroup2_root()?;
+        let directory = File::open(&root).map_err(syscall("open the root cgroup"))?;
+        for program in SOCKET_PROGRAMS {
+            if self.socket_links.contains_key(program) {
+                continue;
+            }
+            let Some(ours) = self.opened.socket.get(program) else {
+                continue;
+            };
+            let failed = |error| attach_error(program, &root.display().to_string(), &error);
+            let link = objects::link_cgroup(ours.as_fd(), directory.as_fd(), attach_type(program))
+                .map_err(failed)?;
+            self.pins
+                .pin_link(program, None, link.as_fd())
+                .map_err(failed)?;
+            self.socket_links.insert(program, link);
+        }
+        Ok(())
+    }
+
+    pub(super) fn detach_socket_hooks(&mut self) -> Result<(), DataplaneError> {
+        let mut result = Ok(());
+        for (program, _) in std::mem::take(&mut self.socket_links) {
+            let forgotten = self.pins.forget_link(program, None);
+            result = result.and(forgotten.map_err(|e| attach_error(program, "a cgroup", &e)));
+        }
+        result
+    }
+}
+
+/// Puts a program behind a link, unless it is there.
+fn replace(link: &OwnedFd, program: std::os::fd::BorrowedFd<'_>) -> io::Result<()> {
+    if objects::link_info(link.as_fd())?.program == objects::id(program)? {
+        return Ok(());
+    }
+    objects::update_link(link.as_fd(), program)
+}
