@@ -89,29 +89,26 @@ fn announced(namespace: &Netns, over: &AtomicBool) -> BTreeMap<String, SystemTim
     }
 }
 
-/// Name and number of the interfaces inside whose names begin so.
-fn there(namespace: &Netns, prefix: &str) -> BTreeMap<String, u64> {
-    namespace.enter(|| {
-        let all = nix::net::if_::if_nameindex().unwrap();
-        all.iter()
-            .map(|i| (i.name().to_str().unwrap().to_owned(), i.index().into()))
-            .filter(|(name, _)| name.starts_with(prefix))
-            .collect()
-    })
+/// Name and number of those of the daemon's interest.
+fn there(namespace: &Netns) -> BTreeMap<String, u32> {
+    let mut all = namespace.interfaces();
+    all.retain(|name, _| name.starts_with("lan"));
+    all
 }
 
 /// Those that the status has as enforced, and whether it has any other of these.
-fn enforced(daemon: &Daemon<'_>, prefix: &str) -> (BTreeMap<String, u64>, bool) {
+fn enforced(daemon: &Daemon<'_>) -> (BTreeMap<String, u32>, bool) {
     let status = daemon.status();
     let all = status["interfaces"].as_array().unwrap().iter();
     let (mut enforced, mut others) = (BTreeMap::new(), false);
     for interface in all {
         let name = interface["name"].as_str().unwrap();
-        if !name.starts_with(prefix) {
+        if !name.starts_with("lan") {
             continue;
         }
         if interface["state"] == "enforced" {
-            let before = enforced.insert(name.to_owned(), interface["ifindex"].as_u64().unwrap());
+            let ifindex = interface["ifindex"].as_u64().unwrap();
+            let before = enforced.insert(name.to_owned(), u32::try_from(ifindex).unwrap());
             assert_eq!(before, None, "{name} is listed twice");
         } else {
             others = true;
@@ -122,8 +119,8 @@ fn enforced(daemon: &Daemon<'_>, prefix: &str) -> (BTreeMap<String, u64>, bool) 
 
 fn settles(daemon: &Daemon<'_>, namespace: &Netns) {
     wait_for("exactly those that live to be enforced", LONG * 2, || {
-        let live = there(namespace, "lan");
-        (enforced(daemon, "lan") == (live, false)).then_some(())
+        let live = there(namespace);
+        (enforced(daemon) == (live, false)).then_some(())
     });
 }
 
@@ -246,12 +243,8 @@ fn births_and_deaths_by_the_hundred_leave_those_that_live_enforced_and_nothing_e
         at(100)
     );
     let [all, quick] = inside.interfaces();
-    let numbers = |live: BTreeMap<String, u64>| -> BTreeSet<u32> {
-        live.into_values()
-            .map(|n| u32::try_from(n).unwrap())
-            .collect()
-    };
-    assert_eq!(all, numbers(there(&near, "lan")));
+    let numbers = |live: BTreeMap<String, u32>| -> BTreeSet<u32> { live.into_values().collect() };
+    assert_eq!(all, numbers(there(&near)));
     assert_eq!(quick, all);
     // All at once, which is quicker.
     drop(once);
@@ -276,7 +269,7 @@ fn births_and_deaths_by_the_hundred_leave_those_that_live_enforced_and_nothing_e
             settles(&daemon, &near);
             taken.push((inside.descriptors(), inside.memory()));
             let [all, quick] = inside.interfaces();
-            assert_eq!(all, numbers(there(&near, "lan")));
+            assert_eq!(all, numbers(there(&near)));
             assert_eq!(quick, all);
             let mut ip = Ip::new(&near);
             (6..count)
@@ -294,7 +287,7 @@ fn births_and_deaths_by_the_hundred_leave_those_that_live_enforced_and_nothing_e
         "{slowest:?}"
     );
     // One is left, that is as it should be.
-    assert_eq!(there(&near, "lan").len(), 1);
+    assert_eq!(there(&near).len(), 1);
     assert_eq!(inside.tags(), 0);
     let (first, last) = (taken[0], taken[2]);
     // Clients that just asked may not be gone yet.

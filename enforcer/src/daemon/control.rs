@@ -37,6 +37,11 @@ const TICK: Duration = Duration::from_secs(1);
 /// Where addresses change all the time, they are looked at this often.
 const ADDRESSES: Duration = Duration::from_millis(50);
 
+/// While interfaces come and go within this time of each other, messages tell of them; looking at all
+/// of them, which takes the lock that births need, is put off, but no longer than this.
+const BUSY: Duration = Duration::from_millis(200);
+const PUT_OFF: Duration = Duration::from_secs(3);
+
 /// Expired flows are taken out of the table this often: long before their ages begin anew, and so
 /// that no opener is charged for what has ended.
 const SWEEP: Duration = Duration::from_secs(3600);
@@ -57,6 +62,9 @@ pub struct Control {
     /// When addresses were looked at last, and when they are to be looked at again.
     looked: Instant,
     addresses_due: Option<Instant>,
+    /// When interfaces changed last, and when all of them were looked at on a tick.
+    changed: Option<Instant>,
+    checked: Option<Instant>,
 }
 
 impl Control {
@@ -92,6 +100,8 @@ impl Control {
             waiting: false,
             looked: Instant::now(),
             addresses_due: None,
+            changed: None,
+            checked: None,
         }
     }
 
@@ -175,8 +185,7 @@ impl Control {
                 _ = tick.tick() => {
                     self.clock.refresh(&self.shared.dataplane);
                     watch.repair();
-                    self.verify();
-                    self.look();
+                    self.check();
                     self.sweep();
                 }
             }
@@ -209,6 +218,17 @@ impl Control {
         self.verify_error = error;
     }
 
+    /// Sees to it that all is as it is believed to be.
+    fn check(&mut self) {
+        let within = |moment: Option<Instant>, limit| moment.is_some_and(|m| m.elapsed() < limit);
+        if within(self.changed, BUSY) && within(self.checked, PUT_OFF) {
+            return;
+        }
+        self.checked = Some(Instant::now());
+        self.verify();
+        self.look();
+    }
+
     /// Takes over what rtnetlink says: new interfaces get their programs at once.
     fn follow(&mut self, changes: &Changes) {
         self.links.removed(&self.shared.dataplane, &changes.removed);
@@ -229,6 +249,9 @@ impl Control {
             return self.look();
         }
         self.host.follow(changes);
+        if !changes.links.is_empty() || !changes.removed.is_empty() {
+            self.changed = Some(Instant::now());
+        }
         if changes.routes || !changes.links.is_empty() || !changes.removed.is_empty() {
             self.settle(Effort::Told);
         }

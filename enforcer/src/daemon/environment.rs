@@ -155,6 +155,8 @@ impl Host {
         if !changes.removed.is_empty() {
             let removed: BTreeSet<u32> = changes.removed.iter().copied().collect();
             self.links.retain(|link| !removed.contains(&link.ifindex));
+            // No message says that their routes went with them.
+            self.default_routes.retain(|i| !removed.contains(i));
         }
         for link in changes.links.values() {
             self.put(link.clone());
@@ -214,6 +216,7 @@ mod tests {
         };
         let mut host = Host {
             links: vec![link(2, "a"), link(5, "b"), link(9, "c")],
+            default_routes: [5, 9].into(),
             ..Host::default()
         };
         let new = [link(3, "d"), link(5, "e"), link(9, "f")];
@@ -222,6 +225,7 @@ mod tests {
             removed: vec![2, 5, 77],
             ..Changes::default()
         });
+        assert_eq!(host.default_routes, [9].into());
         let names: Vec<_> = host
             .links
             .iter()
