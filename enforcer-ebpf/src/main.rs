@@ -64,6 +64,12 @@ pub fn sweep(_ctx: TcContext) -> i32 {
     0
 }
 
+/// Drops everything: stands in where the program of a hook has to be taken off and put elsewhere.
+#[classifier]
+pub fn shut(_ctx: TcContext) -> i32 {
+    TC_ACT_SHOT
+}
+
 /// Asks the live image about a plain packet that may open a flow, at ingress: looks no flow up,
 /// enters none, counts and records nothing. Passes what the rules allow; [`LONG`] where they do not
 /// settle it. Never attached.

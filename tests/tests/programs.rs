@@ -9,7 +9,6 @@
 
 use std::net::IpAddr;
 
-use enforcer::dataplane::Dataplane as _;
 use enforcer_common::{
     image::SIZE_CLASSES,
     verdict::{Hook, Outcome, Reason},

@@ -27,6 +27,7 @@ use super::{
     netlink::{Changes, Netlink},
     reload::{Ask, Reloads},
     state::Shared,
+    tamper::Watchman,
     watch::Watch,
 };
 
@@ -65,6 +66,7 @@ pub struct Control {
     /// When interfaces changed last, and when all of them were looked at on a tick.
     changed: Option<Instant>,
     checked: Option<Instant>,
+    watchman: Watchman,
 }
 
 impl Control {
@@ -102,6 +104,7 @@ impl Control {
             addresses_due: None,
             changed: None,
             checked: None,
+            watchman: Watchman::default(),
         }
     }
 
@@ -226,6 +229,7 @@ impl Control {
         }
         self.checked = Some(Instant::now());
         self.verify();
+        self.watchman.look(&self.shared, self.links.restored());
         self.look();
     }
 
@@ -334,6 +338,8 @@ impl Control {
             self.links.problem(),
             self.clock.problem(),
         ];
+        let problems = problems.into_iter().flatten();
+        let problems: Vec<_> = problems.chain(self.watchman.problems()).collect();
         self.shared.note(|board| {
             board
                 .addresses
@@ -342,7 +348,7 @@ impl Control {
             board.socket_hooks_reason = self.links.hooks_reason();
             board.warnings = warnings;
             board.unix_floor = self.clock.floor();
-            board.problems = problems.into_iter().flatten().collect();
+            board.problems = problems;
         });
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     compile::Image,
     dataplane::{
         Adopted, Counters, Dataplane, DataplaneError, EventSource, Interface, OnTrial, SocketHooks,
-        WallClock,
+        Tamper, WallClock,
     },
 };
 
@@ -51,6 +51,7 @@ pub struct Fake {
     /// What an earlier daemon has left.
     pub adopted: Option<Adopted>,
     pub outlives: bool,
+    pub tampered: Vec<Tamper>,
     events: VecDeque<Event>,
     wake: Option<UnixStream>,
 }
@@ -185,6 +186,14 @@ impl Dataplane for Handle {
 
     fn missing(&mut self) -> Result<Vec<u32>, DataplaneError> {
         Ok(std::mem::take(&mut self.lock().stolen))
+    }
+
+    fn inspect(&mut self) -> Result<Vec<Tamper>, DataplaneError> {
+        Ok(std::mem::take(&mut self.lock().tampered))
+    }
+
+    fn read_back(&self) -> Result<Option<Image>, DataplaneError> {
+        Ok(None)
     }
 
     fn socket_hooks(&mut self, mode: SocketHooks) -> Result<(), DataplaneError> {

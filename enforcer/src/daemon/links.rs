@@ -71,6 +71,8 @@ pub struct Links {
     failed: BTreeMap<u32, Failure>,
     /// Somebody took the programs off.
     stolen: BTreeSet<u32>,
+    /// They have them again.
+    restored: Vec<String>,
     slots: Slots,
     /// Tags that the kernel leaves to VLAN devices now.
     tags: Tags,
@@ -91,6 +93,7 @@ impl Links {
             leaving: BTreeMap::new(),
             failed: BTreeMap::new(),
             stolen: BTreeSet::new(),
+            restored: Vec::new(),
             slots: Slots::default(),
             tags: Tags::new(),
             tags_error: None,
@@ -158,6 +161,11 @@ impl Links {
     /// Why packets with VLAN tags may be judged in the wrong place.
     pub fn problem(&self) -> Option<String> {
         self.tags_error.clone()
+    }
+
+    /// Interfaces that had lost their programs to somebody, and have them again, since the last call.
+    pub fn restored(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.restored)
     }
 
     /// What the socket hooks do now.
@@ -246,12 +254,11 @@ impl Links {
     /// What the dataplane says.
     pub fn verify(&mut self, dataplane: &SharedDataplane) -> Result<(), DataplaneError> {
         let mut dataplane = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
+        // They are not missed.
+        self.let_go(&mut **dataplane, || true);
         let missing = dataplane.missing()?;
         self.take_tags_back(&mut **dataplane, &missing);
         for ifindex in missing {
-            if self.leaving.contains_key(&ifindex) {
-                continue;
-            }
             if let Err(error) = dataplane.detach(ifindex) {
                 tracing::debug!(ifindex, %error, "cannot detach what is left");
             }
@@ -435,6 +442,7 @@ impl Links {
         match result {
             Ok(()) => {
                 if self.stolen.remove(&link.ifindex) {
+                    self.restored.push(link.name.clone());
                     tracing::warn!(
                         interface = link.name,
                         "somebody removed the programs from this interface; attached again"

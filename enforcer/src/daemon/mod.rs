@@ -22,6 +22,7 @@ pub mod routes;
 pub mod selection;
 pub mod slots;
 pub mod state;
+pub mod tamper;
 pub mod topology;
 pub mod watch;
 

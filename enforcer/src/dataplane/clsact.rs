@@ -1,9 +1,10 @@
 //! Attaching before tcx (Linux 6.6): a filter of the `clsact` queueing discipline.
 
-use std::{io::ErrorKind, thread, time::Duration};
+use std::{thread, time::Duration};
 
 use aya::programs::{
-    ProgramError, SchedClassifier, TcAttachType, TcError,
+    ProgramError, SchedClassifier, TcAttachType,
+    links::Link as _,
     tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
 };
 
@@ -69,19 +70,43 @@ pub(super) fn attach(
     }
 }
 
-/// Takes a program off both directions, if it is there.
-pub(super) fn detach(name: &'static str, interface: &str) -> Result<(), DataplaneError> {
-    let direction = if name == "tc_ingress" {
-        TcAttachType::Ingress
-    } else {
-        TcAttachType::Egress
+/// Takes the program in this place off, if one is there.
+pub(super) fn detach(
+    name: &'static str,
+    direction: TcAttachType,
+    interface: &str,
+) -> Result<(), DataplaneError> {
+    let Ok(old) = old(direction, interface) else {
+        return Ok(()); // The interface is gone.
     };
-    match tc::qdisc_detach_program(interface, direction, name) {
-        Ok(()) => Ok(()),
-        Err(TcError::IoError(error)) if error.kind() == ErrorKind::NotFound => Ok(()),
-        Err(error) if has_errno(&error, libc::ENODEV) || has_errno(&error, libc::EINVAL) => Ok(()),
-        Err(error) => Err(attach_error(name, interface, &error)),
+    match old.detach() {
+        Err(error)
+            if ![libc::ENODEV, libc::ENOENT, libc::EINVAL]
+                .iter()
+                .any(|errno| has_errno(&error, *errno)) =>
+        {
+            Err(attach_error(name, interface, &error))
+        }
+        Ok(()) | Err(_) => Ok(()),
     }
+}
+
+/// Puts `program` in the place of ours; `false` when nothing is there.
+pub(super) fn replace(
+    program: &mut SchedClassifier,
+    direction: TcAttachType,
+    interface: &str,
+) -> bool {
+    let Ok(old) = old(direction, interface) else {
+        return true; // There is no interface to be without it.
+    };
+    let Ok(id) = program.attach_to_link(old) else {
+        return false;
+    };
+    if let Ok(link) = program.take_link(id) {
+        std::mem::forget(link);
+    }
+    true
 }
 
 /// Where an earlier program of ours would be.

@@ -14,8 +14,10 @@ use super::{
     DataplaneError,
     errors::{load_error, missing, syscall},
     kernel::KernelDataplane,
-    pins::Meta,
-    sys,
+    load::ticks,
+    pins::{Meta, Set},
+    resize::Table,
+    sys::{self, objects},
 };
 
 /// Flows of each family, if nobody says otherwise: 8 MiB for IPv4, 16 MiB for IPv6.
@@ -89,6 +91,24 @@ impl KernelDataplane {
         Ok(flows)
     }
 
+    /// Enters what is in the table of `old` into this one, which no program uses yet.
+    pub(super) fn take_flows(&mut self, old: &Set, before: &Meta) -> Result<(), DataplaneError> {
+        let mut flows = Vec::new();
+        for (name, slot_words) in MAPS {
+            let map = objects::get(&old.map(name)).map_err(syscall("open the old flow table"))?;
+            let words = slot_words * SLOTS as usize;
+            let all = sys::array(map.as_fd(), before.buckets, words)
+                .map_err(syscall("read the old flow table"))?;
+            flows.extend(all.chunks_exact(slot_words).filter_map(table::flow));
+        }
+        let now = ticks(self.classifier("clock")?)?;
+        let table = Table::with(flows, self.meta, now, self.control.hz);
+        table.write(|name| match self.map(name) {
+            Some(Map::Array(data)) => Ok(data.fd().as_fd()),
+            _ => Err(missing(name)),
+        })
+    }
+
     fn each(
         &self,
         mut see: impl FnMut(&Map, u32, &[u32], usize) -> Result<(), DataplaneError>,
@@ -140,7 +160,8 @@ impl KernelDataplane {
         let Some(Map::Array(data)) = self.map("FLOW_SOURCES") else {
             return Err(missing("FLOW_SOURCES"));
         };
-        let counts = sys::array(data.fd().as_fd(), 1 << 14, 1).map_err(syscall("read"))?;
+        let counts =
+            sys::array(data.fd().as_fd(), super::resize::SOURCES, 1).map_err(syscall("read"))?;
         for (index, count) in (0..).zip(counts) {
             if count != 0 {
                 sys::update_words(data.fd().as_fd(), index, &[0]).map_err(syscall("write"))?;

@@ -10,14 +10,19 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
 };
 
-use aya::{programs::TcAttachType, util::KernelVersion};
+use aya::{
+    maps::{Map, MapData},
+    programs::TcAttachType,
+    util::KernelVersion,
+};
 
 use super::{
     DataplaneError, Interface, cgroup, clsact,
     errors::{attach_error, syscall},
     kernel::KernelDataplane,
     load::SOCKET_PROGRAMS,
-    query::{has_program, interface_name},
+    pins::{Keep, Pins},
+    query::interface_name,
     sys::objects::{self, AttachType},
 };
 
@@ -28,13 +33,13 @@ pub(super) const TC_PROGRAMS: [(&str, TcAttachType, AttachType); 2] = [
 
 /// Programs on one interface.
 pub(super) struct Attached {
-    name: String,
+    pub(super) name: String,
     pub(super) slot: u32,
-    hooks: BTreeMap<&'static str, Hook>,
+    pub(super) hooks: BTreeMap<&'static str, Hook>,
 }
 
 /// One program on one interface.
-enum Hook {
+pub(super) enum Hook {
     Tcx(OwnedFd),
     Clsact,
 }
@@ -144,7 +149,11 @@ impl KernelDataplane {
                 Hook::Clsact => {
                     // Renamed, perhaps; and if it is gone, so is the filter.
                     let name = interface_name(ifindex);
-                    name.map_or(Ok(()), |name| clsact::detach(program, &name))
+                    let directions = TC_PROGRAMS.iter().find(|(name, ..)| *name == program);
+                    name.zip(directions)
+                        .map_or(Ok(()), |(name, (_, direction, _))| {
+                            clsact::detach(program, *direction, &name)
+                        })
                 }
             };
             result = result.and(done);
@@ -251,27 +260,38 @@ impl KernelDataplane {
         Ok(())
     }
 
+    /// The kernel's number for a program.
+    pub(super) fn id_of(&self, program: &str) -> Result<u32, DataplaneError> {
+        let failed = syscall("read a program's id");
+        let fd = self.classifier(program)?.fd();
+        let fd = fd.map_err(|e| failed(io::Error::other(e)))?;
+        objects::id(fd.as_fd()).map_err(failed)
+    }
+
     pub(super) fn missing_hooks(&mut self) -> Result<Vec<u32>, DataplaneError> {
         let mut missing = Vec::new();
         // Filters of clsact have no query that aya offers: there the kernel is taken at its word.
         if !tcx() {
             return Ok(missing);
         }
-        let mut ours = Vec::new();
-        for (program, direction, _) in TC_PROGRAMS {
-            let info = self.classifier(program)?.info();
-            let info = info.map_err(|e| syscall("read a program's id")(io::Error::other(e)))?;
-            ours.push((direction, info.id()));
-        }
-        for ifindex in self.attached.keys().copied() {
-            // Renamed, perhaps; aya asks by name.
-            let Some(name) = interface_name(ifindex) else {
-                missing.push(ifindex);
-                continue;
-            };
-            for (direction, id) in &ours {
-                if !has_program(&name, *direction, *id)? {
-                    missing.push(ifindex);
+        for (ifindex, attached) in &self.attached {
+            for (program, _, attach_type) in TC_PROGRAMS {
+                let ours = self.id_of(program)?;
+                let programs = match objects::programs_on(*ifindex, attach_type) {
+                    Err(error) if is_gone(&error) => Vec::new(),
+                    programs => programs.map_err(syscall("query the programs of a link"))?,
+                };
+                // A link of ours with another program behind it is led back, not made anew.
+                let link = match attached.hooks.get(program) {
+                    Some(Hook::Tcx(link)) => objects::link_info(link.as_fd()).ok(),
+                    _ => None,
+                };
+                let holds = link.is_some_and(|info| info.ifindex == *ifindex);
+                if !holds
+                    || !(programs.contains(&ours)
+                        || link.is_some_and(|l| programs.contains(&l.program)))
+                {
+                    missing.push(*ifindex);
                     break;
                 }
             }
@@ -319,4 +339,40 @@ fn replace(link: &OwnedFd, program: std::os::fd::BorrowedFd<'_>) -> io::Result<(
         return Ok(());
     }
     objects::update_link(link.as_fd(), program)
+}
+
+/// Takes off what is pinned in a directory, whoever made it, while no daemon is at work there. Names
+/// of the interfaces that are not enforced any more; `None` when nothing is pinned.
+///
+/// # Errors
+/// [`DataplaneError`]; what could be taken off is off.
+pub fn take_off(root: &std::path::Path) -> Result<Option<Vec<String>>, DataplaneError> {
+    if !root.exists() {
+        return Ok(None);
+    }
+    let pins = Pins::open(&Keep::Pinned(root.to_owned()))?;
+    let mut interfaces = std::collections::BTreeSet::new();
+    for (_, ifindex, _) in pins.links().map_err(syscall("open pinned links"))? {
+        interfaces.extend(ifindex);
+    }
+    let mut result = Ok(());
+    if !tcx() {
+        let map = MapData::from_pin(pins.set(false).map("INTERFACES"));
+        let map = map.and_then(Map::from_map_data);
+        let map: Result<aya::maps::HashMap<_, u32, [u32; 2]>, _> = map.and_then(TryInto::try_into);
+        for ifindex in map.iter().flat_map(|map| map.keys().flatten()) {
+            interfaces.insert(ifindex);
+            let Some(name) = interface_name(ifindex) else {
+                continue;
+            };
+            for (program, direction, _) in TC_PROGRAMS {
+                result = result.and(clsact::detach(program, direction, &name));
+            }
+        }
+    }
+    let removed = pins.remove().map_err(syscall("remove the pins"));
+    result.and(removed)?;
+    Ok(Some(
+        interfaces.into_iter().filter_map(interface_name).collect(),
+    ))
 }

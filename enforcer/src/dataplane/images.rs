@@ -124,7 +124,7 @@ impl KernelDataplane {
         Ok(())
     }
 
-    fn policy(&self) -> Result<BorrowedFd<'_>, DataplaneError> {
+    pub(super) fn policy(&self) -> Result<BorrowedFd<'_>, DataplaneError> {
         match self.map(POLICY) {
             Some(Map::ArrayOfMaps(policy)) => Ok(policy.fd().as_fd()),
             _ => Err(missing(POLICY)),

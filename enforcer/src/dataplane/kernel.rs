@@ -20,7 +20,7 @@ use enforcer_common::{
 use super::errors::{load_error, map_error, missing, syscall};
 use super::{
     Adopted, Counters, Dataplane, DataplaneError, EventSource, Interface, LinkType, OnTrial,
-    PacketCount, RecordCount, SocketHooks, WallClock, flows,
+    PacketCount, RecordCount, SocketHooks, Tamper, WallClock, flows,
     hooks::Attached,
     images::Kept,
     load::{self, Opened},
@@ -28,6 +28,7 @@ use super::{
     sys,
 };
 pub use super::{
+    hooks::take_off,
     images::WrittenImage,
     load::LoadOptions,
     pins::{DEFAULT_PINS, Keep},
@@ -48,6 +49,8 @@ pub struct KernelDataplane {
     /// What is in the slots of `POLICY`.
     pub(super) slots: BTreeMap<u32, Kept>,
     events: Option<RingBuf<MapData>>,
+    /// How often the first place on a hook was taken again.
+    pub(super) fought: BTreeMap<(u32, &'static str), u32>,
     /// What was there before this process.
     adopted: bool,
     /// Programs that only tests run.
@@ -91,7 +94,7 @@ impl KernelDataplane {
             .map_or(0, |before| before.image_words as usize);
         let (image_words, object, hash) = load::object(options.image_words.max(wanted))?;
         let meta = match &before {
-            Some(before) => before.with_object(hash, image_words),
+            Some(before) => before.with(hash, image_words, flows::buckets(options.flows)),
             None => {
                 let buckets = flows::buckets(options.flows);
                 Meta::new(hash, image_words, buckets, cookie, flows::secrets()?)
@@ -109,7 +112,8 @@ impl KernelDataplane {
         }
         let set = pins.set(fresh);
         let opened = load::open(&set, options.extra)?;
-        let mut this = Self::of(pins, meta, opened)?;
+        let events = load::events(&set)?;
+        let mut this = Self::of(pins, meta, opened, events)?;
         this.adopted = before.is_some();
         this.extra = options.extra;
         if before.is_none() {
@@ -129,6 +133,10 @@ impl KernelDataplane {
         }
         if let Some(before) = &before {
             this.adopt_images(&set, before)?;
+            if before.buckets != this.meta.buckets {
+                let old = this.pins.set(false);
+                this.take_flows(&old, before)?;
+            }
         }
         this.write_control()?;
         this.adopt_interfaces()?;
@@ -142,11 +150,12 @@ impl KernelDataplane {
         Ok(this)
     }
 
-    fn of(pins: Pins, meta: Meta, mut opened: Opened) -> Result<Self, DataplaneError> {
-        let events = match opened.maps.remove("EVENTS") {
-            Some(map) => Some(RingBuf::try_from(map).map_err(|e| load_error("EVENTS", &e))?),
-            None => return Err(missing("EVENTS")),
-        };
+    fn of(
+        pins: Pins,
+        meta: Meta,
+        opened: Opened,
+        events: RingBuf<MapData>,
+    ) -> Result<Self, DataplaneError> {
         let staging = sys::Staging::new(meta.image_words as usize);
         Ok(Self {
             pins,
@@ -158,7 +167,8 @@ impl KernelDataplane {
             vlans: BTreeSet::new(),
             socket_links: BTreeMap::new(),
             slots: BTreeMap::new(),
-            events,
+            events: Some(events),
+            fought: BTreeMap::new(),
             adopted: false,
             extra: &[],
         })
@@ -169,7 +179,7 @@ impl KernelDataplane {
     pub(super) fn grow(&mut self, words: usize) -> Result<(), DataplaneError> {
         let (image_words, object, hash) = load::object(words)?;
         let before = self.meta;
-        let meta = before.with_object(hash, image_words);
+        let meta = before.with(hash, image_words, before.buckets);
         let options = LoadOptions {
             image_words: words,
             debug: false,
@@ -188,9 +198,7 @@ impl KernelDataplane {
             Some((&before, &control)),
             &options,
         )?;
-        let mut opened = load::open(&self.pins.set(true), self.extra)?;
-        // The ring's reader has it already; it is the same map.
-        opened.maps.remove("EVENTS");
+        let opened = load::open(&self.pins.set(true), self.extra)?;
         let old = std::mem::replace(&mut self.opened, opened);
         let smaller = std::mem::replace(&mut self.staging, staging);
         self.meta = meta;
@@ -406,6 +414,14 @@ impl Dataplane for KernelDataplane {
 
     fn missing(&mut self) -> Result<Vec<u32>, DataplaneError> {
         self.missing_hooks()
+    }
+
+    fn inspect(&mut self) -> Result<Vec<Tamper>, DataplaneError> {
+        self.look_for_tampering()
+    }
+
+    fn read_back(&self) -> Result<Option<Image>, DataplaneError> {
+        self.live_image()
     }
 
     fn socket_hooks(&mut self, mode: SocketHooks) -> Result<(), DataplaneError> {

@@ -9,7 +9,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, Map, MapData},
+    maps::{Array, Map, MapData, RingBuf},
     programs::{CgroupSockAddr, Program, SchedClassifier, TestRun as _, TestRunOptions},
 };
 
@@ -21,13 +21,14 @@ use super::{
     flows::Shape,
     objects,
     pins::{Keep, Meta, Pins, Set},
+    resize::SIZED,
     sys::objects::get,
 };
 
 /// Ticks a second that kernels are built with (`kernel/Kconfig.hz`, and 1024 on old Alpha).
 const KNOWN_HZ: [u32; 5] = [100, 250, 300, 1000, 1024];
 /// Programs for packets, and those that only the daemon runs.
-pub(super) const CLASSIFIERS: [&str; 4] = ["tc_ingress", "tc_egress", "clock", "sweep"];
+pub(super) const CLASSIFIERS: [&str; 5] = ["tc_ingress", "tc_egress", "clock", "sweep", "shut"];
 /// Programs for the socket hooks.
 pub(super) const SOCKET_PROGRAMS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
 /// What the programs of every build share. Their layouts are counted by `pins::LAYOUT`.
@@ -115,7 +116,11 @@ pub(super) fn load(
     }
     let shared: Vec<_> = before.map_or(Vec::new(), |(before, _)| {
         let same = before.image_words == meta.image_words;
-        let shared = MAPS.iter().filter(|name| same || **name != POLICY);
+        let table = before.buckets == meta.buckets;
+        let shared = MAPS
+            .iter()
+            .filter(|name| same || **name != POLICY)
+            .filter(|name| table || !SIZED.contains(name));
         shared.map(|name| (*name, current.map(name))).collect()
     });
     for (name, path) in &shared {
@@ -160,6 +165,13 @@ pub(super) fn control(set: &Set) -> Result<Control, DataplaneError> {
     let map = map.map_err(|e| load_error(CONTROL, &e))?;
     let map: Array<_, Control> = map.try_into().map_err(|e| load_error(CONTROL, &e))?;
     map.get(&0, 0).map_err(map_error("read the settings"))
+}
+
+/// The ring of records of a set, for its reader.
+pub(super) fn events(set: &Set) -> Result<RingBuf<MapData>, DataplaneError> {
+    let map = MapData::from_pin(set.map("EVENTS")).and_then(Map::from_map_data);
+    map.and_then(RingBuf::try_from)
+        .map_err(|e| load_error("EVENTS", &e))
 }
 
 fn missing_pin(name: &str) -> DataplaneError {

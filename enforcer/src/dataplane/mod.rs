@@ -9,11 +9,13 @@ mod errors;
 pub mod flows;
 mod hooks;
 mod images;
+mod inspect;
 pub mod kernel;
 mod load;
 mod objects;
 mod pins;
 mod query;
+mod resize;
 mod sys;
 mod trial;
 
@@ -137,6 +139,27 @@ pub struct Adopted {
     pub generation: u32,
     /// Slots of interfaces, by ifindex.
     pub slots: BTreeMap<u32, u32>,
+}
+
+/// What was not as it had been left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tamper {
+    /// What it was.
+    pub target: String,
+    /// What was wrong with it.
+    pub what: String,
+    /// Whether it is as it was again.
+    pub repaired: bool,
+}
+
+impl Tamper {
+    fn of(target: &str, what: &str, repaired: bool) -> Self {
+        Self {
+            target: target.to_owned(),
+            what: what.to_owned(),
+            repaired,
+        }
+    }
 }
 
 /// A trial in the kernel.
@@ -305,6 +328,19 @@ pub trait Dataplane: Send {
     /// # Errors
     /// [`DataplaneError::Syscall`].
     fn missing(&mut self) -> Result<Vec<u32>, DataplaneError>;
+
+    /// Looks whether settings, images, hooks and pins are as they were left, and puts them back. What
+    /// is missing on interfaces is [`Dataplane::missing`].
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn inspect(&mut self) -> Result<Vec<Tamper>, DataplaneError>;
+
+    /// The image in force, read back from the kernel.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`]; `None` when there is none, or it is not whole.
+    fn read_back(&self) -> Result<Option<Image>, DataplaneError>;
 
     /// Attaches the socket hooks to the root cgroup, or changes what they do. `Refuse` is the
     /// caller's promise that every interface but loopback is enforced.

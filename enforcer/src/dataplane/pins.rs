@@ -99,11 +99,12 @@ impl Meta {
         }
     }
 
-    /// The same, of another object.
-    pub(super) fn with_object(self, object: u64, image_words: u32) -> Self {
+    /// The same, of another object and other sizes.
+    pub(super) fn with(self, object: u64, image_words: u32, buckets: u32) -> Self {
         Self {
             object,
             image_words,
+            buckets,
             ..self
         }
     }
@@ -339,12 +340,8 @@ impl Pins {
         gone(fs::remove_file(self.link(program, ifindex)))
     }
 
-    /// Whether a link is still pinned.
-    pub(super) fn has_link(&self, program: &str, ifindex: Option<u32>) -> bool {
-        self.link(program, ifindex).exists()
-    }
-
-    fn link(&self, program: &str, ifindex: Option<u32>) -> PathBuf {
+    /// Where a link is.
+    pub(super) fn link(&self, program: &str, ifindex: Option<u32>) -> PathBuf {
         let links = self.root.join("links");
         match ifindex {
             None => links.join(program),
@@ -432,7 +429,8 @@ impl Set {
         gone(fs::remove_file(self.image(generation)))
     }
 
-    fn image(&self, generation: u32) -> PathBuf {
+    /// Where an image is.
+    pub(super) fn image(&self, generation: u32) -> PathBuf {
         self.path.join("images").join(generation.to_string())
     }
 
@@ -444,6 +442,11 @@ impl Set {
         let map = sys::create_array("enforcer_meta", META_WORDS as u32, 0)?;
         sys::update_words(map.as_fd(), 0, &meta.words())?;
         repin(map.as_fd(), &self.path.join("meta"))
+    }
+
+    /// Whether it is known what the set is.
+    pub(super) fn described(&self) -> bool {
+        self.path.join("meta").exists()
     }
 
     /// Writes the description anew.

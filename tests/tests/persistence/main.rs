@@ -9,6 +9,7 @@
 
 mod refusals;
 mod restarts;
+mod tamper;
 
 use enforcer_tests::{
     daemon::Setup,

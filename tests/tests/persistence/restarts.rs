@@ -2,11 +2,12 @@ use std::time::Duration;
 
 use enforcer::dataplane::hanging;
 use enforcer_tests::{
-    daemon::Daemon,
+    daemon::{Daemon, LONG},
     netns::{Family, Routed},
-    numbers::{FORBIDDEN, under_load},
+    numbers::{ALLOWED, FORBIDDEN, under_load},
     pins::Pins,
     scale,
+    seen::moved,
     traffic::{self, QUIET},
 };
 use nix::sys::signal::Signal;
@@ -133,4 +134,49 @@ fn what_changed_while_no_daemon_lived_is_brought_in_line() {
     let links = pins.links();
     assert!(links.is_empty() || links.len() == 2, "{links:?}");
     daemon.signal(Signal::SIGTERM);
+}
+
+#[test]
+fn a_table_of_another_size_has_the_same_flows() {
+    let (net, pins) = (Routed::new(), Pins::default());
+    let daemon = gateway(&net, &pins).start();
+    let ends: Vec<_> = Family::BOTH
+        .iter()
+        .flat_map(|family| (0..50).map(move |_| family))
+        .map(|family| {
+            let server = traffic::udp(&net.b, (family.address(2, 2), 0), LONG);
+            let port = server.local_addr().unwrap().port();
+            (server, port, *family)
+        })
+        .collect();
+    // Whatever they are, their ports are the only ones that the policy allows.
+    let ports: Vec<_> = ends
+        .iter()
+        .map(|(_, port, _)| format!("udp/{port}"))
+        .collect();
+    let allowed = policy("").replace(&format!("udp/{ALLOWED}"), &ports.join(", "));
+    daemon.swap(&allowed);
+    let asked: Vec<_> = ends
+        .iter()
+        .map(|(server, port, family)| {
+            let client = traffic::udp(&net.a, (family.address(1, 2), 0), LONG);
+            client.connect((family.address(2, 2), *port)).unwrap();
+            client.send(b"question").unwrap();
+            let (_, from) = server.recv_from(&mut [0; 16]).unwrap();
+            (client, from)
+        })
+        .collect();
+    let daemon = daemon.kill().with(&["--flows", "300000"]).start();
+    // The answers have no right but their flows'.
+    for ((server, ..), (client, from)) in ends.iter().zip(&asked) {
+        server.send_to(b"answer", from).unwrap();
+        assert_eq!(client.recv(&mut [0; 16]).unwrap(), 6);
+    }
+    let stranger = traffic::udp(&net.b, (Family::V4.address(2, 2), 0), LONG);
+    let denied = |record: &Value| record["reason"] == "default_deny";
+    let [counted] = moved(&daemon, [("tc_ingress", "denied", "default_deny")], || {
+        stranger.send_to(b"answer", asked[0].1).unwrap();
+    });
+    assert_eq!(counted, 1);
+    assert!(daemon.denials(&[]).iter().any(denied));
 }

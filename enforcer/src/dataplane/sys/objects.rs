@@ -16,8 +16,10 @@ use super::bpf;
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 /// At the head of a hook's programs.
 const BPF_F_BEFORE: u32 = 1 << 3;
 
@@ -46,6 +48,8 @@ pub(in crate::dataplane) struct LinkInfo {
     pub(in crate::dataplane) program: u32,
     /// tcx: the interface, 0 when it is gone.
     pub(in crate::dataplane) ifindex: u32,
+    /// The cgroup's id, 0 when the link was detached.
+    pub(in crate::dataplane) cgroup: u64,
 }
 
 /// `bpf_attr` of BPF_OBJ_PIN and BPF_OBJ_GET.
@@ -93,7 +97,7 @@ struct RawLinkInfo {
     id: u32,
     program: u32,
     _pad: u32,
-    /// tcx: the ifindex.
+    /// tcx: the ifindex and the attach type; cgroup: the id's halves.
     target: u32,
     attach_type: u32,
     _rest: [u64; 8],
@@ -201,6 +205,15 @@ pub(in crate::dataplane) fn update_link(
     bpf(BPF_LINK_UPDATE, &mut attr).map(drop)
 }
 
+/// Takes the program off; the link is of no more use.
+///
+/// # Errors
+/// The kernel's.
+pub(in crate::dataplane) fn detach_link(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = number(link);
+    bpf(BPF_LINK_DETACH, &mut attr).map(drop)
+}
+
 /// What the kernel knows of a link.
 ///
 /// # Errors
@@ -211,6 +224,7 @@ pub(in crate::dataplane) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkIn
     Ok(LinkInfo {
         program: info.program,
         ifindex: info.target,
+        cgroup: u64::from(info.target) | u64::from(info.attach_type) << 32,
     })
 }
 
@@ -229,6 +243,48 @@ pub(in crate::dataplane) fn id(object: BorrowedFd<'_>) -> io::Result<u32> {
     let mut front = Front::default();
     get_info(object, &mut front)?;
     Ok(front.id)
+}
+
+/// Ids of the programs on a tcx hook, in the order in which they are asked.
+///
+/// # Errors
+/// The kernel's: ENODEV.
+pub(in crate::dataplane) fn programs_on(
+    ifindex: u32,
+    attach_type: AttachType,
+) -> io::Result<Vec<u32>> {
+    /// `bpf_attr` of BPF_PROG_QUERY.
+    #[repr(C)]
+    struct QueryAttr {
+        target: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        ids: u64,
+        count: u32,
+        _pad: u32,
+        _more: [u64; 4],
+    }
+    /// The kernel has at most so many (`BPF_MPROG_MAX`).
+    const MOST: usize = 64;
+    let mut ids = vec![0u32; MOST];
+    let mut attr = QueryAttr {
+        target: ifindex,
+        attach_type: attach_type as u32,
+        query_flags: 0,
+        attach_flags: 0,
+        ids: ids.as_mut_ptr() as u64,
+        count: MOST as u32,
+        _pad: 0,
+        _more: [0; 4],
+    };
+    match bpf(BPF_PROG_QUERY, &mut attr) {
+        Ok(_) => ids.truncate(attr.count as usize),
+        // The kernel's word for none at all.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => ids.clear(),
+        Err(error) => return Err(error),
+    }
+    Ok(ids)
 }
 
 fn get_info<T>(object: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
