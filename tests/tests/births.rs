@@ -24,6 +24,7 @@ use enforcer_tests::{
     daemon::{Daemon, LONG, Setup, wait_for},
     inside::{Inside, hanging, links_of},
     netns::Netns,
+    pins::Pins,
     scale,
     traffic::{self, QUIET},
 };
@@ -217,9 +218,10 @@ fn churn(near: &Netns, far: &Netns, count: usize) {
 #[test]
 fn births_and_deaths_by_the_hundred_leave_those_that_live_enforced_and_nothing_else() {
     let (near, far) = (Netns::new("near"), Netns::new("far"));
-    let once = Netns::new("once");
+    let (once, pins) = (Netns::new("once"), Pins::default());
     let daemon = Setup::new(&near, "lan*", POLICY)
         .with(&["--socket-hooks", "off"])
+        .pinned(pins.path())
         .spawn();
     wait_for("the daemon", LONG * 2, || {
         let output = daemon.ask("status", &["-o", "json"]);
@@ -299,6 +301,7 @@ fn births_and_deaths_by_the_hundred_leave_those_that_live_enforced_and_nothing_e
         let hooks = hanging(&near, "lan0");
         assert_eq!(hooks.each_ref().map(Vec::len), [1, 1]);
         assert_eq!(links_of(&hooks.concat().into_iter().collect()), 2);
+        assert_eq!(pins.links().len(), 2, "{:?}", pins.links());
     }
     near.addresses("lan0", &["10.7.0.1/24"]);
     far.ip("link set p0 up\n");
