@@ -51,7 +51,7 @@ pub struct Roster {
     pub statuses: Vec<InterfaceStatus>,
     /// Interfaces that wait for the next call, to be attached or let go.
     pub waiting: usize,
-    /// Something failed. After [`Effort::Told`], look and call again.
+    /// Something failed that had not failed before. After [`Effort::Told`], look and call again.
     pub failed: bool,
 }
 
@@ -290,8 +290,9 @@ impl Links {
             .map(|(link, _)| *link)
             .filter(|link| !self.attached.contains_key(&link.ifindex))
             .collect();
-        // Those that packets can come through already go first.
-        new.sort_by_key(|link| (!link.up, link.ifindex));
+        // Those that packets can come through already go first, those that failed before last.
+        let failed = |link: &Link| self.failed.contains_key(&link.ifindex);
+        new.sort_by_key(|link| (failed(link), !link.up, link.ifindex));
         let expedite = std::mem::take(&mut self.expedite);
         let busy = !gone.is_empty() || !new.is_empty() || !self.leaving.is_empty();
         let quick = busy.then(|| expedite.begin());
@@ -318,16 +319,21 @@ impl Links {
         }
         let start = Instant::now();
         let time = || effort == Effort::Whole || start.elapsed() < SLICE;
-        let mut waiting = 0;
+        let (mut waiting, mut newly_failed) = (0, false);
         for link in new {
             if let Some(name) = self.leaving.remove(&link.ifindex) {
                 Self::detach(&mut **guard, link.ifindex, &name);
             }
-            let error = if !time() {
+            let known = self.failed.get(&link.ifindex).map(|f| f.error.clone());
+            let error = if time() {
+                let error = self.attach(&mut **guard, link, effort).err();
+                newly_failed |= error.is_some() && known.is_none();
+                error
+            } else if known.is_some() {
+                known
+            } else {
                 waiting += 1;
                 Some("it waits for its turn".to_owned())
-            } else {
-                self.attach(&mut **guard, link, effort).err()
             };
             errors.extend(error.map(|error| (link.ifindex, error)));
         }
@@ -343,7 +349,7 @@ impl Links {
         self.expedite = expedite;
         Roster {
             waiting: waiting + leaving,
-            failed: errors.len() > waiting,
+            failed: newly_failed,
             statuses: self.statuses(host, &wanted, &errors),
         }
     }

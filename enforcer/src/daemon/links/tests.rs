@@ -115,6 +115,11 @@ fn a_failure_is_reported_and_tried_again() {
     let status = sync(&mut links, &dataplane, &host(&[(2, "eth0")])).remove(0);
     assert!(!status.enforced && status.hooks.is_empty());
     assert!(status.error.unwrap().contains("attach"));
+    // Looking again would tell nothing new of it.
+    let roster = links.sync(&dataplane, &host(&[(2, "eth0")]), Effort::Told);
+    assert!(!roster.failed && !roster.statuses[0].enforced);
+    let both = host(&[(2, "eth0"), (3, "eth0")]);
+    assert!(links.sync(&dataplane, &both, Effort::Told).failed);
     fake.lock().refuse_attach = false;
     let status = sync(&mut links, &dataplane, &host(&[(2, "eth0")])).remove(0);
     assert!(status.enforced && status.error.is_none());
