@@ -1,6 +1,7 @@
 //! The whole daemon on a fake dataplane, through its real socket.
 
 mod settings;
+mod trial;
 
 use std::{
     fs,
@@ -22,6 +23,7 @@ use tokio::{
 use super::{Config, RunError, ViewSocket, fake::Handle, guard::Trust, run};
 use crate::{
     api::{
+        changes::RollbackRequest,
         client::{Client, ClientError, DenialsQuery, Records},
         openapi,
         types::{Denial, ExplainRequest, LostCause, Record, State, Status},
@@ -68,6 +70,8 @@ fn config(dir: &Path) -> Config {
             required: true,
         }),
         socket_hooks: SocketHooks::Observe,
+        state_dir: Some(dir.join("state")),
+        confirm_within: None,
     }
 }
 
@@ -563,6 +567,20 @@ async fn answers_are_as_openapi_describes_them() {
         value(&daemon.client.explain(&request).await.unwrap()),
     );
     check("/v1/reload", value(&daemon.client.reload().await.unwrap()));
+    let back = RollbackRequest {
+        to: Some(1),
+        confirm_within: Some(60),
+        ..RollbackRequest::default()
+    };
+    check(
+        "/v1/rollback",
+        value(&daemon.client.rollback(&back).await.unwrap()),
+    );
+    check("/v1/status", value(&daemon.status().await));
+    check(
+        "/v1/history",
+        value(&daemon.client.history().await.unwrap()),
+    );
     let wrong = serde_json::json!({ "generation": 1 });
     assert!(openapi::check(&description, "/v1/reload", &wrong).is_err());
     daemon.stop().await.unwrap();

@@ -26,16 +26,33 @@ fn reloads(settings: &str) -> Reloads {
         image: loaded.image,
         loaded_at: Time::now(),
     };
-    let shared = Shared::new(dataplane, Arc::new(Generations::default()), live);
+    let dataplane = Arc::new(Mutex::new(dataplane));
+    let changes = Arc::new(crate::daemon::store::Store::open(None));
+    let shared = Shared::new(dataplane, Arc::new(Generations::default()), changes, live);
     let sources = Sources {
         segments: PathBuf::from("p.yaml"),
         settings: None,
         trust: crate::daemon::guard::Trust::Anyone,
     };
-    let (shared, memory) = (Arc::new(shared), Memory::default());
-    let generation = shared.live().image.generation();
-    let environment = Environment::default();
-    Reloads::new(sources, shared, texts, memory, generation, &environment)
+    let origin = Origin {
+        kind: OriginKind::Watched,
+        path: "p.yaml".to_owned(),
+        change: None,
+        state: None,
+        by: None,
+        at: Time::now(),
+        differs: None,
+    };
+    let begun = Begun {
+        watched: Some(texts.clone()),
+        texts,
+        origin,
+        memory: Memory::default(),
+        environment: Environment::default(),
+        generation: 1,
+        previous: None,
+    };
+    Reloads::new(sources, Arc::new(shared), begun)
 }
 
 fn host(interfaces: &[(u32, &str)], addresses: &[&str]) -> Environment {
@@ -51,7 +68,7 @@ fn host(interfaces: &[(u32, &str)], addresses: &[&str]) -> Environment {
 /// Whether the host as it is makes work; it is done then.
 async fn works(reloads: &mut Reloads, now: &Environment) -> bool {
     reloads.step(now);
-    if let Some(due) = reloads.due() {
+    if let Some(due) = reloads.rests_until() {
         assert!(reloads.running.is_none());
         tokio::time::sleep_until(due.into()).await;
         reloads.step(now);
@@ -93,30 +110,6 @@ async fn interfaces_matter_to_those_who_name_them() {
         named.environment.interfaces,
         BTreeMap::from([(2, "eth0".to_owned())])
     );
-}
-
-#[test]
-fn the_rest_grows_while_the_host_changes_and_is_as_long_as_the_work_takes() {
-    let (start, ms) = (Instant::now(), Duration::from_millis);
-    let mut rest = Rest::default();
-    assert!(rest.over(start) && rest.end().is_none());
-    let mut now = start;
-    let mut lengths = Vec::new();
-    for _ in 0..8 {
-        rest.begin(now, ms(5));
-        assert!(!rest.over(now) && rest.awaited);
-        lengths.push(rest.length.as_millis());
-        now = rest.end().unwrap();
-        assert!(rest.over(now) && !rest.awaited);
-    }
-    assert_eq!(lengths, [20, 40, 80, 160, 320, 640, 1000, 1000]);
-    // Long work, and work without end.
-    rest.begin(now, ms(800));
-    assert_eq!(rest.length, ms(2400));
-    rest.begin(now, ms(60_000));
-    assert_eq!(rest.length, LONGEST_REST);
-    rest.begin(now + ms(20_000), ms(1));
-    assert_eq!(rest.length, REST[0]);
 }
 
 #[tokio::test]
