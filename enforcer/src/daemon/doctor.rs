@@ -239,6 +239,7 @@ fn interfaces(patient: &Patient, version: Option<(u32, u32)>) -> Vec<Check> {
     } else if let Ok(status) = &patient.status {
         for interface in &status.interfaces {
             match &interface.error {
+                None if !interface.enforced => {}
                 None => names.push(interface.name.clone()),
                 Some(error) => {
                     let said = format!("{} is not enforced: {error}", interface.name);

@@ -9,6 +9,7 @@ pub mod clock;
 pub mod control;
 pub mod doctor;
 pub mod environment;
+pub mod expedite;
 pub mod explain;
 pub mod files;
 pub mod guard;
@@ -20,7 +21,10 @@ pub mod plan;
 pub mod preflight;
 pub mod progress;
 pub mod reload;
+pub mod rest;
 mod rivals;
+pub mod routes;
+pub mod selection;
 pub mod slots;
 pub mod start;
 pub mod state;
@@ -67,15 +71,15 @@ use crate::{
     },
 };
 
-use crate::policy::pattern::Pattern;
 use adopt::Before;
 use control::Control;
 use environment::Host;
 use files::{SettingsPath, Sources};
 use guard::Trust;
-use links::Links;
+use links::{Effort, Links};
 use load::Rejected;
 use notify::Notify;
+use selection::Selection;
 use start::{Chosen, Started};
 use state::Shared;
 use store::{SavedImage, Store};
@@ -90,7 +94,7 @@ pub struct Config {
     /// What is asked of these files.
     pub trust: Trust,
     /// Where to enforce.
-    pub interfaces: Vec<Pattern>,
+    pub interfaces: Selection,
     /// Where to listen.
     pub socket: PathBuf,
     /// Where to listen for those who only ask.
@@ -168,8 +172,12 @@ pub async fn run(
         None => Before::default(),
     };
     let mut host = Host::read().map_err(system("cannot list interfaces"))?;
-    let mut links = Links::new(config.interfaces.clone(), config.socket_hooks);
+    let mut links = Links::new(config.interfaces.clone(), config.socket_hooks).expedited();
     links.adopt(&before.adopted.slots);
+    if links.follow_default_route() {
+        host.look_at_routes()
+            .map_err(system("cannot list default routes"))?;
+    }
     let changes = Arc::new(Store::open(config.state_dir.as_deref()));
     let mut left = start::trial(&mut before, &changes)?;
     let mut fresh = before.dataplane.is_none();
@@ -313,7 +321,7 @@ fn boot(
     dataplane.apply(&saved.image)?;
     let dataplane: SharedDataplane = Arc::new(Mutex::new(dataplane));
     clock::Clock::default().refresh(&dataplane);
-    links.sync(&dataplane, host);
+    links.sync(&dataplane, host, Effort::Whole);
     let generation = saved.image.generation();
     tracing::info!(
         generation,

@@ -33,6 +33,7 @@ use super::{
     files::{self, Sources, Texts},
     load::{self, Loaded, Memory, Rejected},
     progress,
+    rest::Rest,
     state::{Live, Shared},
     store::{Content, Material, Measure, Note},
 };
@@ -69,6 +70,7 @@ pub struct Reloads {
     proposals: VecDeque<(Box<Proposal>, Answer<Changed>)>,
     running: Option<Running>,
     trial: Option<Trial>,
+    rest: Rest,
 }
 
 /// What the daemon begins with.
@@ -106,6 +108,7 @@ struct Running {
     asks: Vec<Reload>,
     proposal: Option<(Box<Proposal>, Answer<Changed>)>,
     environment: Environment,
+    since: Instant,
     task: JoinHandle<Output>,
 }
 
@@ -189,6 +192,7 @@ impl Reloads {
             proposals: VecDeque::new(),
             running: None,
             trial: None,
+            rest: Rest::default(),
         };
         this.trial = begun
             .previous
@@ -270,6 +274,12 @@ impl Reloads {
             .collect()
     }
 
+    /// When [`Reloads::step`] has something to do even if nothing happens.
+    pub fn rests_until(&self) -> Option<Instant> {
+        let end = self.rest.end().filter(|_| self.rest.awaited);
+        end.filter(|_| self.running.is_none())
+    }
+
     /// Starts the next work unless some is running. `now` is the host as it is. During a trial only
     /// the host's changes are followed.
     pub fn step(&mut self, now: &Environment) {
@@ -302,7 +312,9 @@ impl Reloads {
         };
         // Of a policy that nobody could read there is the image alone.
         let known = self.shared.live().known && self.trial.as_ref().is_none_or(Trial::is_known);
-        if known && !fits && !self.unfit.as_ref().is_some_and(tried_for) {
+        let wanted = known && !fits && !self.unfit.as_ref().is_some_and(tried_for);
+        self.rest.awaited = false;
+        if wanted && self.rest.over(Instant::now()) {
             let cause = if self.stale.is_some() {
                 ADDRESSES
             } else {
@@ -376,6 +388,7 @@ impl Reloads {
             asks: Vec::new(),
             proposal: None,
             environment: environment.clone(),
+            since: Instant::now(),
             task: spawn_blocking(work),
         });
     }

@@ -13,7 +13,8 @@ use crate::{
         changes::{Origin, TrialStatus},
         types::{
             CounterStatus, EventStatus, ExplainRequest, Explanation, FailsafeStatus,
-            InterfaceStatus, PolicyStatus, RecordStatus, SettingsStatus, State, Status, Time,
+            InterfaceState, InterfaceStatus, PolicyStatus, RecordStatus, SettingsStatus, State,
+            Status, Time,
         },
     },
     compile::Image,
@@ -65,7 +66,7 @@ pub struct Ground {
 pub struct Board {
     /// Why the policy on disk is not the one that runs.
     pub last_error: Option<String>,
-    /// Interfaces that are enforced or should be.
+    /// Every interface, and those that should be there.
     pub interfaces: Vec<InterfaceStatus>,
     /// What the socket hooks do.
     pub socket_hooks: Option<SocketHooks>,
@@ -245,10 +246,11 @@ pub(super) fn problems(board: &Board) -> Vec<String> {
             "what is on disk was refused, what was in force before stays: {error}"
         ));
     }
-    if board.interfaces.is_empty() {
+    if !board.interfaces.iter().any(InterfaceStatus::is_asked_for) {
         problems.push("no interface matches --interface".to_owned());
     }
-    for interface in board.interfaces.iter().filter(|i| !i.enforced) {
+    let failed = |i: &&InterfaceStatus| i.state == InterfaceState::Failed;
+    for interface in board.interfaces.iter().filter(failed) {
         let why = interface.error.as_deref().unwrap_or("no hook is attached");
         problems.push(format!("{} is not enforced: {why}", interface.name));
     }
