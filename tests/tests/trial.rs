@@ -281,7 +281,12 @@ fn the_last_image_is_in_force_before_the_files_are_read() {
     });
     assert_eq!(status["policy"]["hash"], hash);
     assert_eq!(status["policy"]["origin"]["kind"], "last_good");
-    assert!(status["policy"]["last_error"].as_str().unwrap().contains("segmnts"));
+    assert!(
+        status["policy"]["last_error"]
+            .as_str()
+            .unwrap()
+            .contains("segmnts")
+    );
     only(&net, 7001);
     let log = daemon.log();
     let early = log.find("the last image is in force until").unwrap();
