@@ -92,10 +92,11 @@ fn forbidden((code, said): (u16, Value), group: u32) -> String {
 
 const EXPLAIN: &str =
     "POST /v1/explain\n{\"from\": \"10.1.0.2\", \"to\": \"10.1.0.1\", \"service\": \"udp/7777\"}";
-const ASKING: [&str; 5] = [
+const ASKING: [&str; 6] = [
     "GET /v1/history",
     "GET /v1/status",
     "GET /v1/denials",
+    "GET /v1/flows?limit=2",
     EXPLAIN,
     "GET /v1/openapi.json",
 ];
@@ -106,6 +107,8 @@ const CHANGES: [(&str, u16); 3] = [
     ("POST /v1/confirm", 409),
     ("POST /v1/rollback", 400),
 ];
+/// Changes nothing, but has the daemon read what its caller names.
+const PLAN: &str = "POST /v1/plan\n{}";
 
 #[test]
 fn root_and_groups_may_what_they_may_and_strangers_nothing() {
@@ -170,7 +173,10 @@ fn root_and_groups_may_what_they_may_and_strangers_nothing() {
         for (change, _) in CHANGES {
             forbidden(user.ask(&sockets.view, change).unwrap(), CHANGE);
         }
+        forbidden(user.ask(&sockets.view, PLAN).unwrap(), CHANGE);
     }
+    let (code, said) = changer.ask(&sockets.control, PLAN).unwrap();
+    assert_eq!((code, &said["changed"]), (200, &false.into()), "{said}");
 }
 
 #[test]
