@@ -92,7 +92,8 @@ fn forbidden((code, said): (u16, Value), group: u32) -> String {
 
 const EXPLAIN: &str =
     "POST /v1/explain\n{\"from\": \"10.1.0.2\", \"to\": \"10.1.0.1\", \"service\": \"udp/7777\"}";
-const ASKING: [&str; 5] = [
+const ASKING: [&str; 6] = [
+    "GET /v1/history",
     "GET /v1/status",
     "GET /v1/denials",
     "GET /v1/flows?limit=2",
@@ -100,6 +101,12 @@ const ASKING: [&str; 5] = [
     "GET /v1/openapi.json",
 ];
 const RELOAD: &str = "POST /v1/reload";
+/// Other changes, and what becomes of them if one may ask for them.
+const CHANGES: [(&str, u16); 3] = [
+    ("POST /v1/apply\n{\"path\": \"/nonexistent\"}", 422),
+    ("POST /v1/confirm", 409),
+    ("POST /v1/rollback", 400),
+];
 /// Changes nothing, but has the daemon read what its caller names.
 const PLAN: &str = "POST /v1/plan\n{}";
 
@@ -150,6 +157,11 @@ fn root_and_groups_may_what_they_may_and_strangers_nothing() {
     assert!(by[0].contains("pid "), "{log}");
     assert!(by[2].contains("root (uid 0"), "{log}");
 
+    for (change, code) in CHANGES {
+        let (found, said) = changer.ask(&sockets.control, change).unwrap();
+        assert_eq!(found, code, "{change}: {said}");
+    }
+
     // The kernel keeps the others out.
     shut(viewer.ask(&sockets.control, ASKING[0]));
     shut(changer.ask(&sockets.view, ASKING[0]));
@@ -158,6 +170,9 @@ fn root_and_groups_may_what_they_may_and_strangers_nothing() {
     // A socket for asking is for asking, even for root: it may be in anybody's container.
     for user in [&viewer, &root] {
         forbidden(user.ask(&sockets.view, RELOAD).unwrap(), CHANGE);
+        for (change, _) in CHANGES {
+            forbidden(user.ask(&sockets.view, change).unwrap(), CHANGE);
+        }
         forbidden(user.ask(&sockets.view, PLAN).unwrap(), CHANGE);
     }
     let (code, said) = changer.ask(&sockets.control, PLAN).unwrap();

@@ -20,6 +20,7 @@ use crate::api::{
 use super::{
     Exit, Failure, Format, Globals, block_on,
     out::{Hue, Out, clean, count},
+    plan,
 };
 
 const APPLY_HELP: &str = "The daemon reads DIR, and keeps a copy: a later edit of the directory that it \
@@ -204,6 +205,16 @@ fn change(
             return Ok(Exit::Fine);
         }
         preview(&look, out)?;
+        if let Request::Apply(request) = request {
+            // The same that `enforcer plan` shows.
+            match plan::ask(globals, Some(&request.path))? {
+                plan::Answer::Plan(plan) => plan::show(&plan, out)?,
+                plan::Answer::Refused(refusal) => {
+                    plan::show_refusal(&refusal, Some(&request.path), out)?;
+                    return Ok(Exit::Policy);
+                }
+            }
+        }
         if options.dry_run {
             return Ok(Exit::Fine);
         }
@@ -226,7 +237,7 @@ fn change(
     }
 }
 
-/// What the change would be. The plan belongs here as well.
+/// What would be put in force.
 fn preview(look: &Changed, out: &mut Out) -> Result<(), Failure> {
     let contents = format!(
         "{}, {}, hash {}",

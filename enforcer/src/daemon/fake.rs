@@ -56,6 +56,11 @@ pub struct Fake {
     /// What is on trial in the kernel: what came before, and until when.
     pub trial: Option<(Image, Instant)>,
     pub refuse_trial: bool,
+    /// Steps of changes until one never returns: as if the daemon were killed there.
+    pub halt: Option<u32>,
+    pub halted: bool,
+    /// Threads that were held up end.
+    pub over: bool,
     pub refuse_revert: bool,
     /// What an earlier daemon has left.
     pub adopted: Option<Adopted>,
@@ -109,6 +114,26 @@ impl Handle {
     }
 }
 
+impl Handle {
+    /// Where a daemon may be killed: before and after each change of the kernel.
+    fn step(&self) -> Result<(), DataplaneError> {
+        let mut fake = self.lock();
+        match fake.halt {
+            None => return Ok(()),
+            Some(0) => (fake.halt, fake.halted) = (None, true),
+            Some(left) => {
+                fake.halt = Some(left - 1);
+                return Ok(());
+            }
+        }
+        drop(fake);
+        while !self.lock().over {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Err(refused("killed"))
+    }
+}
+
 fn refused(call: &str) -> DataplaneError {
     DataplaneError::Syscall {
         call: call.to_owned(),
@@ -118,6 +143,7 @@ fn refused(call: &str) -> DataplaneError {
 
 impl Dataplane for Handle {
     fn apply(&mut self, image: &Image) -> Result<(), DataplaneError> {
+        self.step()?;
         let mut fake = self.lock();
         if fake.refuse_apply {
             return Err(refused("apply"));
@@ -125,7 +151,8 @@ impl Dataplane for Handle {
         assert!(fake.trial.is_none(), "applied during a trial");
         fake.applied.push((image.generation(), image.hash()));
         fake.live = Some(image.clone());
-        Ok(())
+        drop(fake);
+        self.step()
     }
 
     fn trial(
@@ -134,6 +161,7 @@ impl Dataplane for Handle {
         previous: Option<&Image>,
         within: Duration,
     ) -> Result<(), DataplaneError> {
+        self.step()?;
         let mut fake = self.lock();
         assert!(fake.trial.is_none(), "a trial in a trial");
         if fake.refuse_trial {
@@ -143,7 +171,8 @@ impl Dataplane for Handle {
         fake.trial = Some((previous, Instant::now() + within));
         fake.live = Some(image.clone());
         fake.applied.push((image.generation(), image.hash()));
-        Ok(())
+        drop(fake);
+        self.step()
     }
 
     fn on_trial(&self) -> Result<Option<OnTrial>, DataplaneError> {
@@ -157,33 +186,39 @@ impl Dataplane for Handle {
     }
 
     fn confirm(&mut self) -> Result<(), DataplaneError> {
+        self.step()?;
         let mut fake = self.lock();
         let (_, end) = fake.trial.as_ref().unwrap();
         if end.saturating_duration_since(Instant::now()) < Duration::from_secs(1) {
             return Err(refused("confirm"));
         }
         fake.trial = None;
-        Ok(())
+        drop(fake);
+        self.step()
     }
 
     fn revert(&mut self) -> Result<(), DataplaneError> {
+        self.step()?;
         let mut fake = self.lock();
         if fake.refuse_revert {
             return Err(refused("revert"));
         }
         let (previous, _) = fake.trial.take().unwrap();
         fake.live = Some(previous);
-        Ok(())
+        drop(fake);
+        self.step()
     }
 
     fn apply_both(&mut self, previous: &Image, live: &Image) -> Result<(), DataplaneError> {
+        self.step()?;
         let mut fake = self.lock();
         let trial = fake.trial.as_mut().unwrap();
         trial.0 = previous.clone();
         fake.live = Some(live.clone());
         let both = [previous, live].map(|image| (image.generation(), image.hash()));
         fake.applied.extend(both);
-        Ok(())
+        drop(fake);
+        self.step()
     }
 
     fn adopted(&self) -> Result<Option<Adopted>, DataplaneError> {

@@ -651,3 +651,62 @@ async fn a_directory_that_cannot_be_kept_is_a_problem_and_no_more() {
     let history = site.client.history().await.unwrap();
     assert!(history.directory.is_none() && history.problem.is_some());
 }
+
+/// Before and after each change of the kernel: what was answered holds, what was not is done or is
+/// not, and everything agrees about it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_may_be_killed_at_any_step_of_a_change() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    /// Ports that may be open after so many answers.
+    const MAY: [&[u16]; 4] = [&[5432, 5433], &[5433], &[5433, 5434], &[5434, 5433]];
+    let mut steps = 0;
+    loop {
+        let mut site = Site::started().await;
+        let (b, c) = (site.other("b", &port(5433)), site.other("c", &port(5434)));
+        site.fake.lock().halt = Some(steps);
+        let answers = AtomicUsize::new(0);
+        let answered = || answers.fetch_add(1, Ordering::Relaxed);
+        let acts = async {
+            site.apply(&b, Some(60)).await.unwrap();
+            answered();
+            site.client.confirm().await.unwrap();
+            answered();
+            site.apply(&c, None).await.unwrap();
+            answered();
+            site.rollback(None).await.unwrap();
+        };
+        let killed = tokio::select! {
+            () = acts => false,
+            () = site.until("the step", async || site.fake.lock().halted) => true,
+        };
+        if !killed {
+            break;
+        }
+        // The thread that is held up in the kernel is one of it.
+        let (runtime, _stop) = site.running.take().unwrap();
+        let end = move || runtime.shutdown_timeout(Duration::from_millis(300));
+        tokio::task::spawn_blocking(end).await.unwrap();
+        site.start().await;
+        site.fake.lock().over = true;
+        let status = site.status().await;
+        let on = site.fake.lock().trial.is_some();
+        assert_eq!(status.trial.is_some(), on, "step {steps}");
+        let open = status.policy.origin.as_ref().unwrap().path.clone();
+        let open = match open.rsplit('/').next().unwrap() {
+            "b" => 5433,
+            "c" => 5434,
+            _ => 5432,
+        };
+        site.only(open).await;
+        let may = MAY[answers.load(Ordering::Relaxed)];
+        assert!(may.contains(&open), "step {steps}: {open}, not {may:?}");
+        // And it goes on as ever.
+        if on {
+            site.client.confirm().await.unwrap();
+        }
+        site.apply(&c, None).await.unwrap();
+        site.only(5434).await;
+        steps += 1;
+    }
+    assert_eq!(steps, 8, "four changes, before and after each");
+}
