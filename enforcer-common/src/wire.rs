@@ -210,9 +210,15 @@ pub struct Control {
     /// Generation of the live image for the short way, 0 while there is none or another is put in
     /// its place: then no packet passes for what an entry says, each is judged by an image.
     pub generation: u32,
-    /// Always 0.
-    pub reserved: u32,
+    /// Generation of the image to go back to.
+    pub previous: u32,
+    /// The tick (jiffies) from which the programs judge by the previous image, `slot::PREVIOUS`, and
+    /// no longer by the live one; [`NO_DEADLINE`] while none is on trial.
+    pub deadline: u64,
 }
+
+/// No image is on trial.
+pub const NO_DEADLINE: u64 = u64::MAX;
 
 /// The socket hooks refuse; without it they attribute only.
 pub const CONTROL_SOCKET_REFUSE: u32 = 1;
@@ -359,7 +365,7 @@ pub const DENIED_SLOTS: u32 = 4096;
 pub mod slot {
     /// The image that judges.
     pub const LIVE: u32 = 0;
-    /// The image before it.
+    /// The image to go back to, while the live one is on trial.
     pub const PREVIOUS: u32 = 1;
     /// A candidate that is evaluated beside the live one.
     pub const SHADOW: u32 = 2;
@@ -372,7 +378,8 @@ const _: () = {
     assert!(size_of::<FlowEntry>() == 40 && align_of::<FlowEntry>() == 8);
     assert!(offset_of!(FlowEntry, generation) == 8 && offset_of!(FlowEntry, flags) == 16);
     assert!(size_of::<FragmentKey>() == 40 && size_of::<FragmentEntry>() == 24);
-    assert!(size_of::<Control>() == 40 && offset_of!(Control, hz) == 24);
+    assert!(size_of::<Control>() == 48 && offset_of!(Control, hz) == 24);
+    assert!(offset_of!(Control, deadline) == 40);
     assert!(size_of::<Interface>() == 8);
     assert!(size_of::<Process>() == 32 && offset_of!(Process, comm) == 16);
     assert!(size_of::<Event>() == 136 && align_of::<Event>() == 8);

@@ -78,10 +78,11 @@ fn flow_entry_control_interface_process() {
         hz: 250,
         flags: 3,
         generation: 4,
-        reserved: 0,
+        previous: 5,
+        deadline: 6,
     };
     #[rustfmt::skip]
-    assert_eq!(bytes(&control), [7, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 250, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(bytes(&control), [7, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 250, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0, 5, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(
         bytes(&Interface { flags: 1, slot: 2 }),
         [1, 0, 0, 0, 2, 0, 0, 0]

@@ -18,7 +18,6 @@ mod socket;
 
 use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
-    helpers::generated::bpf_jiffies64,
     macros::{cgroup_sock_addr, classifier},
     programs::{SockAddrContext, TcContext},
 };
@@ -34,7 +33,7 @@ use enforcer_common::{
     wire::CONTROL_DEBUG,
 };
 use flows::Flows;
-use maps::{KernelTime, Work};
+use maps::{KernelTime, Work, now};
 
 /// Packets coming into the host.
 #[classifier]
@@ -48,10 +47,14 @@ pub fn tc_egress(ctx: TcContext) -> i32 {
     run(&ctx, Hook::TcEgress)
 }
 
-/// Returns the low half of jiffies, for the daemon to measure ticks a second. Never attached.
+/// Writes jiffies into the frame, for the daemon to measure ticks a second and to set deadlines.
+/// Never attached.
 #[classifier]
-pub fn clock(_ctx: TcContext) -> i32 {
-    now() as i32
+pub fn clock(ctx: TcContext) -> i32 {
+    match ctx.store(0, &now(), 0) {
+        Ok(()) => 0,
+        Err(_) => 1,
+    }
 }
 
 /// Takes expired flows out of one bucket of each family, another one each time. Never attached.
@@ -59,6 +62,12 @@ pub fn clock(_ctx: TcContext) -> i32 {
 pub fn sweep(_ctx: TcContext) -> i32 {
     flows::sweep(now(), maps::hz());
     0
+}
+
+/// Drops everything: stands in where the program of a hook has to be taken off and put elsewhere.
+#[classifier]
+pub fn shut(_ctx: TcContext) -> i32 {
+    TC_ACT_SHOT
 }
 
 /// Asks the live image about a plain packet that may open a flow, at ingress: looks no flow up,
@@ -116,12 +125,6 @@ fn action(decision: &Decision) -> i32 {
 #[inline(always)]
 fn permit(allowed: bool) -> i32 {
     i32::from(allowed)
-}
-
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: a helper without arguments; jiffies cost nothing, ktime 30 ns [measured on 6.18].
-    unsafe { bpf_jiffies64() }
 }
 
 #[inline(always)]
@@ -227,7 +230,7 @@ fn again(skb: *mut __sk_buff, hook: u32, v6: bool) -> u32 {
         return 0;
     };
     case.now = now();
-    case.generation = maps::live_generation();
+    case.generation = maps::live_generation(case.now);
     // SAFETY: a load from the context.
     case.ifindex = unsafe { (*skb).ifindex };
     case.hook = hook;
@@ -252,13 +255,14 @@ fn front(skb: *mut __sk_buff, hook: Hook) -> Option<(ctx::Front, Moment)> {
     let ifindex = unsafe { (*skb).ifindex };
     let slot = maps::ethernet(ifindex)?;
     let front = ctx::Front::of(&TcContext::new(skb))?;
+    let now = now();
     let moment = Moment {
         ingress,
         ifindex,
         slot,
-        generation: maps::live_generation(),
+        generation: maps::live_generation(now),
         clock: Clock {
-            now: now(),
+            now,
             hz: maps::hz(),
         },
     };

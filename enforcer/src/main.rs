@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use enforcer::{
-    cli,
+    cli::{self, Kernel},
     dataplane::{
         Dataplane, DataplaneError,
         kernel::{KernelDataplane, LoadOptions},
@@ -14,12 +14,23 @@ fn main() -> ExitCode {
     cli::main(open)
 }
 
-/// Loads the kernel programs for images of `image_words` words and a table of `flows`.
-fn open(image_words: u32, flows: u32, debug: bool) -> Result<Box<dyn Dataplane>, DataplaneError> {
+/// Adopts what is pinned, if anything is; with a number, loads the kernel programs for images of so
+/// many words.
+fn open(
+    kernel: &Kernel,
+    image_words: Option<u32>,
+) -> Result<Option<Box<dyn Dataplane>>, DataplaneError> {
     let options = LoadOptions {
-        image_words: image_words as usize,
-        debug,
-        flows,
+        image_words: image_words.unwrap_or(0) as usize,
+        debug: kernel.debug,
+        flows: kernel.flows,
+        keep: kernel.keep.clone(),
+        anew: kernel.anew,
+        extra: &[],
     };
-    Ok(Box::new(KernelDataplane::load(&options)?))
+    let dataplane = match image_words {
+        None => KernelDataplane::adopt(&options)?,
+        Some(_) => Some(KernelDataplane::load(&options)?),
+    };
+    Ok(dataplane.map(|dataplane| Box::new(dataplane) as Box<dyn Dataplane>))
 }

@@ -87,6 +87,7 @@ pub struct Setup<'a> {
     namespace: &'a Netns,
     directory: tempfile::TempDir,
     interface: String,
+    pins: Option<PathBuf>,
     more: Vec<String>,
 }
 
@@ -98,6 +99,7 @@ impl<'a> Setup<'a> {
             namespace,
             directory,
             interface: interface.to_owned(),
+            pins: None,
             more: Vec::new(),
         };
         this.write(policy);
@@ -107,6 +109,18 @@ impl<'a> Setup<'a> {
     /// Adds arguments of `run`.
     pub fn with(mut self, arguments: &[&str]) -> Self {
         self.more.extend(arguments.iter().map(|a| (*a).to_owned()));
+        self
+    }
+
+    /// On other interfaces.
+    pub fn on(mut self, interface: &str) -> Self {
+        interface.clone_into(&mut self.interface);
+        self
+    }
+
+    /// Pinned here, so that it enforces on when the daemon ends.
+    pub fn pinned(mut self, pins: &Path) -> Self {
+        self.pins = Some(pins.to_owned());
         self
     }
 
@@ -161,6 +175,10 @@ impl<'a> Setup<'a> {
             .arg(self.segments())
             .args(["--interface", &self.interface])
             .args(&self.more);
+        match &self.pins {
+            Some(pins) => command.arg("--pins").arg(pins),
+            None => command.arg("--ephemeral"),
+        };
         command
     }
 
@@ -254,6 +272,18 @@ impl<'a> Daemon<'a> {
         (self.setup, status)
     }
 
+    /// SIGKILL. Its files stay.
+    pub fn kill(mut self) -> Setup<'a> {
+        self.signal(Signal::SIGKILL);
+        self.wait();
+        self.setup
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.process.0.id()
+    }
+
     /// A verb that talks to this daemon.
     fn client(&self, verb: &str, arguments: &[&str]) -> Command {
         let mut command = command(None);
@@ -270,7 +300,8 @@ impl<'a> Daemon<'a> {
         self.client(verb, arguments).output().unwrap()
     }
 
-    fn try_status(&self) -> Option<Value> {
+    /// `status -o json`, if there is somebody who answers.
+    pub fn try_status(&self) -> Option<Value> {
         let output = self.ask("status", &["-o", "json"]);
         serde_json::from_slice(&output.stdout).ok()
     }

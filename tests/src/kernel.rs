@@ -13,7 +13,7 @@ use enforcer::{
     compile::{self, Image, Options},
     dataplane::{
         Counters, Dataplane as _, EventSource, PacketCount, RecordCount, WallClock,
-        kernel::{KernelDataplane, LoadOptions},
+        kernel::{Keep, KernelDataplane, LoadOptions},
     },
     policy::model::{Environment, Policy},
 };
@@ -98,11 +98,11 @@ impl Programs {
             image_words: words,
             debug: false,
             flows,
+            keep: Keep::Ephemeral,
+            anew: false,
+            extra: &["verdict"],
         };
         let mut dataplane = KernelDataplane::load(&options).expect("the programs load");
-        let verdict = dataplane.ebpf_mut().program_mut("verdict").unwrap();
-        let verdict: &mut SchedClassifier = verdict.try_into().unwrap();
-        verdict.load().expect("the program for tests loads");
         let events = dataplane.take_events().expect("the first to ask");
         let last = dataplane.counters().expect("counters");
         let mut this = Self {
@@ -127,7 +127,7 @@ impl Programs {
         programs.forget_flows();
         programs.set_interface(1, 0, 0);
         programs.set_unix(0);
-        let map = programs.dataplane.ebpf_mut().map_mut("DENIED").unwrap();
+        let map = programs.dataplane.map_mut("DENIED").unwrap();
         let mut slots: PerCpuArray<_, DeniedSlot> = map.try_into().unwrap();
         let cpus = aya::util::nr_cpus().unwrap();
         // SAFETY: all zeros is a slot never used.
@@ -186,9 +186,8 @@ impl Programs {
         (result.return_value.cast_signed(), out)
     }
 
-    fn program(&mut self, hook: Hook) -> &mut SchedClassifier {
-        let program = self.dataplane.ebpf_mut().program_mut(hook.name());
-        program.unwrap().try_into().unwrap()
+    fn program(&self, hook: Hook) -> &SchedClassifier {
+        self.dataplane.program(hook.name()).unwrap()
     }
 
     /// Runs `count` frames, each made of the one before by `next` from its number; how many of
@@ -263,7 +262,7 @@ impl Programs {
 
     /// How the kernel sees the packets of an interface (`INTERFACE_*` bits).
     pub fn set_interface(&mut self, ifindex: u32, flags: u32, slot: u32) {
-        let map = self.dataplane.ebpf_mut().map_mut("INTERFACES").unwrap();
+        let map = self.dataplane.map_mut("INTERFACES").unwrap();
         let mut interfaces: HashMap<_, u32, Interface> = map.try_into().unwrap();
         interfaces
             .insert(ifindex, Interface { flags, slot }, 0)
@@ -273,7 +272,7 @@ impl Programs {
 
     /// Lets packets of an interface in this slot go the shorter ways; `None`: none of them.
     pub fn short_ways(&mut self, ifindex: u32, slot: Option<u32>) {
-        let map = self.dataplane.ebpf_mut().map_mut("ETHERNET").unwrap();
+        let map = self.dataplane.map_mut("ETHERNET").unwrap();
         let mut ethernet: Array<_, [u32; 2]> = map.try_into().unwrap();
         let known = slot.map_or([0, 0], |slot| [ifindex, slot]);
         ethernet
@@ -296,7 +295,7 @@ impl Programs {
     /// Empties both flow tables.
     pub fn forget_flows(&mut self) {
         self.dataplane.forget_flows().expect("flows are forgotten");
-        let map = self.dataplane.ebpf_mut().map_mut("FRAGMENTS").unwrap();
+        let map = self.dataplane.map_mut("FRAGMENTS").unwrap();
         let mut fragments: HashMap<_, FragmentKey, FragmentEntry> = map.try_into().unwrap();
         let keys: Vec<_> = fragments.keys().filter_map(Result::ok).collect();
         for key in keys {

@@ -22,6 +22,8 @@ pub mod load;
 pub mod memory;
 pub mod netns;
 pub mod nft;
+pub mod numbers;
+pub mod pins;
 pub mod rival;
 pub mod scale;
 pub mod seen;

@@ -39,6 +39,7 @@ pub enum Place {
     Last = 1 << 4,
 }
 
+const MAP_DELETE: i64 = 3;
 const PROG_LOAD: i64 = 5;
 const PROG_ATTACH: i64 = 8;
 const LINK_CREATE: i64 = 28;
@@ -75,6 +76,12 @@ fn set(register: u64, number: u32) -> u64 {
 /// Loads a program that returns `verdict`.
 pub fn program(hook: Hook, verdict: i32) -> nix::Result<OwnedFd> {
     load(hook, &[set(0, verdict.cast_unsigned()), EXIT])
+}
+
+/// Takes the map out of an element of an array of maps.
+pub fn empty_slot(map: &impl std::os::fd::AsRawFd, index: u32) {
+    let [low, high] = words(&raw const index);
+    bpf(MAP_DELETE, &[number(map), 0, low, high, 0, 0]).unwrap();
 }
 
 /// Loads a program that sends each packet out of an interface of the calling thread's namespace.

@@ -10,10 +10,9 @@
 use std::{
     collections::BTreeSet,
     io::{Read as _, Write as _},
-    net::{SocketAddr, UdpSocket},
+    net::SocketAddr,
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread,
-    time::{Duration, Instant},
 };
 
 use enforcer::{
@@ -28,9 +27,9 @@ use enforcer_tests::{
     daemon::{LONG, wait_for},
     kernel::{self, Programs},
     netns::{Family, Netns, Routed},
+    numbers::{receive, receive_numbers, receiver, send_numbers},
     scale, traffic,
 };
-use nix::sys::socket::{setsockopt, sockopt};
 
 const FLIPS: usize = 1000;
 /// Where every instruction is emulated.
@@ -67,53 +66,6 @@ fn attach(programs: &mut Programs, namespace: &Netns, names: &[&str]) {
             programs.dataplane.attach(&interface).unwrap();
         }
     });
-}
-
-/// A numbered datagram every now and then until `stop`; how many were sent.
-fn send_numbers(from: &Netns, to: SocketAddr, stop: &AtomicBool) -> u32 {
-    let socket = traffic::udp(from, (traffic::unspecified(to.ip()), 0), LONG);
-    socket.connect(to).unwrap();
-    let mut number: u32 = 0;
-    while !stop.load(Ordering::Relaxed) {
-        socket.send(&number.to_be_bytes()).unwrap();
-        number += 1;
-        thread::sleep(Duration::from_millis(1));
-    }
-    number
-}
-
-/// A receiver that a busy machine cannot make lose anything.
-fn receiver(namespace: &Netns, at: SocketAddr) -> UdpSocket {
-    let socket = traffic::udp(namespace, at, Duration::from_millis(20));
-    setsockopt(&socket, sockopt::RcvBufForce, &(16 << 20)).unwrap();
-    socket
-}
-
-fn receive(socket: &UdpSocket) -> Option<u32> {
-    let mut bytes = [0; 4];
-    match socket.recv(&mut bytes) {
-        Ok(4) => Some(u32::from_be_bytes(bytes)),
-        Ok(length) => panic!("{length} bytes"),
-        Err(_) => None,
-    }
-}
-
-/// Receives until `stop` and then until it is quiet.
-fn receive_numbers(socket: &UdpSocket, stop: &AtomicBool) -> Vec<u32> {
-    let mut numbers = Vec::new();
-    let mut last = Instant::now();
-    loop {
-        match receive(socket) {
-            Some(number) => {
-                numbers.push(number);
-                last = Instant::now();
-            }
-            None if stop.load(Ordering::Relaxed) && last.elapsed() > Duration::from_millis(500) => {
-                return numbers;
-            }
-            None => {}
-        }
-    }
 }
 
 fn revoked(programs: &Programs) -> u64 {

@@ -9,7 +9,6 @@
 
 use std::net::IpAddr;
 
-use enforcer::dataplane::Dataplane as _;
 use enforcer_common::{
     image::SIZE_CLASSES,
     verdict::{Hook, Outcome, Reason},
@@ -156,8 +155,8 @@ fn size_classes_judge_alike() {
 }
 
 #[test]
-fn an_image_that_is_too_large_changes_nothing() {
-    let mut programs = Programs::shared();
+fn an_image_that_outgrows_the_programs_replaces_them_and_keeps_flows_and_counts() {
+    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
     programs.apply(&image(ALLOWS));
     let tcp = |flags| between(false, 6, &frame::tcp(4000, 8080, flags));
     let verdict = programs.judge(Hook::TcIngress, &tcp(SYN));
@@ -171,19 +170,23 @@ fn an_image_that_is_too_large_changes_nothing() {
     text += "rules:\n  - { name: x, from: [s0], to: [s1], services: [tcp/1] }\n";
     let large = image(&text);
     assert!(large.words().len() > SIZE_CLASSES[0] as usize);
-    assert!(programs.dataplane.apply(&large).is_err());
-    let verdict = programs.judge(Hook::TcIngress, &tcp(ACK));
-    assert_eq!(verdict.reason, Reason::Established, "the old policy stays");
-    // The class above takes it.
-    drop(programs);
-    let mut programs = Programs::load(large.words().len());
-    assert_eq!(programs.dataplane.image_words(), SIZE_CLASSES[1]);
+    let before = (programs.flows(), programs.counters());
+    assert_eq!(before.0.0.len(), 1);
     programs.apply(&large);
+    assert_eq!(programs.dataplane.image_words(), SIZE_CLASSES[1]);
+    assert_eq!((programs.flows(), programs.counters()), before);
     for (last, want) in [(1, Reason::RuleAllow), (2, Reason::DefaultDeny)] {
         let to = IpAddr::from([10, 9, 0, last]);
         let syn = frame::frame([10, 9, 0, 0].into(), to, 6, &frame::tcp(4000, 1, SYN));
         assert_eq!(programs.judge(Hook::TcEgress, &syn).reason, want);
     }
+    // And back, by the larger programs.
+    programs.apply(&image(ALLOWS));
+    for want in [Reason::RuleAllow, Reason::Established] {
+        let verdict = programs.judge(Hook::TcIngress, &tcp(ACK));
+        assert_eq!(verdict.reason, want);
+    }
+    assert_eq!(programs.dataplane.image_words(), SIZE_CLASSES[1]);
 }
 
 /// Test frames have their network header behind an Ethernet header, whatever the link type. Links

@@ -240,6 +240,17 @@ pub fn flow(words: &[u32]) -> Option<Flow> {
     })
 }
 
+/// Writes the counters of the flow in a slot; `words` as for [`flow`].
+pub fn set_counts(words: &mut [u32], packets: u32, bytes: u64) {
+    let v6 = words.len() == WORDS6 as usize;
+    let at = if v6 { Key6::BEHIND } else { Key4::BEHIND };
+    let counts = [packets, bytes as u32, (bytes >> 32) as u32];
+    let first = (at + behind::PACKETS) as usize;
+    if let Some(words) = words.get_mut(first..first + counts.len()) {
+        words.copy_from_slice(&counts);
+    }
+}
+
 /// A table in some memory, as the judgement uses it.
 #[derive(Clone, Copy, Debug)]
 pub struct Flows<M>(pub M);

@@ -387,6 +387,31 @@ pub enum LostCause {
     Store,
 }
 
+/// Something that the daemon had put into the kernel was not as it had been left.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Tampered {
+    /// When it was noticed.
+    pub time: Time,
+    /// Always `TAMPER`: tells these lines from denials.
+    pub verdict: TamperVerdict,
+    /// A program on an interface, a pin, an image.
+    pub target: String,
+    /// What was wrong with it.
+    pub what: String,
+    /// Whether it is as it was again.
+    pub repaired: bool,
+}
+
+/// The verdict of [`Tampered`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub enum TamperVerdict {
+    /// `TAMPER`.
+    #[serde(rename = "TAMPER")]
+    Tamper,
+}
+
 /// A line of `GET /v1/denials`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -396,6 +421,8 @@ pub enum Record {
     Denial(Box<Denial>),
     /// A gap.
     Lost(Lost),
+    /// Somebody changed what enforces.
+    Tampered(Tampered),
 }
 
 /// One end of a denial, as a filter names it.

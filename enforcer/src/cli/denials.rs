@@ -6,7 +6,9 @@ use jiff::{civil::Date, tz::TimeZone};
 
 use crate::api::{
     client::{Client, ClientError, DenialsQuery},
-    types::{Default as DenyDefault, Denial, Lost, LostCause, Peer, Record, Time, Verdict},
+    types::{
+        Default as DenyDefault, Denial, Lost, LostCause, Peer, Record, Tampered, Time, Verdict,
+    },
 };
 use crate::poll::Closed;
 
@@ -83,6 +85,7 @@ fn line(record: &Record, out: &Out, zone: &TimeZone, today: Date) -> String {
     match record {
         Record::Denial(denial) => denied(denial, out, zone, today),
         Record::Lost(lost) => gap(lost, out, zone, today),
+        Record::Tampered(tampered) => changed(tampered, out, zone, today),
     }
 }
 
@@ -95,6 +98,16 @@ fn gap(lost: &Lost, out: &Out, zone: &TimeZone, today: Date) -> String {
     let time = clock(lost.time, zone, today);
     let word = out.paint(Hue::Warn, "LOST");
     format!("{time} {word}  {} events {what}", lost.events)
+}
+
+fn changed(tampered: &Tampered, out: &Out, zone: &TimeZone, today: Date) -> String {
+    let time = clock(tampered.time, zone, today);
+    let (hue, end) = match tampered.repaired {
+        true => (Hue::Warn, "; it is as it was again"),
+        false => (Hue::Bad, ", and cannot be put right"),
+    };
+    let word = out.paint(hue, "TAMPER");
+    format!("{time} {word}  {} {}{end}", tampered.target, tampered.what)
 }
 
 fn denied(denial: &Denial, out: &Out, zone: &TimeZone, today: Date) -> String {
@@ -233,6 +246,7 @@ mod tests {
         match &mut record {
             Record::Denial(denial) => denial.time = at,
             Record::Lost(lost) => lost.time = at,
+            Record::Tampered(tampered) => tampered.time = at,
         }
         let out = Out::new(Color::Never);
         line(&record, &out, &TimeZone::UTC, time.date())

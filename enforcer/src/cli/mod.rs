@@ -17,7 +17,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::{
     api::{DEFAULT_SOCKET, client::ClientError},
-    dataplane::{Dataplane, DataplaneError},
+    dataplane::{Dataplane, DataplaneError, kernel::Keep},
 };
 
 use out::Out;
@@ -27,8 +27,21 @@ const DEFAULT_SEGMENTS: &str = "/etc/enforcer/segments";
 /// Where the daemon's settings are unless told otherwise.
 const DEFAULT_SETTINGS: &str = "/etc/enforcer/enforcer.yaml";
 
-/// Loads the kernel programs: words of an image, flows of the table, debug messages.
-pub type Open = fn(u32, u32, bool) -> Result<Box<dyn Dataplane>, DataplaneError>;
+/// How the kernel side is to be.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// Where it is pinned.
+    pub keep: Keep,
+    /// Flows of the table.
+    pub flows: u32,
+    /// Debug messages.
+    pub debug: bool,
+    /// Programs are loaded anew though they are of this build.
+    pub anew: bool,
+}
+
+/// Adopts what is there; with a number, loads the programs for images of so many words.
+pub type Open = fn(&Kernel, Option<u32>) -> Result<Option<Box<dyn Dataplane>>, DataplaneError>;
 
 const EXIT_CODES: &str = "Exit codes: 0 fine, 1 the policy is no good, or doctor found a fault, 2 plan: there are changes, \
 3 the machine lacks something, 4 degraded, 5 not enforcing, 64 usage.";

@@ -18,11 +18,15 @@ use crate::{
         self, Config, RunError, ViewSocket, files::SettingsPath, guard::Trust, netlink,
         preflight::preflight,
     },
-    dataplane::{SocketHooks, flows::DEFAULT_FLOWS},
+    dataplane::{
+        SocketHooks,
+        flows::DEFAULT_FLOWS,
+        kernel::{DEFAULT_PINS, Keep},
+    },
     policy::pattern::Pattern,
 };
 
-use super::{DEFAULT_SETTINGS, Exit, Failure, Globals, Open, out};
+use super::{DEFAULT_SETTINGS, Exit, Failure, Globals, Kernel, Open, out};
 
 const CONFIG_HELP: &str = "Settings of the daemon: essentials, ethertypes, failsafes (default: \
 /etc/enforcer/enforcer.yaml, if it exists)";
@@ -57,6 +61,16 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = DEFAULT_FLOWS,
         value_parser = clap::value_parser!(u32).range(2048..=1 << 24))]
     flows: u32,
+    /// Where programs, maps and links are pinned, in a BPF file system: they go on enforcing when the
+    /// daemon ends, and the next one adopts them.
+    #[arg(long, value_name = "DIR", default_value = DEFAULT_PINS)]
+    pins: PathBuf,
+    /// Pin nothing: enforcement ends with the daemon, however that ends.
+    #[arg(long, conflicts_with = "pins")]
+    ephemeral: bool,
+    /// Load the kernel programs anew even if the pinned ones are of this build.
+    #[arg(long)]
+    reload_programs: bool,
     /// Print the kernel programs' rare debug messages.
     #[arg(long)]
     kernel_debug: bool,
@@ -105,7 +119,16 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
         view_socket: view_socket(args, globals),
         socket_hooks,
     };
-    let (debug, flows) = (args.kernel_debug, args.flows);
+    let kernel = Kernel {
+        keep: if args.ephemeral {
+            Keep::Ephemeral
+        } else {
+            Keep::Pinned(args.pins.clone())
+        },
+        flows: args.flows,
+        debug: args.kernel_debug,
+        anew: args.reload_programs,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -116,7 +139,7 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
             what: "cannot handle signals",
             source,
         })?;
-        daemon::run(config, move |words| open(words, flows, debug), reload, stop).await
+        daemon::run(config, move |words| open(&kernel, words), reload, stop).await
     });
     // Not `drop`, which would wait for a compiler at work.
     runtime.shutdown_background();

@@ -23,6 +23,7 @@ use super::{
     netlink::Netlink,
     reload::{Ask, Reloads},
     state::{Ground, Shared},
+    tamper::Watchman,
     watch::Watch,
 };
 
@@ -45,16 +46,18 @@ pub struct Control {
     hooks_error: Option<String>,
     verify_error: Option<String>,
     swept: Option<Instant>,
+    watchman: Watchman,
 }
 
 impl Control {
-    /// `texts` are those of the live policy, `cache` is what they said; it was compiled for `host`, whose interfaces `links` has
-    /// named.
+    /// `texts` are those of the live policy, `memory` is what they said; it was compiled for `host`, whose interfaces `links` has
+    /// named. `generation` is the largest that ever judged.
     pub fn new(
         sources: Sources,
         shared: Arc<Shared>,
         texts: Texts,
         memory: Memory,
+        generation: u32,
         links: Links,
         host: Host,
     ) -> Self {
@@ -63,6 +66,7 @@ impl Control {
             Arc::clone(&shared),
             texts,
             memory,
+            generation,
             &host.environment,
         );
         Self {
@@ -75,6 +79,7 @@ impl Control {
             hooks_error: None,
             verify_error: None,
             swept: None,
+            watchman: Watchman::default(),
         }
     }
 
@@ -157,6 +162,7 @@ impl Control {
                     self.clock.refresh(&self.shared.dataplane);
                     watch.repair();
                     self.verify();
+                    self.watchman.look(&self.shared, self.links.restored());
                     self.look();
                     self.sweep();
                 }
@@ -229,6 +235,8 @@ impl Control {
             self.links.problem(),
             self.clock.problem(),
         ];
+        let problems = problems.into_iter().flatten();
+        let problems: Vec<_> = problems.chain(self.watchman.problems()).collect();
         self.shared.note(|board| {
             board
                 .addresses
@@ -237,7 +245,7 @@ impl Control {
             board.socket_hooks_reason = self.links.hooks_reason();
             board.warnings = warnings;
             board.unix_floor = self.clock.floor();
-            board.problems = problems.into_iter().flatten().collect();
+            board.problems = problems;
             let environment = &self.host.environment;
             let known = board.ground.as_ref();
             if known.is_none_or(|ground| ground.environment != *environment) {

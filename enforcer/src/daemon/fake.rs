@@ -15,8 +15,8 @@ use enforcer_common::{table::Flow, wire::Event};
 use crate::{
     compile::Image,
     dataplane::{
-        Counters, Dataplane, DataplaneError, EventSource, FlowReader, Interface, SocketHooks,
-        WallClock,
+        Adopted, Counters, Dataplane, DataplaneError, EventSource, FlowReader, Interface, OnTrial,
+        SocketHooks, Tamper, WallClock,
     },
 };
 
@@ -48,6 +48,10 @@ pub struct Fake {
     /// The next record asked for ends the reader.
     pub poisoned: bool,
     pub size_class: u32,
+    /// What an earlier daemon has left.
+    pub adopted: Option<Adopted>,
+    pub outlives: bool,
+    pub tampered: Vec<Tamper>,
     events: VecDeque<Event>,
     wake: Option<UnixStream>,
 }
@@ -64,6 +68,15 @@ impl Handle {
     pub fn open(&self, size_class: u32) -> Box<dyn Dataplane> {
         self.lock().size_class = size_class;
         Box::new(self.clone())
+    }
+
+    /// As the daemon asks for it.
+    pub fn open_or_adopt(&self, size_class: Option<u32>) -> Option<Box<dyn Dataplane>> {
+        match size_class {
+            Some(size_class) => Some(self.open(size_class)),
+            None if self.lock().adopted.is_some() => Some(Box::new(self.clone())),
+            None => None,
+        }
     }
 
     /// Puts records into the ring buffer.
@@ -92,6 +105,39 @@ impl Dataplane for Handle {
         Ok(())
     }
 
+    fn trial(
+        &mut self,
+        _: &Image,
+        _: Option<&Image>,
+        _: std::time::Duration,
+    ) -> Result<(), DataplaneError> {
+        Err(refused("trial"))
+    }
+
+    fn on_trial(&self) -> Result<Option<OnTrial>, DataplaneError> {
+        Ok(None)
+    }
+
+    fn confirm(&mut self) -> Result<(), DataplaneError> {
+        Err(refused("confirm"))
+    }
+
+    fn revert(&mut self) -> Result<(), DataplaneError> {
+        Err(refused("revert"))
+    }
+
+    fn apply_both(&mut self, _: &Image, _: &Image) -> Result<(), DataplaneError> {
+        Err(refused("apply_both"))
+    }
+
+    fn adopted(&self) -> Result<Option<Adopted>, DataplaneError> {
+        Ok(self.lock().adopted.clone())
+    }
+
+    fn outlives(&self) -> bool {
+        self.lock().outlives
+    }
+
     fn set_clock(&mut self, clock: WallClock) -> Result<(), DataplaneError> {
         let mut fake = self.lock();
         if fake.refuse_clock {
@@ -108,7 +154,7 @@ impl Dataplane for Handle {
         Ok(())
     }
 
-    fn flow_reader(&mut self) -> Result<Box<dyn FlowReader>, DataplaneError> {
+    fn flow_reader(&self) -> Result<Box<dyn FlowReader>, DataplaneError> {
         Ok(Box::new(Flows(self.lock().flows.clone())))
     }
 
@@ -143,6 +189,14 @@ impl Dataplane for Handle {
 
     fn missing(&mut self) -> Result<Vec<u32>, DataplaneError> {
         Ok(std::mem::take(&mut self.lock().stolen))
+    }
+
+    fn inspect(&mut self) -> Result<Vec<Tamper>, DataplaneError> {
+        Ok(std::mem::take(&mut self.lock().tampered))
+    }
+
+    fn read_back(&self) -> Result<Option<Image>, DataplaneError> {
+        Ok(None)
     }
 
     fn socket_hooks(&mut self, mode: SocketHooks) -> Result<(), DataplaneError> {

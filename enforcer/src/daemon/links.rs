@@ -30,6 +30,8 @@ pub struct Links {
     failed: BTreeMap<u32, String>,
     /// Somebody took the programs off.
     stolen: BTreeSet<u32>,
+    /// They have them again.
+    restored: Vec<String>,
     slots: Slots,
     /// Tags that the kernel leaves to VLAN devices now.
     tags: Tags,
@@ -47,10 +49,23 @@ impl Links {
             attached: BTreeMap::new(),
             failed: BTreeMap::new(),
             stolen: BTreeSet::new(),
+            restored: Vec::new(),
             slots: Slots::default(),
             tags: Tags::new(),
             tags_error: None,
         }
+    }
+
+    /// An earlier daemon has attached these, by ifindex, and given them these slots. Those that nobody
+    /// asks for any more lose their programs at the next [`Links::sync`].
+    pub fn adopt(&mut self, slots: &BTreeMap<u32, u32>) {
+        self.slots.adopt(slots);
+        let named = slots
+            .keys()
+            .map(|ifindex| (*ifindex, format!("ifindex {ifindex}")));
+        self.attached.extend(named);
+        // They are in the kernel, and are written again whatever they are.
+        self.tags_error = Some("VLAN tags are not looked at yet".to_owned());
     }
 
     /// Gives slots to the interfaces that are asked for; answers with their names by slot, as an
@@ -88,6 +103,11 @@ impl Links {
     /// Why packets with VLAN tags may be judged in the wrong place.
     pub fn problem(&self) -> Option<String> {
         self.tags_error.clone()
+    }
+
+    /// Interfaces that had lost their programs to somebody, and have them again, since the last call.
+    pub fn restored(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.restored)
     }
 
     /// What the socket hooks do now.
@@ -240,6 +260,7 @@ impl Links {
         match result {
             Ok(()) => {
                 if self.stolen.remove(&link.ifindex) {
+                    self.restored.push(link.name.clone());
                     tracing::warn!(
                         interface = link.name,
                         "somebody removed the programs from this interface; attached again"

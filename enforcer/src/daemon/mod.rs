@@ -3,6 +3,7 @@
 //!
 //! Must not know: aya, the command line. The kernel comes in as a [`Dataplane`].
 
+pub mod adopt;
 pub mod clock;
 pub mod control;
 pub mod doctor;
@@ -19,6 +20,7 @@ pub mod progress;
 pub mod reload;
 pub mod slots;
 pub mod state;
+pub mod tamper;
 pub mod topology;
 pub mod watch;
 
@@ -60,6 +62,7 @@ use crate::{
 };
 
 use crate::policy::pattern::Pattern;
+use adopt::Before;
 use control::Control;
 use environment::Host;
 use files::{SettingsPath, Sources};
@@ -130,20 +133,28 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
     move |source| RunError::System { what, source }
 }
 
-/// Runs until `stop` turns true, then takes everything off. `reload` asks for a reload (SIGHUP).
-/// `open` loads the kernel programs for images of so many words.
+/// Runs until `stop` turns true. What is pinned enforces on after that; the rest is taken off.
+/// `reload` asks for a reload (SIGHUP). `open` adopts what an earlier daemon has left, if there is
+/// any; with a number, it loads the kernel programs for images of so many words.
 ///
 /// # Errors
-/// [`RunError`]; nothing is enforced any more then.
+/// [`RunError`]; what was enforced before goes on, if anything was.
 pub async fn run(
     config: Config,
-    open: impl FnOnce(u32) -> Result<Box<dyn Dataplane>, DataplaneError>,
+    mut open: impl FnMut(Option<u32>) -> Result<Option<Box<dyn Dataplane>>, DataplaneError>,
     mut reload: mpsc::Receiver<()>,
     mut stop: signal::Receiver<bool>,
 ) -> Result<(), RunError> {
     share_heaps();
+    // Before the kernel is touched: another daemon may be at work.
+    let sockets = Arc::new(listen(&config)?);
+    let mut before = match open(None)? {
+        Some(dataplane) => Before::of(dataplane)?,
+        None => Before::default(),
+    };
     let mut host = Host::read().map_err(system("cannot list interfaces"))?;
     let mut links = Links::new(config.interfaces.clone(), config.socket_hooks);
+    links.adopt(&before.adopted.slots);
     host.environment.interfaces = links.name(&host, &BTreeSet::new());
     let sources = Sources {
         segments: config.segments.clone(),
@@ -159,35 +170,55 @@ pub async fn run(
         () = control::stopped(&mut stop) => return Ok(()),
         loaded = loading => loaded,
     };
-    let loaded = loaded
-        .map_err(|e| system("cannot compile")(io::Error::other(e)))?
-        .map_err(RunError::Policy)?;
+    let loaded = loaded.map_err(|e| system("cannot compile")(io::Error::other(e)))?;
+    let loaded = match loaded {
+        Ok(loaded) => loaded,
+        Err(rejected) => before.without(rejected, &host)?,
+    };
     control::log_warnings(&loaded.warnings);
-    // Before the kernel is touched: another daemon may be at work.
-    let sockets = Arc::new(listen(&config)?);
 
-    let mut dataplane = open(size_class(&loaded.image))?;
+    let (mut dataplane, fresh) = match before.dataplane.take() {
+        Some(dataplane) => (dataplane, false),
+        None => {
+            let opened = open(Some(size_class(&loaded.image)))?;
+            let opened = opened.ok_or_else(|| {
+                system("cannot load the programs")(io::Error::other("nothing was loaded"))
+            })?;
+            (opened, true)
+        }
+    };
+    let first = before.first(loaded.image);
     let generations = Arc::new(Generations::default());
     let policy = Arc::new(loaded.policy);
-    generations.insert(loaded.image.generation(), Arc::clone(&policy));
-    dataplane.apply(&loaded.image)?;
+    let known = before.refused.is_none();
+    if known {
+        generations.insert(first.image.generation(), Arc::clone(&policy));
+    }
+    if !first.in_force {
+        dataplane.apply(&first.image)?;
+    }
+    let outlives = dataplane.outlives();
     let events = dataplane.take_events();
+    let generation = first.image.generation().max(before.adopted.generation);
     let shared = Arc::new(Shared::new(
         dataplane,
         Arc::clone(&generations),
         Live {
             path: config.segments,
             policy,
+            known,
             settings: Arc::new(loaded.settings),
             settings_path: config
                 .settings
                 .filter(|_| loaded.texts.settings.is_some())
                 .map(|settings| settings.path),
-            image: loaded.image,
+            image: first.image,
             loaded_at: Time::now(),
         },
     ));
-    let detach = Detach(Some(Arc::clone(&shared.dataplane)));
+    shared.note(|board| board.last_error = before.refused.as_ref().map(Rejected::summary));
+    // What was there before this start stays when it fails half-way.
+    let mut detach = Detach((fresh || !outlives).then(|| Arc::clone(&shared.dataplane)));
     // What the parser and the compiler have left behind; nobody waits for it.
     drop(spawn_blocking(release_memory));
 
@@ -209,10 +240,14 @@ pub async fn run(
         Arc::clone(&shared),
         loaded.texts,
         loaded.memory,
+        generation,
         links,
         host,
     );
     control.start()?;
+    if outlives {
+        detach.0 = None;
+    }
     let live = shared.live();
     tracing::info!(
         policy = %live.path.display(),
@@ -232,7 +267,11 @@ pub async fn run(
     }
     // The server may hold them for a moment more.
     sockets.iter().for_each(Socket::remove);
-    tracing::info!("stopping: taking the programs off");
+    if outlives {
+        tracing::info!("stopping: what is in force stays so; to end it: enforcer detach");
+    } else {
+        tracing::info!("stopping: taking the programs off");
+    }
     detach.now()?;
     result.map_err(system("the daemon cannot go on"))
 }

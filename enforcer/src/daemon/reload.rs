@@ -119,16 +119,17 @@ fn names_interfaces(policy: &Policy, settings: &Settings) -> bool {
 }
 
 impl Reloads {
-    /// `texts` are those of the live policy, compiled for `environment`.
+    /// `texts` are those of the live policy, compiled for `environment`; `generation` is the largest
+    /// that ever judged.
     pub fn new(
         sources: Sources,
         shared: Arc<Shared>,
         texts: Texts,
         memory: Memory,
+        generation: u32,
         environment: &Environment,
     ) -> Self {
         let live = shared.live();
-        let generation = live.image.generation();
         let environment = Meaning::of(&live).relevant(environment);
         Self {
             sources,
@@ -217,7 +218,11 @@ impl Reloads {
         let tried_for = |(environment, at, _): &(Environment, Instant, String)| {
             *environment == relevant && at.elapsed() < RETRY
         };
-        if relevant != self.environment && !self.unfit.as_ref().is_some_and(tried_for) {
+        // Of a policy that nobody could read there is the image alone.
+        if self.shared.live().known
+            && relevant != self.environment
+            && !self.unfit.as_ref().is_some_and(tried_for)
+        {
             let cause = if self.stale.is_some() {
                 ADDRESSES
             } else {
@@ -355,6 +360,7 @@ impl Reloads {
             self.shared.set_live(Live {
                 path: live.path.clone(),
                 policy,
+                known: true,
                 settings,
                 settings_path,
                 image: live.image.clone(),
@@ -397,6 +403,7 @@ impl Reloads {
         self.shared.set_live(Live {
             path: live.path.clone(),
             policy,
+            known: true,
             settings,
             settings_path,
             image,

@@ -11,6 +11,13 @@ pub struct Slots {
 }
 
 impl Slots {
+    /// Interfaces have these slots since an earlier daemon.
+    pub fn adopt(&mut self, given: &BTreeMap<u32, u32>) {
+        let given = given.iter().filter(|(_, slot)| **slot != 0);
+        self.given
+            .extend(given.map(|(ifindex, slot)| (*ifindex, *slot)));
+    }
+
     /// The slot of an interface, which stays its own while it lives; a new one is neither anybody's
     /// nor among `taken`: slots of images that are in force or may come into force, for interfaces
     /// that are gone. 0 when there is none left.

@@ -31,6 +31,9 @@ pub struct Live {
     pub path: PathBuf,
     /// Names and lines.
     pub policy: Arc<Policy>,
+    /// Whether `policy` is what the image was made of. Otherwise an earlier daemon made it, and the
+    /// files cannot be read now.
+    pub known: bool,
     /// What passes before it is asked.
     pub settings: Arc<Settings>,
     /// Where they were read; `None`: they are the defaults.

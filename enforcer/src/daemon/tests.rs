@@ -90,7 +90,7 @@ fn spawn(
     let fake = fake.clone();
     let task = tokio::spawn(run(
         config,
-        move |words| Ok(fake.open(words)),
+        move |words| Ok(fake.open_or_adopt(words)),
         hangups,
         stops,
     ));

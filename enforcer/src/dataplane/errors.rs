@@ -90,10 +90,3 @@ pub(super) fn has_errno(error: &(dyn std::error::Error + 'static), errno: i32) -
 pub(super) fn is_already_there(error: &tc::TcError) -> bool {
     has_errno(error, libc::EEXIST)
 }
-
-/// Whether the interface, or what was attached to it, is gone.
-pub(super) fn is_gone(error: &aya::programs::ProgramError) -> bool {
-    has_errno(error, libc::ENODEV)
-        || has_errno(error, libc::ENOENT)
-        || has_errno(error, libc::ENOLINK)
-}

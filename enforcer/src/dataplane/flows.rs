@@ -8,17 +8,20 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfLoader,
+    EbpfLoader,
     maps::Map,
-    programs::{TestRun as _, TestRunOptions},
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 use enforcer_common::table::{self, Flow, SECRETS, SLOTS, SOURCE_SHARE, WORDS4, WORDS6};
 
 use super::{
     DataplaneError, FlowReader,
     errors::{load_error, missing, syscall},
-    kernel::{KernelDataplane, classifier},
-    sys,
+    kernel::KernelDataplane,
+    load::ticks,
+    pins::{Meta, Set},
+    resize::Table,
+    sys::{self, objects},
 };
 
 /// Flows of each family, if nobody says otherwise: 8 MiB for IPv4, 16 MiB for IPv6.
@@ -36,27 +39,35 @@ pub(super) struct Shape {
     secrets: [u64; SECRETS],
 }
 
+/// Buckets of each family for a table of at least `flows`.
+pub(super) fn buckets(flows: u32) -> u32 {
+    flows.clamp(LIMITS.0, LIMITS.1).next_power_of_two() / SLOTS
+}
+
+/// Fresh secrets for a table's hash.
+pub(super) fn secrets() -> Result<[u64; SECRETS], DataplaneError> {
+    let mut bytes = [0; SECRETS * 8];
+    File::open("/dev/urandom")
+        .and_then(|mut random| random.read_exact(&mut bytes))
+        .map_err(syscall("read /dev/urandom"))?;
+    let mut secrets = [0; SECRETS];
+    for (secret, bytes) in secrets.iter_mut().zip(bytes.chunks_exact(8)) {
+        *secret = bytes
+            .iter()
+            .fold(0, |all, byte| all << 8 | u64::from(*byte));
+    }
+    Ok(secrets)
+}
+
 impl Shape {
-    /// A table of at least `flows` of each family, with fresh secrets.
-    pub(super) fn new(flows: u32) -> Result<Self, DataplaneError> {
-        let flows = flows.clamp(LIMITS.0, LIMITS.1).next_power_of_two();
-        let mut bytes = [0; SECRETS * 8];
-        File::open("/dev/urandom")
-            .and_then(|mut random| random.read_exact(&mut bytes))
-            .map_err(syscall("read /dev/urandom"))?;
-        let mut secrets = [0; SECRETS];
-        for (secret, bytes) in secrets.iter_mut().zip(bytes.chunks_exact(8)) {
-            *secret = bytes
-                .iter()
-                .fold(0, |all, byte| all << 8 | u64::from(*byte));
+    /// As it is, or is to be.
+    pub(super) fn of(meta: &Meta) -> Self {
+        Self {
+            buckets: meta.buckets,
+            mask: meta.buckets - 1,
+            cap: meta.buckets * SLOTS / SOURCE_SHARE,
+            secrets: meta.secrets,
         }
-        let buckets = flows / SLOTS;
-        Ok(Self {
-            buckets,
-            mask: buckets - 1,
-            cap: flows / SOURCE_SHARE,
-            secrets,
-        })
     }
 
     /// Writes it into the object.
@@ -67,11 +78,6 @@ impl Shape {
         loader.override_global("FLOW_MASK", &self.mask, true);
         loader.override_global("FLOW_CAP", &self.cap, true);
         loader.override_global("FLOW_SECRETS", &self.secrets, true);
-    }
-
-    /// Number of buckets of each family.
-    pub(super) fn buckets(&self) -> u32 {
-        self.buckets
     }
 }
 
@@ -89,12 +95,50 @@ impl KernelDataplane {
         Ok(flows)
     }
 
+    /// Enters what is in the table of `old` into this one, which no program uses yet.
+    pub(super) fn take_flows(&mut self, old: &Set, before: &Meta) -> Result<(), DataplaneError> {
+        let mut flows = Vec::new();
+        for (name, slot_words) in MAPS {
+            let map = objects::get(&old.map(name)).map_err(syscall("open the old flow table"))?;
+            let words = slot_words * SLOTS as usize;
+            let all = sys::array(map.as_fd(), before.buckets, words)
+                .map_err(syscall("read the old flow table"))?;
+            flows.extend(all.chunks_exact(slot_words).filter_map(table::flow));
+        }
+        let now = ticks(self.classifier("clock")?)?;
+        let table = Table::with(flows, self.meta, now, self.control.hz);
+        table.write(|name| match self.map(name) {
+            Some(Map::Array(data)) => Ok(data.fd().as_fd()),
+            _ => Err(missing(name)),
+        })
+    }
+
+    /// A reader of the table as of these jiffies.
+    pub(super) fn reader(
+        &self,
+        jiffies: (u32, u32),
+    ) -> Result<Box<dyn FlowReader>, DataplaneError> {
+        let mut maps = Vec::new();
+        for (name, slot_words) in MAPS {
+            let Some(Map::Array(data)) = self.map(name) else {
+                return Err(missing(name));
+            };
+            let map = data.fd().as_fd().try_clone_to_owned();
+            maps.push((map.map_err(syscall("open the flow table"))?, slot_words));
+        }
+        Ok(Box::new(Reader {
+            maps,
+            buckets: self.flow_buckets(),
+            jiffies,
+        }))
+    }
+
     fn each(
         &self,
         mut see: impl FnMut(&Map, u32, &[u32], usize) -> Result<(), DataplaneError>,
     ) -> Result<(), DataplaneError> {
         for (name, slot_words) in MAPS {
-            let Some(map @ Map::Array(data)) = self.ebpf().map(name) else {
+            let Some(map @ Map::Array(data)) = self.map(name) else {
                 return Err(missing(name));
             };
             let words = slot_words * SLOTS as usize;
@@ -125,7 +169,7 @@ impl KernelDataplane {
             Ok(())
         })?;
         for name in TAGS {
-            let Some(Map::Array(data)) = self.ebpf().map(name) else {
+            let Some(Map::Array(data)) = self.map(name) else {
                 return Err(missing(name));
             };
             let tags = sys::array(data.fd().as_fd(), self.flow_buckets(), 2);
@@ -137,10 +181,11 @@ impl KernelDataplane {
                 }
             }
         }
-        let Some(Map::Array(data)) = self.ebpf().map("FLOW_SOURCES") else {
+        let Some(Map::Array(data)) = self.map("FLOW_SOURCES") else {
             return Err(missing("FLOW_SOURCES"));
         };
-        let counts = sys::array(data.fd().as_fd(), 1 << 14, 1).map_err(syscall("read"))?;
+        let counts =
+            sys::array(data.fd().as_fd(), super::resize::SOURCES, 1).map_err(syscall("read"))?;
         for (index, count) in (0..).zip(counts) {
             if count != 0 {
                 sys::update_words(data.fd().as_fd(), index, &[0]).map_err(syscall("write"))?;
@@ -158,27 +203,6 @@ struct Reader {
     maps: Vec<(OwnedFd, usize)>,
     buckets: u32,
     jiffies: (u32, u32),
-}
-
-/// A reader of the table.
-pub(super) fn reader(
-    ebpf: &Ebpf,
-    buckets: u32,
-    jiffies: (u32, u32),
-) -> Result<Box<dyn FlowReader>, DataplaneError> {
-    let mut maps = Vec::new();
-    for (name, slot_words) in MAPS {
-        let Some(Map::Array(data)) = ebpf.map(name) else {
-            return Err(missing(name));
-        };
-        let map = data.fd().as_fd().try_clone_to_owned();
-        maps.push((map.map_err(syscall("open the flow table"))?, slot_words));
-    }
-    Ok(Box::new(Reader {
-        maps,
-        buckets,
-        jiffies,
-    }))
 }
 
 impl FlowReader for Reader {
@@ -204,14 +228,14 @@ impl FlowReader for Reader {
 }
 
 /// Goes through the whole table once and takes out what expired: tens of nanoseconds a bucket.
-pub(super) fn sweep(ebpf: &mut Ebpf, buckets: u32) -> Result<(), DataplaneError> {
+pub(super) fn sweep(program: &SchedClassifier, buckets: u32) -> Result<(), DataplaneError> {
     let frame = [0u8; 64];
     let options = TestRunOptions {
         data_in: Some(&frame),
         repeat: buckets,
         ..TestRunOptions::new()
     };
-    classifier(ebpf, "sweep")?
+    program
         .test_run(options)
         .map(drop)
         .map_err(|e| load_error("sweep", &e))

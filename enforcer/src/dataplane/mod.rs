@@ -7,15 +7,25 @@ pub mod cgroup;
 mod clsact;
 mod errors;
 pub mod flows;
+mod hooks;
+mod images;
+mod inspect;
 pub mod kernel;
+mod load;
 mod objects;
+mod pins;
 mod query;
+mod resize;
 mod sys;
+mod trial;
 
 pub use query::{Hanging, hanging};
 pub use sys::{clock_is_kept, peer_groups, release_memory, share_heaps};
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use enforcer_common::{
     table::Flow,
@@ -121,6 +131,49 @@ pub struct Counters {
     pub records: Vec<RecordCount>,
 }
 
+/// What was in force before this process, and goes on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Adopted {
+    /// The live image, read back; `None` when there is none, or it is not whole.
+    pub live: Option<Image>,
+    /// The largest generation that ever judged.
+    pub generation: u32,
+    /// Slots of interfaces, by ifindex.
+    pub slots: BTreeMap<u32, u32>,
+}
+
+/// What was not as it had been left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tamper {
+    /// What it was.
+    pub target: String,
+    /// What was wrong with it.
+    pub what: String,
+    /// Whether it is as it was again.
+    pub repaired: bool,
+}
+
+impl Tamper {
+    fn of(target: &str, what: &str, repaired: bool) -> Self {
+        Self {
+            target: target.to_owned(),
+            what: what.to_owned(),
+            repaired,
+        }
+    }
+}
+
+/// A trial in the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OnTrial {
+    /// Time until the programs go back by themselves; zero: they have.
+    pub remaining: Duration,
+    /// Generation of the image on trial.
+    pub live: u32,
+    /// Generation of the image to go back to.
+    pub previous: u32,
+}
+
 /// What the kernel, or this process, said no to. Nothing was changed unless said otherwise.
 #[derive(Debug, thiserror::Error)]
 pub enum DataplaneError {
@@ -157,6 +210,9 @@ pub enum DataplaneError {
         /// The kernel's answer.
         source: std::io::Error,
     },
+    /// Asked for what does not go with the trial that is, or is not, running.
+    #[error("{0}")]
+    Trial(&'static str),
     /// A program could not be attached.
     #[error("cannot attach {hook} to {target}: {message}")]
     Attach {
@@ -189,6 +245,51 @@ pub trait Dataplane: Send {
     /// [`DataplaneError`]; nothing has changed then.
     fn apply(&mut self, image: &Image) -> Result<(), DataplaneError>;
 
+    /// Puts an image on trial: the one in force, or `previous` if one is given, is judged by again
+    /// once `within` has passed, by the programs themselves, whether a daemon lives or not.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Trial`] while one is running, [`DataplaneError`]; the image in force stays.
+    fn trial(
+        &mut self,
+        image: &Image,
+        previous: Option<&Image>,
+        within: Duration,
+    ) -> Result<(), DataplaneError>;
+
+    /// The trial that is running, or has expired and was not reverted yet.
+    ///
+    /// # Errors
+    /// [`DataplaneError`].
+    fn on_trial(&self) -> Result<Option<OnTrial>, DataplaneError>;
+
+    /// The image on trial stays.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Trial`] within its last second, or when none is running.
+    fn confirm(&mut self) -> Result<(), DataplaneError>;
+
+    /// Ends a trial by the image before it; also after the programs have gone back by themselves.
+    ///
+    /// # Errors
+    /// [`DataplaneError`]; the deadline stands.
+    fn revert(&mut self) -> Result<(), DataplaneError>;
+
+    /// Puts others in the place of both images of a trial, the one to go back to first.
+    ///
+    /// # Errors
+    /// [`DataplaneError`]; the second may be the old one.
+    fn apply_both(&mut self, previous: &Image, live: &Image) -> Result<(), DataplaneError>;
+
+    /// What an earlier daemon has left at work.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn adopted(&self) -> Result<Option<Adopted>, DataplaneError>;
+
+    /// Whether enforcement goes on when this is dropped.
+    fn outlives(&self) -> bool;
+
     /// Tells the programs the time; before the first image, and when the clock was set.
     ///
     /// # Errors
@@ -206,7 +307,7 @@ pub trait Dataplane: Send {
     ///
     /// # Errors
     /// [`DataplaneError`].
-    fn flow_reader(&mut self) -> Result<Box<dyn FlowReader>, DataplaneError>;
+    fn flow_reader(&self) -> Result<Box<dyn FlowReader>, DataplaneError>;
 
     /// Attaches `tc_ingress` and `tc_egress`; of an interface that has them only the slot is
     /// written anew.
@@ -234,6 +335,19 @@ pub trait Dataplane: Send {
     /// # Errors
     /// [`DataplaneError::Syscall`].
     fn missing(&mut self) -> Result<Vec<u32>, DataplaneError>;
+
+    /// Looks whether settings, images, hooks and pins are as they were left, and puts them back. What
+    /// is missing on interfaces is [`Dataplane::missing`].
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn inspect(&mut self) -> Result<Vec<Tamper>, DataplaneError>;
+
+    /// The image in force, read back from the kernel.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`]; `None` when there is none, or it is not whole.
+    fn read_back(&self) -> Result<Option<Image>, DataplaneError>;
 
     /// Attaches the socket hooks to the root cgroup, or changes what they do. `Refuse` is the
     /// caller's promise that every interface but loopback is enforced.

@@ -4,35 +4,14 @@ use aya::programs::{SchedClassifier, TcAttachType};
 
 use super::{
     DataplaneError,
-    errors::{has_errno, io_error, is_gone, syscall},
+    errors::{has_errno, io_error, syscall},
 };
-
-/// Whether program `id` is among those that see an interface's packets.
-pub(super) fn has_program(
-    name: &str,
-    direction: TcAttachType,
-    id: u32,
-) -> Result<bool, DataplaneError> {
-    let mut attempts = 3;
-    loop {
-        attempts -= 1;
-        match SchedClassifier::query_tcx(name, direction) {
-            Ok((_, programs)) => return Ok(programs.iter().any(|p| p.id() == id)),
-            // A program of somebody else that went away under the query; or the kernel's word
-            // for none at all.
-            Err(error) if has_errno(&error, libc::ENOENT) && attempts > 0 => {}
-            Err(error) if is_gone(&error) => return Ok(false),
-            Err(error) => {
-                return Err(syscall("query the programs of a link")(io_error(&error)));
-            }
-        }
-    }
-}
 
 /// The name of an interface now.
 pub(super) fn interface_name(ifindex: u32) -> Option<String> {
     let name = nix::net::if_::if_indextoname(ifindex).ok()?;
-    name.into_string().ok()
+    // nix 0.31 takes the null pointer of a failure for an empty name.
+    name.into_string().ok().filter(|name| !name.is_empty())
 }
 
 /// Programs on an interface's two tcx hooks, in the order in which they are asked.

@@ -1,6 +1,8 @@
 //! The bpf(2) calls that aya keeps to itself. The only raw system calls of the project.
 #![expect(unsafe_code, reason = "bpf(2) takes a union of structs by address")]
 
+pub(super) mod objects;
+
 use std::{
     io,
     os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
@@ -8,7 +10,9 @@ use std::{
 };
 
 const BPF_MAP_CREATE: libc::c_long = 0;
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_MAP_FREEZE: libc::c_long = 22;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
@@ -80,15 +84,22 @@ fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
 /// # Errors
 /// The kernel's: EPERM, ENOMEM (memory cgroup), E2BIG.
 pub(super) fn create_image_map(words: u32, generation: u32) -> io::Result<OwnedFd> {
+    create_array(&format!("image_{generation}"), words, BPF_F_RDONLY_PROG)
+}
+
+/// Creates an array map of one element of `words` words.
+///
+/// # Errors
+/// As [`create_image_map`].
+pub(super) fn create_array(name: &str, words: u32, flags: u32) -> io::Result<OwnedFd> {
     let mut attr = CreateAttr {
         map_type: BPF_MAP_TYPE_ARRAY,
         key_size: 4,
         value_size: words * 4,
         max_entries: 1,
-        map_flags: BPF_F_RDONLY_PROG,
+        map_flags: flags,
         ..CreateAttr::default()
     };
-    let name = format!("image_{generation}");
     for (to, from) in attr.map_name.iter_mut().take(15).zip(name.bytes()) {
         *to = from;
     }
@@ -127,6 +138,37 @@ fn update(map: BorrowedFd<'_>, index: &u32, value: *const u8) -> io::Result<()> 
         flags: 0,
     };
     bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Reads element `index` of an array map into `value`, which has the map's value size, in words. Of
+/// an array of maps, the element is the inner map's id.
+///
+/// # Errors
+/// The kernel's; ENOENT when an array of maps has none there.
+pub(super) fn lookup(map: BorrowedFd<'_>, index: u32, value: &mut [u32]) -> io::Result<()> {
+    let mut attr = ElementAttr {
+        map_fd: map.as_raw_fd().unsigned_abs(),
+        _pad: 0,
+        key: std::ptr::from_ref(&index) as u64,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    bpf(BPF_MAP_LOOKUP_ELEM, &mut attr).map(drop)
+}
+
+/// Takes the map out of slot `index` of an array of maps.
+///
+/// # Errors
+/// The kernel's; ENOENT when there is none.
+pub(super) fn delete(map: BorrowedFd<'_>, index: u32) -> io::Result<()> {
+    let mut attr = ElementAttr {
+        map_fd: map.as_raw_fd().unsigned_abs(),
+        _pad: 0,
+        key: std::ptr::from_ref(&index) as u64,
+        value: 0,
+        flags: 0,
+    };
+    bpf(BPF_MAP_DELETE_ELEM, &mut attr).map(drop)
 }
 
 /// Room for the value of an image map, from which the kernel copies. What lies behind the image is

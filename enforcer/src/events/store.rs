@@ -55,6 +55,7 @@ fn packets(record: &Record) -> u64 {
     match record {
         Record::Denial(denial) => denial.packets,
         Record::Lost(lost) => lost.events,
+        Record::Tampered(_) => 0,
     }
 }
 
@@ -237,7 +238,7 @@ mod tests {
     fn gap(record: &Record) -> Option<(LostCause, u64)> {
         match record {
             Record::Lost(lost) => Some((lost.cause, lost.events)),
-            Record::Denial(_) => None,
+            Record::Denial(_) | Record::Tampered(_) => None,
         }
     }
 

@@ -14,7 +14,7 @@ use std::{
 use enforcer::{
     dataplane::{
         Dataplane as _, Interface, LinkType,
-        kernel::{KernelDataplane, LoadOptions},
+        kernel::{Keep, KernelDataplane, LoadOptions},
     },
     policy::model::{Environment, Policy},
 };
@@ -99,6 +99,9 @@ impl Enforcer {
             image_words: image.words().len(),
             debug: false,
             flows: enforcer::dataplane::flows::DEFAULT_FLOWS,
+            keep: Keep::Ephemeral,
+            anew: false,
+            extra: &[],
         };
         let mut dataplane = KernelDataplane::load(&options).unwrap();
         dataplane.apply(&image).unwrap();

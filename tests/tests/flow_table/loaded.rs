@@ -34,7 +34,7 @@ pub fn tcp(from: (IpAddr, u16), to: (IpAddr, u16), flags: u8) -> Vec<u8> {
 
 /// The sum of the counters of protected entries, and the largest.
 fn counted(programs: &mut Programs) -> (u32, u32) {
-    let map = programs.dataplane.ebpf_mut().map_mut("FLOW_SOURCES");
+    let map = programs.dataplane.map_mut("FLOW_SOURCES");
     let sources: Array<_, u32> = map.unwrap().try_into().unwrap();
     let counts: Vec<u32> = sources.iter().map(Result::unwrap).collect();
     (counts.iter().sum(), *counts.iter().max().unwrap())
@@ -91,10 +91,10 @@ fn the_counters_are_the_protected_entries_whatever_becomes_of_them() {
     assert_eq!(programs.run(INGRESS, &syn), -1);
     assert_eq!(protected(&mut programs), 39);
     // Eight hours and two minutes ago.
-    let map = programs.dataplane.ebpf_mut().map(".bss.control").unwrap();
+    let map = programs.dataplane.map(".bss.control").unwrap();
     let control: Array<_, Control> = map.try_into().unwrap();
     let hz = control.get(&0, 0).unwrap().hz;
-    let map = programs.dataplane.ebpf_mut().map_mut("FLOWS4").unwrap();
+    let map = programs.dataplane.map_mut("FLOWS4").unwrap();
     let mut buckets: Array<_, [u32; (SLOTS * WORDS4) as usize]> = map.try_into().unwrap();
     let mut aged = 0;
     for index in 0..buckets.len() {

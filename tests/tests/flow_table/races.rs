@@ -135,8 +135,7 @@ fn two_cpus_at_one_table_neither_mix_flows_nor_lose_them() {
     programs.apply(&image(&policy(RULES)));
     for family in [Family::V4, Family::V6] {
         programs.forget_flows();
-        let program = programs.dataplane.ebpf_mut().program(INGRESS.name());
-        let program: &SchedClassifier = program.unwrap().try_into().unwrap();
+        let program = programs.dataplane.program(INGRESS.name()).unwrap();
         for host in 0..STAY {
             let (a, b) = (family.address(1, 10 + host), family.address(2, 2));
             assert!(!passes(program, &answer(family, host)), "nothing allows it");
@@ -150,8 +149,7 @@ fn two_cpus_at_one_table_neither_mix_flows_nor_lose_them() {
         };
         let before = keys(&mut programs);
         assert_eq!(before.len(), usize::from(STAY));
-        let program = programs.dataplane.ebpf_mut().program(INGRESS.name());
-        let program: &SchedClassifier = program.unwrap().try_into().unwrap();
+        let program = programs.dataplane.program(INGRESS.name()).unwrap();
         let done = AtomicBool::new(false);
         let seen = std::thread::scope(|scope| {
             let looking = scope.spawn(|| {
@@ -236,8 +234,7 @@ fn the_same_packets_on_two_cpus_are_one_flow() {
     programs.apply(&image(&policy(RULES)));
     for family in [Family::V4, Family::V6] {
         programs.forget_flows();
-        let program = programs.dataplane.ebpf_mut().program(INGRESS.name());
-        let program: &SchedClassifier = program.unwrap().try_into().unwrap();
+        let program = programs.dataplane.program(INGRESS.name()).unwrap();
         let start = &Start(AtomicUsize::new(0));
         let missed: usize = std::thread::scope(|scope| {
             let both = [*one, *other].map(|cpu| {

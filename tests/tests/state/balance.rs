@@ -8,7 +8,7 @@ use std::{
     thread,
 };
 
-use aya::programs::{ProgramFd, SchedClassifier};
+use aya::programs::ProgramFd;
 use enforcer::dataplane::Counters;
 use enforcer_common::verdict::{Outcome, Reason};
 use enforcer_tests::{
@@ -86,13 +86,7 @@ fn counters_sum_over_all_cpus_and_only_grow() {
         (tcp((a, 4000), (b, 5555), SYN), DENIED, 2),
         (tcp((b, 1), (a, 1), SYN | ACK), NO_FLOW, 2),
     ];
-    let program: &mut SchedClassifier = programs
-        .dataplane
-        .ebpf_mut()
-        .program_mut(INGRESS.name())
-        .unwrap()
-        .try_into()
-        .unwrap();
+    let program = programs.dataplane.program(INGRESS.name()).unwrap();
     let program = program.fd().unwrap().try_clone().unwrap();
     let before = programs.counters();
     let (stop, start) = (AtomicBool::new(false), Barrier::new(cpus.len() * 2));

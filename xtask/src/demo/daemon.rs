@@ -73,7 +73,7 @@ pub fn start_enforcer(binary: &Path, keep: bool) -> Result<()> {
     command
         .arg("--segments")
         .arg(segments())
-        .args(["--interface", "gw-*"]);
+        .args(["--interface", "gw-*", "--ephemeral"]);
     command.stdout(log_file.try_clone()?).stderr(log_file);
     let mut child = start(&mut command, Some(GATEWAY), keep)?;
     let mut ended = None;

@@ -20,6 +20,7 @@ fn reloads(settings: &str) -> Reloads {
     let live = Live {
         path: PathBuf::from("p.yaml"),
         policy: Arc::new(loaded.policy),
+        known: true,
         settings: Arc::new(loaded.settings),
         settings_path: None,
         image: loaded.image,
@@ -32,7 +33,9 @@ fn reloads(settings: &str) -> Reloads {
         trust: crate::daemon::guard::Trust::Anyone,
     };
     let (shared, memory) = (Arc::new(shared), Memory::default());
-    Reloads::new(sources, shared, texts, memory, &Environment::default())
+    let generation = shared.live().image.generation();
+    let environment = Environment::default();
+    Reloads::new(sources, shared, texts, memory, generation, &environment)
 }
 
 fn host(interfaces: &[(u32, &str)], addresses: &[&str]) -> Environment {

@@ -11,7 +11,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use aya::programs::SchedClassifier;
 use enforcer::{
     compile::{self, Image, Options as Settings},
     policy::{SourceFile, model::Environment, parse},
@@ -72,8 +71,10 @@ fn measure(name: &str, files: &[SourceFile], rounds: usize, report: &mut Report)
         .find(|class| *class as usize >= words);
     let class = class.unwrap_or_else(|| images[0].size_class());
     let mut programs = Programs::load(class as usize);
-    let program = programs.dataplane.ebpf_mut().program_mut("tc_ingress");
-    let program: &mut SchedClassifier = program.context("no tc_ingress")?.try_into()?;
+    let program = programs
+        .dataplane
+        .program("tc_ingress")
+        .context("no tc_ingress")?;
     let program = Program::of(program.fd()?.as_fd().try_clone_to_owned()?);
     let probe = frame::frame(
         Family::V6.address(1, 2),

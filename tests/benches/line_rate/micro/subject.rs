@@ -3,7 +3,6 @@
 use std::os::fd::AsFd as _;
 
 use anyhow::{Context as _, Result};
-use aya::programs::SchedClassifier;
 use enforcer::{
     compile::{self, Image, Options},
     dataplane::Dataplane as _,
@@ -38,9 +37,8 @@ pub fn image(size: Size) -> Result<Image> {
     )?)
 }
 
-fn program(programs: &mut Programs, name: &'static str) -> Result<Program> {
-    let program = programs.dataplane.ebpf_mut().program_mut(name);
-    let program: &mut SchedClassifier = program.context(name)?.try_into()?;
+fn program(programs: &Programs, name: &'static str) -> Result<Program> {
+    let program = programs.dataplane.program(name).context(name)?;
     Ok(Program::of(program.fd()?.as_fd().try_clone_to_owned()?))
 }
 
@@ -56,9 +54,9 @@ pub struct Subject {
 impl Subject {
     /// Loads the size class that has room for `words` words, with a table of `flows`.
     pub fn load(words: usize, flows: u32) -> Result<Self> {
-        let mut programs = Programs::load_for(words, flows);
-        let program = program(&mut programs, "tc_ingress")?;
-        let verdict = self::program(&mut programs, "verdict")?;
+        let programs = Programs::load_for(words, flows);
+        let program = program(&programs, "tc_ingress")?;
+        let verdict = self::program(&programs, "verdict")?;
         Ok(Self {
             programs,
             program,

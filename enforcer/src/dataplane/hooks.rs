@@ -1,0 +1,376 @@
+//! Programs on hooks: attached once, found again by the next daemon, replaced in one step.
+//!
+//! tcx links and those of the socket hooks are pinned. Before tcx (Linux 6.6), filters of the clsact
+//! discipline do without: they stay as they are.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+};
+
+use aya::{
+    maps::{Map, MapData},
+    programs::TcAttachType,
+    util::KernelVersion,
+};
+
+use super::{
+    DataplaneError, Interface, cgroup, clsact,
+    errors::{attach_error, syscall},
+    kernel::KernelDataplane,
+    load::SOCKET_PROGRAMS,
+    pins::{Keep, Pins},
+    query::interface_name,
+    sys::objects::{self, AttachType},
+};
+
+pub(super) const TC_PROGRAMS: [(&str, TcAttachType, AttachType); 2] = [
+    ("tc_ingress", TcAttachType::Ingress, AttachType::TcxIngress),
+    ("tc_egress", TcAttachType::Egress, AttachType::TcxEgress),
+];
+
+/// Programs on one interface.
+pub(super) struct Attached {
+    pub(super) name: String,
+    pub(super) slot: u32,
+    pub(super) hooks: BTreeMap<&'static str, Hook>,
+}
+
+/// One program on one interface.
+pub(super) enum Hook {
+    Tcx(OwnedFd),
+    Clsact,
+}
+
+/// tcx links came with Linux 6.6; before, clsact through netlink.
+pub(super) fn tcx() -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
+}
+
+fn attach_type(program: &str) -> AttachType {
+    match program {
+        "connect4" => AttachType::Connect4,
+        "connect6" => AttachType::Connect6,
+        "sendmsg4" => AttachType::Sendmsg4,
+        _ => AttachType::Sendmsg6,
+    }
+}
+
+/// The kernel's word for a link, or a filter, whose interface is gone.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ENOLINK | libc::ENODEV | libc::ENOENT)
+    )
+}
+
+impl KernelDataplane {
+    pub(super) fn attach_interface(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
+        let (ifindex, slot) = (interface.ifindex, interface.slot);
+        if let Some(attached) = self.attached.get_mut(&ifindex) {
+            attached.name.clone_from(&interface.name);
+            if attached.slot == slot {
+                return Ok(());
+            }
+        }
+        self.note_interface(interface)?;
+        if let Some(attached) = self.attached.get_mut(&ifindex) {
+            attached.slot = slot;
+            return Ok(());
+        }
+        let mut attached = Attached {
+            name: interface.name.clone(),
+            slot,
+            hooks: BTreeMap::new(),
+        };
+        for (program, direction, tcx) in TC_PROGRAMS {
+            match self.hook(program, direction, tcx, interface) {
+                Ok(hook) => {
+                    attached.hooks.insert(program, hook);
+                }
+                Err(error) => {
+                    // Half an interface is worse than none: take the first hook off again.
+                    let _ = self.unhook(ifindex, attached);
+                    return Err(error);
+                }
+            }
+        }
+        self.attached.insert(ifindex, attached);
+        Ok(())
+    }
+
+    fn hook(
+        &mut self,
+        program: &'static str,
+        direction: TcAttachType,
+        attach_type: AttachType,
+        interface: &Interface,
+    ) -> Result<Hook, DataplaneError> {
+        let ifindex = interface.ifindex;
+        if !tcx() {
+            let classifier = self.opened.classifiers.get_mut(program);
+            let classifier = classifier.ok_or_else(|| super::errors::missing(program))?;
+            clsact::attach(classifier, program, direction, &interface.name)?;
+            return Ok(Hook::Clsact);
+        }
+        let failed = |error: io::Error| attach_error(program, &interface.name, &error);
+        let fd = self
+            .classifier(program)?
+            .fd()
+            .map_err(|e| failed(io::Error::other(e)))?;
+        let link = objects::link_interface(fd.as_fd(), ifindex, attach_type).map_err(failed)?;
+        self.pins
+            .pin_link(program, Some(ifindex), link.as_fd())
+            .map_err(failed)?;
+        Ok(Hook::Tcx(link))
+    }
+
+    pub(super) fn detach_interface(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
+        let Some(attached) = self.attached.remove(&ifindex) else {
+            return Ok(());
+        };
+        let result = self.unhook(ifindex, attached);
+        result.and(self.forget_interface(ifindex))
+    }
+
+    fn unhook(&mut self, ifindex: u32, attached: Attached) -> Result<(), DataplaneError> {
+        let mut result = Ok(());
+        for (program, hook) in attached.hooks {
+            let done = match hook {
+                // The last who knows of the link is `hook`, dropped here.
+                Hook::Tcx(_) => self
+                    .pins
+                    .forget_link(program, Some(ifindex))
+                    .map_err(|error| attach_error(program, &attached.name, &error)),
+                Hook::Clsact => {
+                    // Renamed, perhaps; and if it is gone, so is the filter.
+                    let name = interface_name(ifindex);
+                    let directions = TC_PROGRAMS.iter().find(|(name, ..)| *name == program);
+                    name.zip(directions)
+                        .map_or(Ok(()), |(name, (_, direction, _))| {
+                            clsact::detach(program, *direction, &name)
+                        })
+                }
+            };
+            result = result.and(done);
+        }
+        result
+    }
+
+    /// Finds what an earlier daemon has attached. Links that name other programs than ours are led to
+    /// ours, those whose interface is gone are forgotten.
+    pub(super) fn adopt_links(&mut self) -> Result<(), DataplaneError> {
+        let slots = self.interfaces()?;
+        let mut found: BTreeMap<u32, Attached> = BTreeMap::new();
+        let links = self.pins.links().map_err(syscall("open pinned links"))?;
+        for (program, ifindex, link) in links {
+            let socket = SOCKET_PROGRAMS.iter().find(|name| **name == program);
+            let tc = TC_PROGRAMS.iter().find(|(name, ..)| *name == program);
+            let info = objects::link_info(link.as_fd()).map_err(syscall("read a link"))?;
+            match (socket, tc, ifindex) {
+                (Some(name), _, None) => {
+                    self.socket_links.insert(name, link);
+                }
+                (_, Some((name, ..)), Some(ifindex)) if info.ifindex == ifindex => {
+                    let attached = found.entry(ifindex).or_insert_with(|| Attached {
+                        name: interface_name(ifindex).unwrap_or_default(),
+                        slot: slots.get(&ifindex).copied().unwrap_or(0),
+                        hooks: BTreeMap::new(),
+                    });
+                    attached.hooks.insert(name, Hook::Tcx(link));
+                }
+                _ => {
+                    let forgotten = self.pins.forget_link(&program, ifindex);
+                    forgotten.map_err(syscall("unpin a link"))?;
+                }
+            }
+        }
+        if !tcx() {
+            for (ifindex, slot) in &slots {
+                let Some(name) = interface_name(*ifindex) else {
+                    continue;
+                };
+                let hooks = TC_PROGRAMS.map(|(program, ..)| (program, Hook::Clsact));
+                let attached = Attached {
+                    name,
+                    slot: *slot,
+                    hooks: hooks.into(),
+                };
+                found.insert(*ifindex, attached);
+            }
+        }
+        for ifindex in slots.keys().filter(|ifindex| !found.contains_key(ifindex)) {
+            self.forget_interface(*ifindex)?;
+        }
+        self.attached = found;
+        self.replace_programs()
+    }
+
+    /// Sees to it that every hook has our programs, each in one step: no packet passes unjudged, as
+    /// all programs share what they judge by.
+    pub(super) fn replace_programs(&mut self) -> Result<(), DataplaneError> {
+        for (ifindex, attached) in &self.attached {
+            for (program, hook) in &attached.hooks {
+                let Hook::Tcx(link) = hook else { continue };
+                let classifier = self.classifier(program)?;
+                let ours = classifier
+                    .fd()
+                    .map_err(|e| attach_error(program, &attached.name, &e))?;
+                match replace(link, ours.as_fd()) {
+                    // Its interface went away meanwhile: rtnetlink says so.
+                    Err(error) if is_gone(&error) => {
+                        tracing::debug!(ifindex, program, "the link is gone");
+                    }
+                    replaced => {
+                        replaced.map_err(|e| attach_error(program, &attached.name, &e))?;
+                    }
+                }
+            }
+        }
+        for (program, link) in &self.socket_links {
+            if let Some(ours) = self.opened.socket.get(program) {
+                replace(link, ours.as_fd()).map_err(|e| attach_error(program, "a cgroup", &e))?;
+            }
+        }
+        if tcx() {
+            return Ok(());
+        }
+        let mut gone = Vec::new();
+        for (ifindex, attached) in &self.attached {
+            for (program, direction, _) in TC_PROGRAMS {
+                let Some(classifier) = self.opened.classifiers.get_mut(program) else {
+                    continue;
+                };
+                let Some(name) = interface_name(*ifindex) else {
+                    gone.push(*ifindex);
+                    break;
+                };
+                if attached.hooks.contains_key(program) {
+                    clsact::attach(classifier, program, direction, &name)?;
+                }
+            }
+        }
+        for ifindex in gone {
+            self.detach_interface(ifindex)?;
+        }
+        Ok(())
+    }
+
+    /// The kernel's number for a program.
+    pub(super) fn id_of(&self, program: &str) -> Result<u32, DataplaneError> {
+        let failed = syscall("read a program's id");
+        let fd = self.classifier(program)?.fd();
+        let fd = fd.map_err(|e| failed(io::Error::other(e)))?;
+        objects::id(fd.as_fd()).map_err(failed)
+    }
+
+    pub(super) fn missing_hooks(&mut self) -> Result<Vec<u32>, DataplaneError> {
+        let mut missing = Vec::new();
+        // Filters of clsact have no query that aya offers: there the kernel is taken at its word.
+        if !tcx() {
+            return Ok(missing);
+        }
+        for (ifindex, attached) in &self.attached {
+            for (program, _, attach_type) in TC_PROGRAMS {
+                let ours = self.id_of(program)?;
+                let programs = match objects::programs_on(*ifindex, attach_type) {
+                    Err(error) if is_gone(&error) => Vec::new(),
+                    programs => programs.map_err(syscall("query the programs of a link"))?,
+                };
+                // A link of ours with another program behind it is led back, not made anew.
+                let link = match attached.hooks.get(program) {
+                    Some(Hook::Tcx(link)) => objects::link_info(link.as_fd()).ok(),
+                    _ => None,
+                };
+                let holds = link.is_some_and(|info| info.ifindex == *ifindex);
+                if !holds
+                    || !(programs.contains(&ours)
+                        || link.is_some_and(|l| programs.contains(&l.program)))
+                {
+                    missing.push(*ifindex);
+                    break;
+                }
+            }
+        }
+        Ok(missing)
+    }
+
+    pub(super) fn attach_socket_hooks(&mut self) -> Result<(), DataplaneError> {
+        if self.socket_links.len() == SOCKET_PROGRAMS.len() {
+            return Ok(());
+        }
+        let root = cgroup::cgroup2_root()?;
+        let directory = File::open(&root).map_err(syscall("open the root cgroup"))?;
+        for program in SOCKET_PROGRAMS {
+            if self.socket_links.contains_key(program) {
+                continue;
+            }
+            let Some(ours) = self.opened.socket.get(program) else {
+                continue;
+            };
+            let failed = |error| attach_error(program, &root.display().to_string(), &error);
+            let link = objects::link_cgroup(ours.as_fd(), directory.as_fd(), attach_type(program))
+                .map_err(failed)?;
+            self.pins
+                .pin_link(program, None, link.as_fd())
+                .map_err(failed)?;
+            self.socket_links.insert(program, link);
+        }
+        Ok(())
+    }
+
+    pub(super) fn detach_socket_hooks(&mut self) -> Result<(), DataplaneError> {
+        let mut result = Ok(());
+        for (program, _) in std::mem::take(&mut self.socket_links) {
+            let forgotten = self.pins.forget_link(program, None);
+            result = result.and(forgotten.map_err(|e| attach_error(program, "a cgroup", &e)));
+        }
+        result
+    }
+}
+
+/// Puts a program behind a link, unless it is there.
+fn replace(link: &OwnedFd, program: std::os::fd::BorrowedFd<'_>) -> io::Result<()> {
+    if objects::link_info(link.as_fd())?.program == objects::id(program)? {
+        return Ok(());
+    }
+    objects::update_link(link.as_fd(), program)
+}
+
+/// Takes off what is pinned in a directory, whoever made it, while no daemon is at work there. Names
+/// of the interfaces that are not enforced any more; `None` when nothing is pinned.
+///
+/// # Errors
+/// [`DataplaneError`]; what could be taken off is off.
+pub fn take_off(root: &std::path::Path) -> Result<Option<Vec<String>>, DataplaneError> {
+    if !root.exists() {
+        return Ok(None);
+    }
+    let pins = Pins::open(&Keep::Pinned(root.to_owned()))?;
+    let mut interfaces = std::collections::BTreeSet::new();
+    for (_, ifindex, _) in pins.links().map_err(syscall("open pinned links"))? {
+        interfaces.extend(ifindex);
+    }
+    let mut result = Ok(());
+    if !tcx() {
+        let map = MapData::from_pin(pins.set(false).map("INTERFACES"));
+        let map = map.and_then(Map::from_map_data);
+        let map: Result<aya::maps::HashMap<_, u32, [u32; 2]>, _> = map.and_then(TryInto::try_into);
+        for ifindex in map.iter().flat_map(|map| map.keys().flatten()) {
+            interfaces.insert(ifindex);
+            let Some(name) = interface_name(ifindex) else {
+                continue;
+            };
+            for (program, direction, _) in TC_PROGRAMS {
+                result = result.and(clsact::detach(program, direction, &name));
+            }
+        }
+    }
+    let removed = pins.remove().map_err(syscall("remove the pins"));
+    result.and(removed)?;
+    Ok(Some(
+        interfaces.into_iter().filter_map(interface_name).collect(),
+    ))
+}

@@ -1,0 +1,547 @@
+//! What keeps enforcing while no daemon lives: programs, maps, links and images, pinned in a BPF
+//! file system.
+//!
+//! ```text
+//! ROOT/current/meta              what the rest is, see [`Meta`]
+//! ROOT/current/maps/NAME         what the programs share
+//! ROOT/current/programs/NAME
+//! ROOT/current/images/GENERATION what is in the slots of POLICY
+//! ROOT/next/…                    the same, while other programs take over
+//! ROOT/links/PROGRAM[-IFINDEX]   which hooks they hang on
+//! ```
+//!
+//! Every step leaves behind what the next start can go on from: `next` is thrown away, a link that
+//! names a program of `next` is led back, an image in no slot is forgotten.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io::{self, ErrorKind},
+    os::{
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+        unix::fs::DirBuilderExt as _,
+    },
+    path::{Path, PathBuf},
+};
+
+use enforcer_common::{ABI_VERSION, table::SECRETS};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
+
+use super::{
+    DataplaneError,
+    errors::syscall,
+    sys::{self, objects},
+};
+
+/// Where pins are unless told otherwise.
+pub const DEFAULT_PINS: &str = "/sys/fs/bpf/enforcer";
+/// "enforcer" in ASCII.
+const MAGIC: u64 = 0x656e_666f_7263_6572;
+/// Of what is shared by programs of different builds: map layouts, [`Meta`], names of pins.
+/// Another number, another enforcer: it is refused, not misread.
+pub(super) const LAYOUT: u32 = 1;
+
+/// Where what is loaded is to be kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Pinned in this directory of a BPF file system: it outlives the daemon.
+    Pinned(PathBuf),
+    /// Nowhere: it goes with the process.
+    Ephemeral,
+}
+
+/// What the pins belong to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct Meta {
+    magic: u64,
+    layout: u32,
+    /// [`ABI_VERSION`] of images.
+    abi: u32,
+    /// Of the object that the programs are from.
+    pub(super) object: u64,
+    /// Words of an image.
+    pub(super) image_words: u32,
+    /// Buckets of each flow table.
+    pub(super) buckets: u32,
+    /// The network namespace whose interfaces the programs are on.
+    pub(super) netns_cookie: u64,
+    /// The largest generation that ever judged: none is used twice.
+    pub(super) generation: u32,
+    reserved: u32,
+    /// Of the flow table's hash.
+    pub(super) secrets: [u64; SECRETS],
+}
+
+const META_WORDS: usize = size_of::<Meta>() / 4;
+
+impl Meta {
+    pub(super) fn new(
+        object: u64,
+        image_words: u32,
+        buckets: u32,
+        netns_cookie: u64,
+        secrets: [u64; SECRETS],
+    ) -> Self {
+        Self {
+            magic: MAGIC,
+            layout: LAYOUT,
+            abi: ABI_VERSION,
+            object,
+            image_words,
+            buckets,
+            netns_cookie,
+            generation: 0,
+            reserved: 0,
+            secrets,
+        }
+    }
+
+    /// The same, of another object and other sizes.
+    pub(super) fn with(self, object: u64, image_words: u32, buckets: u32) -> Self {
+        Self {
+            object,
+            image_words,
+            buckets,
+            ..self
+        }
+    }
+
+    fn words(&self) -> [u32; META_WORDS] {
+        let mut words = [0; META_WORDS];
+        let numbers = [
+            self.magic,
+            pair(self.layout, self.abi),
+            self.object,
+            pair(self.image_words, self.buckets),
+            self.netns_cookie,
+            pair(self.generation, self.reserved),
+        ];
+        let all = numbers.into_iter().chain(self.secrets);
+        for (to, from) in words.chunks_exact_mut(2).zip(all) {
+            to.copy_from_slice(&[from as u32, (from >> 32) as u32]);
+        }
+        words
+    }
+
+    fn from_words(words: &[u32; META_WORDS]) -> Self {
+        let mut numbers = words.chunks_exact(2).map(|pair| {
+            pair.iter()
+                .rev()
+                .fold(0, |all, w| all << 32 | u64::from(*w))
+        });
+        let mut next = || numbers.next().unwrap_or(0);
+        let (magic, layout_abi, object, sizes) = (next(), next(), next(), next());
+        let (netns_cookie, generation) = (next(), next());
+        let mut secrets = [0; SECRETS];
+        secrets.fill_with(next);
+        Self {
+            magic,
+            layout: layout_abi as u32,
+            abi: (layout_abi >> 32) as u32,
+            object,
+            image_words: sizes as u32,
+            buckets: (sizes >> 32) as u32,
+            netns_cookie,
+            generation: generation as u32,
+            reserved: 0,
+            secrets,
+        }
+    }
+}
+
+fn pair(low: u32, high: u32) -> u64 {
+    u64::from(low) | u64::from(high) << 32
+}
+
+/// A root directory of pins, of this process alone.
+#[derive(Debug)]
+pub(super) struct Pins {
+    root: PathBuf,
+    /// What is opened once stays there: `ROOT` may be under a mount that goes.
+    _mount: Option<OwnedFd>,
+    _lock: Option<Flock<File>>,
+    kept: bool,
+}
+
+impl Pins {
+    /// Takes hold of the directory, which is made if need be.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Environment`] where there is no BPF file system, it cannot be written, or
+    /// another enforcer has the directory.
+    pub(super) fn open(keep: &Keep) -> Result<Self, DataplaneError> {
+        match keep {
+            Keep::Ephemeral => Self::ephemeral(),
+            Keep::Pinned(root) => Self::pinned(root),
+        }
+    }
+
+    fn ephemeral() -> Result<Self, DataplaneError> {
+        let mount = objects::private_bpffs().map_err(|error| DataplaneError::Environment {
+            what: format!("cannot make a BPF file system of our own: {error}"),
+            help:
+                "programs that go with the daemon need CAP_SYS_ADMIN; without it, let it pin them \
+                   (--pins)"
+                    .to_owned(),
+        })?;
+        Ok(Self {
+            root: format!("/proc/self/fd/{}", mount.as_raw_fd()).into(),
+            _mount: Some(mount),
+            _lock: None,
+            kept: false,
+        })
+    }
+
+    fn pinned(root: &Path) -> Result<Self, DataplaneError> {
+        directory(root).map_err(|error| cannot_pin(root, &error))?;
+        let kind = statfs(root).map_err(|error| cannot_pin(root, &error.into()))?;
+        if kind.filesystem_type() != BPF_FS_MAGIC {
+            // Made in vain; only if it is empty.
+            let _ = fs::remove_dir(root);
+            let error = io::Error::other("it is not in a BPF file system");
+            return Err(cannot_pin(root, &error));
+        }
+        let opened = File::open(root).map_err(|error| cannot_pin(root, &error))?;
+        let lock = Flock::lock(opened, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
+            DataplaneError::Environment {
+                what: format!(
+                    "cannot have {} for ourselves: {}",
+                    root.display(),
+                    io::Error::from(error)
+                ),
+                help: "another enforcer is at work there: stop it, or give this one another \
+                       directory (--pins)"
+                    .to_owned(),
+            }
+        })?;
+        Ok(Self {
+            root: root.to_owned(),
+            _mount: None,
+            _lock: Some(lock),
+            kept: true,
+        })
+    }
+
+    /// Whether what is pinned outlives this process.
+    pub(super) fn kept(&self) -> bool {
+        self.kept
+    }
+
+    /// Programs and maps that are in use, or are about to be.
+    pub(super) fn set(&self, next: bool) -> Set {
+        Set {
+            path: self.root.join(if next { "next" } else { "current" }),
+        }
+    }
+
+    /// What is pinned in `current`, if anything is.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Environment`] when another kind of enforcer made it, or for another network
+    /// namespace.
+    pub(super) fn meta(&self, netns_cookie: u64) -> Result<Option<Meta>, DataplaneError> {
+        let set = self.set(false);
+        let map = match objects::get(&set.path.join("meta")) {
+            Ok(map) => map,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(syscall("open the pinned description")(error)),
+        };
+        let foreign = |what: &str, help: &str| DataplaneError::Environment {
+            what: format!("what is pinned in {} {what}", self.root.display()),
+            help: help.to_owned(),
+        };
+        let mut words = [0; META_WORDS];
+        sys::lookup(map.as_fd(), 0, &mut words).map_err(syscall("read the pinned description"))?;
+        let meta = Meta::from_words(&words);
+        let detach = "it goes on enforcing; to replace it, start the enforcer that made it, or take \
+                      it off with `enforcer detach` (nothing is enforced from then on) and start \
+                      this one";
+        if meta.magic != MAGIC {
+            return Err(foreign(
+                "is not an enforcer's",
+                "name another directory with --pins",
+            ));
+        }
+        if (meta.layout, meta.abi) != (LAYOUT, ABI_VERSION) {
+            let made = if (meta.layout, meta.abi) > (LAYOUT, ABI_VERSION) {
+                "a newer"
+            } else {
+                "an older"
+            };
+            let what = format!(
+                "was made by {made} enforcer (layout {}.{}, this one has {LAYOUT}.{ABI_VERSION})",
+                meta.layout, meta.abi
+            );
+            return Err(foreign(&what, detach));
+        }
+        if meta.netns_cookie != netns_cookie {
+            return Err(foreign(
+                "is for the interfaces of another network namespace",
+                "give each its own directory (--pins)",
+            ));
+        }
+        Ok(Some(meta))
+    }
+
+    /// What is in `next` becomes what is in use; what was, goes.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn commit(&self) -> io::Result<()> {
+        let (current, next) = (self.set(false), self.set(true));
+        match fs::rename(&next.path, &current.path) {
+            // An empty directory may be replaced; ours has something in it.
+            Err(error) if current.path.exists() => {
+                objects::exchange(&next.path, &current.path).map_err(|_| error)?;
+            }
+            moved => moved?,
+        }
+        next.remove()
+    }
+
+    /// Pinned links: the program's name, the ifindex if it is on an interface, and the link.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn links(&self) -> io::Result<Vec<(String, Option<u32>, OwnedFd)>> {
+        let mut links = Vec::new();
+        for name in names(&self.root.join("links"))? {
+            let link = objects::get(&self.root.join("links").join(&name))?;
+            match name.split_once('-') {
+                None => links.push((name, None, link)),
+                Some((program, ifindex)) => {
+                    links.push((program.to_owned(), ifindex.parse().ok(), link));
+                }
+            }
+        }
+        Ok(links)
+    }
+
+    /// Pins a link, in the place of an old one.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn pin_link(
+        &self,
+        program: &str,
+        ifindex: Option<u32>,
+        link: BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        directory(&self.root.join("links"))?;
+        repin(link, &self.link(program, ifindex))
+    }
+
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn forget_link(&self, program: &str, ifindex: Option<u32>) -> io::Result<()> {
+        gone(fs::remove_file(self.link(program, ifindex)))
+    }
+
+    /// Where a link is.
+    pub(super) fn link(&self, program: &str, ifindex: Option<u32>) -> PathBuf {
+        let links = self.root.join("links");
+        match ifindex {
+            None => links.join(program),
+            Some(ifindex) => links.join(format!("{program}-{ifindex}")),
+        }
+    }
+
+    /// Takes everything off: links first.
+    ///
+    /// # Errors
+    /// The first of the kernel's; the rest is attempted all the same.
+    pub(super) fn remove(&self) -> io::Result<()> {
+        let mut result = clear(&self.root.join("links"));
+        for set in [self.set(true), self.set(false)] {
+            result = result.and(set.remove());
+        }
+        if self.kept {
+            result = result.and(gone(fs::remove_dir(&self.root)));
+        }
+        result
+    }
+}
+
+/// Programs of one build, and their maps.
+#[derive(Clone, Debug)]
+pub(super) struct Set {
+    path: PathBuf,
+}
+
+impl Set {
+    /// Makes its directories.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn make(&self) -> io::Result<()> {
+        for path in ["", "images", "maps", "programs"] {
+            directory(&self.path.join(path))?;
+        }
+        Ok(())
+    }
+
+    /// Where a map is. The file system reserves dots.
+    pub(super) fn map(&self, name: &str) -> PathBuf {
+        let name = name.trim_start_matches('.').replace('.', "-");
+        self.path.join("maps").join(name)
+    }
+
+    /// Where a program is.
+    pub(super) fn program(&self, name: &str) -> PathBuf {
+        self.path.join("programs").join(name)
+    }
+
+    /// Pinned images, by their generations.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn images(&self) -> io::Result<Vec<(u32, OwnedFd)>> {
+        let mut images = Vec::new();
+        for name in names(&self.path.join("images"))? {
+            if let Ok(generation) = name.parse() {
+                images.push((generation, objects::get(&self.image(generation))?));
+            }
+        }
+        Ok(images)
+    }
+
+    /// Pins an image, in the place of another one of its generation.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn pin_image(&self, generation: u32, image: BorrowedFd<'_>) -> io::Result<()> {
+        let path = self.image(generation);
+        // It stays pinned at any moment.
+        if let Ok(pinned) = objects::get(&path)
+            && objects::id(pinned.as_fd())? == objects::id(image)?
+        {
+            return Ok(());
+        }
+        repin(image, &path)
+    }
+
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn forget_image(&self, generation: u32) -> io::Result<()> {
+        gone(fs::remove_file(self.image(generation)))
+    }
+
+    /// Where an image is.
+    pub(super) fn image(&self, generation: u32) -> PathBuf {
+        self.path.join("images").join(generation.to_string())
+    }
+
+    /// Writes what the set is: last, for without it there is none.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn describe(&self, meta: &Meta) -> io::Result<()> {
+        let map = sys::create_array("enforcer_meta", META_WORDS as u32, 0)?;
+        sys::update_words(map.as_fd(), 0, &meta.words())?;
+        repin(map.as_fd(), &self.path.join("meta"))
+    }
+
+    /// Whether it is known what the set is.
+    pub(super) fn described(&self) -> bool {
+        self.path.join("meta").exists()
+    }
+
+    /// Writes the description anew.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn update(&self, meta: &Meta) -> io::Result<()> {
+        let map = objects::get(&self.path.join("meta"))?;
+        sys::update_words(map.as_fd(), 0, &meta.words())
+    }
+
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn remove(&self) -> io::Result<()> {
+        gone(fs::remove_file(self.path.join("meta")))?;
+        for path in ["programs", "images", "maps"] {
+            clear(&self.path.join(path))?;
+        }
+        gone(fs::remove_dir(&self.path))
+    }
+}
+
+fn cannot_pin(root: &Path, error: &io::Error) -> DataplaneError {
+    let help = match error.kind() {
+        ErrorKind::ReadOnlyFilesystem => "mount it for writing: mount -o remount,rw /sys/fs/bpf",
+        ErrorKind::PermissionDenied => "run as root, or let the directory belong to this user",
+        ErrorKind::StorageFull => "remove what others have pinned there",
+        _ => {
+            "mount one: mount -t bpf bpf /sys/fs/bpf (`ip netns exec` hides it: enter the namespace \
+             with `nsenter --net=…` instead); or name a directory in one with --pins"
+        }
+    };
+    DataplaneError::Environment {
+        what: format!("cannot pin anything in {}: {error}", root.display()),
+        help: help.to_owned(),
+    }
+}
+
+/// Makes a directory that only root may enter, if it is not there.
+fn directory(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
+}
+
+fn repin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    match objects::pin(object, path) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            fs::remove_file(path)?;
+            objects::pin(object, path)
+        }
+        pinned => pinned,
+    }
+}
+
+/// Names in a directory; none where there is no directory.
+fn names(path: &Path) -> io::Result<Vec<String>> {
+    let entries = match fs::read_dir(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.extend(entry?.file_name().into_string());
+    }
+    names.sort_unstable();
+    Ok(names)
+}
+
+/// Removes a directory of pins.
+fn clear(path: &Path) -> io::Result<()> {
+    for name in names(path)? {
+        gone(fs::remove_file(path.join(name)))?;
+    }
+    gone(fs::remove_dir(path))
+}
+
+/// What is gone already is fine.
+fn gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_description_is_read_as_it_was_written() {
+        let secrets = std::array::from_fn(|at| 1 << (at + 40) | at as u64);
+        let mut meta = Meta::new(u64::MAX - 5, 1 << 18, 1 << 15, 77, secrets);
+        meta.generation = 9;
+        assert_eq!(Meta::from_words(&meta.words()), meta);
+    }
+}

@@ -1,0 +1,52 @@
+use std::fs;
+
+use enforcer_tests::{
+    daemon::{Daemon, LONG, wait_for},
+    netns::Routed,
+    numbers::under_load,
+    pins::Pins,
+    traffic::QUIET,
+};
+
+use serde_json::Value;
+
+use crate::gateway;
+
+/// What it says, once it does.
+fn answer(daemon: &Daemon<'_>) -> Option<Value> {
+    let status = daemon.try_status()?;
+    (status["state"] != "not_enforcing").then_some(status)
+}
+
+#[test]
+fn a_restart_with_a_broken_policy_keeps_what_was_in_force_and_says_so() {
+    let (net, pins) = (Routed::new(), Pins::default());
+    let daemon = gateway(&net, &pins).start();
+    let generation = daemon.generation();
+    under_load(&net, || {
+        let setup = daemon.kill();
+        let good = fs::read_to_string(setup.policy()).unwrap();
+        setup.write("version: 1\nsegmnts: {}\n");
+        let daemon = setup.spawn();
+        let status = wait_for("a status", LONG, || answer(&daemon));
+        assert_eq!(status["state"], "degraded", "{status}");
+        assert_eq!(status["generation"], generation);
+        let error = status["policy"]["last_error"].as_str().unwrap();
+        assert!(error.contains("policy.yaml:2"), "{error}");
+        daemon.setup.write(&good);
+        wait_for("the policy that is good again", LONG, || {
+            let status = daemon.try_status()?;
+            (status["state"] == "enforcing").then_some(())
+        });
+        // It says the same as before: what is in force stays.
+        assert_eq!(daemon.generation(), generation);
+        // And with no policy at all.
+        let setup = daemon.kill();
+        fs::remove_file(setup.policy()).unwrap();
+        let daemon = setup.spawn();
+        let status = wait_for("a status", LONG, || answer(&daemon));
+        assert_eq!(status["state"], "degraded", "{status}");
+        std::thread::sleep(QUIET);
+        drop(daemon);
+    });
+}
