@@ -13,6 +13,7 @@ use tokio::net::UnixStream;
 
 use super::{
     DEFAULT_SOCKET, DEFAULT_VIEW_SOCKET,
+    changes::{ApplyRequest, Changed, History, RollbackRequest},
     types::{
         ExplainRequest, Explanation, Flows, FlowsRequest, Peer, Plan, PlanRequest, Record, Refusal,
         RefusalCode, Reloaded, Status,
@@ -55,6 +56,9 @@ pub enum ClientError {
     /// The daemon read the policy, and cannot use it.
     #[error("{}", .0.error.trim_end())]
     Rejected(Box<Refusal>),
+    /// Another change is in the way.
+    #[error("{0}")]
+    Conflict(String),
     /// Something broke on the way.
     #[error("the enforcer's answer broke off: {0}")]
     Broken(String),
@@ -156,6 +160,40 @@ impl Client {
         self.json(Method::POST, "/v1/reload", Vec::new()).await
     }
 
+    /// Puts what is in a directory or file in force.
+    ///
+    /// # Errors
+    /// [`ClientError`]; what was in force has not changed then.
+    pub async fn apply(&self, request: &ApplyRequest) -> Result<Changed, ClientError> {
+        let body = serde_json::to_vec(request).map_err(broken)?;
+        self.json(Method::POST, "/v1/apply", body).await
+    }
+
+    /// What is on trial is to stay.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn confirm(&self) -> Result<Changed, ClientError> {
+        self.json(Method::POST, "/v1/confirm", Vec::new()).await
+    }
+
+    /// Puts an earlier state in force again.
+    ///
+    /// # Errors
+    /// [`ClientError`]; what was in force has not changed then.
+    pub async fn rollback(&self, request: &RollbackRequest) -> Result<Changed, ClientError> {
+        let body = serde_json::to_vec(request).map_err(broken)?;
+        self.json(Method::POST, "/v1/rollback", body).await
+    }
+
+    /// What was changed.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn history(&self) -> Result<History, ClientError> {
+        self.json(Method::GET, "/v1/history", Vec::new()).await
+    }
+
     /// Kept denials, and those to come when the query follows.
     ///
     /// # Errors
@@ -247,10 +285,11 @@ impl Client {
             |_| format!("{status}: {}", String::from_utf8_lossy(&bytes).trim_end()),
             |refusal| refusal.error,
         );
-        if status == StatusCode::FORBIDDEN {
-            return Err(ClientError::NotAllowed(said));
-        }
-        Err(ClientError::Refused(said))
+        Err(match status {
+            StatusCode::FORBIDDEN => ClientError::NotAllowed(said),
+            StatusCode::CONFLICT => ClientError::Conflict(said),
+            _ => ClientError::Refused(said),
+        })
     }
 }
 

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     OPENAPI,
+    changes::{ApplyRequest, Changed, History, RollbackRequest},
     peer::Authority,
     routes::{self, Route},
     types::{
@@ -108,6 +109,20 @@ fn operation(route: &Route, asked: &mut SchemaGenerator, told: &mut SchemaGenera
             "application/json",
             told.subschema_for::<Flows>(),
         ),
+        "/v1/apply" | "/v1/confirm" | "/v1/rollback" => (
+            match route.path {
+                "/v1/apply" => "Put the policy of a directory or file in force, or on trial.",
+                "/v1/confirm" => "What is on trial is to stay.",
+                _ => "Put an earlier state in force again; during a trial, end it.",
+            },
+            "application/json",
+            told.subschema_for::<Changed>(),
+        ),
+        "/v1/history" => (
+            "What was changed, by whom, and what came of it.",
+            "application/json",
+            told.subschema_for::<History>(),
+        ),
         "/v1/openapi.json" => (
             "This description.",
             "application/json",
@@ -133,15 +148,18 @@ fn operation(route: &Route, asked: &mut SchemaGenerator, told: &mut SchemaGenera
             "default": refusal,
         },
     });
-    if route.path == "/v1/explain" {
-        let schema = asked.subschema_for::<ExplainRequest>();
+    let body = match route.path {
+        "/v1/explain" => Some(asked.subschema_for::<ExplainRequest>()),
+        "/v1/plan" => Some(asked.subschema_for::<PlanRequest>()),
+        "/v1/apply" => Some(asked.subschema_for::<ApplyRequest>()),
+        "/v1/rollback" => Some(asked.subschema_for::<RollbackRequest>()),
+        _ => None,
+    };
+    if let Some(schema) = body {
+        // Going back to the state before takes no words.
+        let required = route.path != "/v1/rollback";
         operation["requestBody"] =
-            json!({ "required": true, "content": content("application/json", &schema) });
-    }
-    if route.path == "/v1/plan" {
-        let schema = asked.subschema_for::<PlanRequest>();
-        operation["requestBody"] =
-            json!({ "required": true, "content": content("application/json", &schema) });
+            json!({ "required": required, "content": content("application/json", &schema) });
     }
     if matches!(route.path, "/v1/denials" | "/v1/flows") {
         let schema = if route.path == "/v1/flows" {

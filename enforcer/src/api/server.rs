@@ -42,7 +42,7 @@ use super::{
     types::{Refusal, RefusalCode},
 };
 use crate::{
-    daemon::{reload::Ask, state::Shared},
+    daemon::{acts::Ask, state::Shared},
     settings::Access,
 };
 

@@ -4,6 +4,7 @@ use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use super::changes::{Origin, TrialStatus};
 use crate::policy::{Diagnostic, Severity};
 
 /// A moment, written as RFC 3339 in UTC with milliseconds.
@@ -14,6 +15,12 @@ impl Time {
     /// The present.
     pub fn now() -> Self {
         Self(jiff::Timestamp::now())
+    }
+
+    /// So much later than now; for ever is not.
+    pub fn after(duration: std::time::Duration) -> Self {
+        let now = jiff::Timestamp::now();
+        Self(now.saturating_add(duration).unwrap_or(now))
     }
 }
 
@@ -76,6 +83,9 @@ pub struct PolicyStatus {
     pub loaded_at: Time,
     /// Why the files as they are now are not what runs; `None` when they are.
     pub last_error: Option<String>,
+    /// Where it came from.
+    #[serde(default)]
+    pub origin: Option<Origin>,
 }
 
 /// An interface that is enforced, or should be.
@@ -183,6 +193,9 @@ pub struct Status {
     pub generation: u32,
     /// The policy.
     pub policy: PolicyStatus,
+    /// The trial that it is on.
+    #[serde(default)]
+    pub trial: Option<TrialStatus>,
     /// What passes before it is asked.
     #[serde(default)]
     pub settings: SettingsStatus,
@@ -652,6 +665,8 @@ pub enum RefusalCode {
     Busy,
     /// The files were read and cannot be used; what was in force stays.
     Rejected,
+    /// Another change is in the way: above all, a policy on trial.
+    Conflict,
     /// The daemon is about to end.
     Stopping,
     /// A mistake of the daemon's own.

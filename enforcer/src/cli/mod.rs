@@ -1,11 +1,13 @@
 //! The command line. One file a verb; what they share is here and in [`out`].
 
+mod apply;
 mod check;
 mod completions;
 mod denials;
 mod doctor;
 mod explain;
 mod flows;
+mod history;
 mod out;
 mod plan;
 mod run;
@@ -24,6 +26,8 @@ use out::Out;
 
 /// Where policies are unless told otherwise.
 const DEFAULT_SEGMENTS: &str = "/etc/enforcer/segments";
+/// Where history and states are kept unless told otherwise.
+const DEFAULT_STATE: &str = "/var/lib/enforcer";
 /// Where the daemon's settings are unless told otherwise.
 const DEFAULT_SETTINGS: &str = "/etc/enforcer/enforcer.yaml";
 
@@ -72,6 +76,14 @@ enum Verb {
     Run(run::Args),
     /// Say whether a policy is good; nothing is changed.
     Check(check::Args),
+    /// Put the policy of a directory in force, for good or on trial.
+    Apply(apply::Args),
+    /// Keep the policy that is on trial.
+    Confirm(apply::Confirm),
+    /// Put an earlier policy in force again, or end a trial.
+    Rollback(apply::Rollback),
+    /// Show what was changed, by whom, and what came of it.
+    History(history::Args),
     /// Show denied packets.
     Denials(denials::Args),
     /// Say why a flow is allowed or denied.
@@ -151,9 +163,9 @@ impl From<ClientError> for Failure {
             ClientError::Forbidden(_) | ClientError::NotAllowed(_) | ClientError::Busy(_) => {
                 Exit::Environment
             }
+            ClientError::Rejected(_) | ClientError::Conflict(_) => Exit::Policy,
             // The daemon understood, and does not know what was named.
             ClientError::Refused(_) => Exit::Usage,
-            ClientError::Rejected(_) => Exit::Policy,
         };
         Self::new(exit, error.to_string())
     }
@@ -178,6 +190,10 @@ pub fn main(open: Open) -> ExitCode {
     let result = match &cli.verb {
         Verb::Run(args) => run::run(args, &cli.globals, open),
         Verb::Check(args) => check::run(args, &mut out),
+        Verb::Apply(args) => apply::run(args, &cli.globals, &mut out),
+        Verb::Confirm(args) => apply::confirm(args, &cli.globals, &mut out),
+        Verb::Rollback(args) => apply::rollback(args, &cli.globals, &mut out),
+        Verb::History(args) => history::run(args, &cli.globals, &mut out),
         Verb::Denials(args) => denials::run(args, &cli.globals, &mut out),
         Verb::Explain(args) => explain::run(args, &cli.globals, &mut out),
         Verb::Plan(args) => plan::run(args, &cli.globals, &mut out),

@@ -15,13 +15,13 @@ use crate::{clock::Steps, policy::Diagnostic};
 
 use super::{
     RunError,
+    acts::Ask,
     clock::Clock,
     environment::Host,
-    files::{Sources, Texts},
+    files::Sources,
     links::Links,
-    load::Memory,
     netlink::Netlink,
-    reload::{Ask, Reloads},
+    reload::{Begun, Reloads},
     state::{Ground, Shared},
     tamper::Watchman,
     watch::Watch,
@@ -50,25 +50,15 @@ pub struct Control {
 }
 
 impl Control {
-    /// `texts` are those of the live policy, `memory` is what they said; it was compiled for `host`, whose interfaces `links` has
-    /// named. `generation` is the largest that ever judged.
+    /// The live policy is `begun`; `links` has named the interfaces of `host`.
     pub fn new(
         sources: Sources,
         shared: Arc<Shared>,
-        texts: Texts,
-        memory: Memory,
-        generation: u32,
+        begun: Begun,
         links: Links,
         host: Host,
     ) -> Self {
-        let reloads = Reloads::new(
-            sources.clone(),
-            Arc::clone(&shared),
-            texts,
-            memory,
-            generation,
-            &host.environment,
-        );
+        let reloads = Reloads::new(sources.clone(), Arc::clone(&shared), begun);
         Self {
             sources,
             shared,
@@ -137,9 +127,19 @@ impl Control {
             tokio::select! {
                 // A compiler at work does not hold up the end: nobody wants its image any more.
                 () = stopped(stop) => return Ok(()),
-                Some(ask) = asks.recv() => self.reloads.want("request", Some(ask)),
+                Some(ask) = asks.recv() => {
+                    self.reloads.ask(ask).await;
+                    self.report();
+                }
+                () = self.reloads.due() => {
+                    self.reloads.look_at_trial().await;
+                    self.report();
+                }
                 Some(()) = reload.recv() => self.reloads.want("SIGHUP", None),
-                done = self.reloads.done() => self.reloads.finish(done).await,
+                done = self.reloads.done() => {
+                    self.reloads.finish(done).await;
+                    self.report();
+                }
                 changed = watch.changed() => match changed {
                     Ok(()) => self.reloads.files_changed(),
                     Err(error) => broken("cannot watch the policy's files", &error).await,
@@ -236,7 +236,9 @@ impl Control {
             self.clock.problem(),
         ];
         let problems = problems.into_iter().flatten();
-        let problems: Vec<_> = problems.chain(self.watchman.problems()).collect();
+        let trial = self.reloads.trial_problems();
+        let problems = problems.chain(self.watchman.problems()).chain(trial);
+        let problems: Vec<_> = problems.collect();
         self.shared.note(|board| {
             board
                 .addresses

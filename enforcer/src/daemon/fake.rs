@@ -8,6 +8,7 @@ use std::{
         unix::net::UnixStream,
     },
     sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant},
 };
 
 use enforcer_common::{table::Flow, wire::Event};
@@ -48,12 +49,30 @@ pub struct Fake {
     /// The next record asked for ends the reader.
     pub poisoned: bool,
     pub size_class: u32,
+    /// The image that judges, or will when the trial is confirmed.
+    pub live: Option<Image>,
+    /// What is on trial in the kernel: what came before, and until when.
+    pub trial: Option<(Image, Instant)>,
+    pub refuse_trial: bool,
+    pub refuse_revert: bool,
     /// What an earlier daemon has left.
     pub adopted: Option<Adopted>,
     pub outlives: bool,
     pub tampered: Vec<Tamper>,
     events: VecDeque<Event>,
     wake: Option<UnixStream>,
+}
+
+impl Fake {
+    /// Hash of the image that judges packets now, as the programs find it.
+    pub fn judges(&self) -> u64 {
+        let expired = self
+            .trial
+            .as_ref()
+            .filter(|(_, end)| *end <= Instant::now());
+        let image = expired.map(|(previous, _)| previous).or(self.live.as_ref());
+        image.map_or(0, Image::hash)
+    }
 }
 
 /// A fake and the test's handle on it.
@@ -74,7 +93,7 @@ impl Handle {
     pub fn open_or_adopt(&self, size_class: Option<u32>) -> Option<Box<dyn Dataplane>> {
         match size_class {
             Some(size_class) => Some(self.open(size_class)),
-            None if self.lock().adopted.is_some() => Some(Box::new(self.clone())),
+            None if self.adopted().unwrap().is_some() => Some(Box::new(self.clone())),
             None => None,
         }
     }
@@ -101,37 +120,83 @@ impl Dataplane for Handle {
         if fake.refuse_apply {
             return Err(refused("apply"));
         }
+        assert!(fake.trial.is_none(), "applied during a trial");
         fake.applied.push((image.generation(), image.hash()));
+        fake.live = Some(image.clone());
         Ok(())
     }
 
     fn trial(
         &mut self,
-        _: &Image,
-        _: Option<&Image>,
-        _: std::time::Duration,
+        image: &Image,
+        previous: Option<&Image>,
+        within: Duration,
     ) -> Result<(), DataplaneError> {
-        Err(refused("trial"))
+        let mut fake = self.lock();
+        assert!(fake.trial.is_none(), "a trial in a trial");
+        if fake.refuse_trial {
+            return Err(refused("trial"));
+        }
+        let previous = previous.or(fake.live.as_ref()).unwrap().clone();
+        fake.trial = Some((previous, Instant::now() + within));
+        fake.live = Some(image.clone());
+        fake.applied.push((image.generation(), image.hash()));
+        Ok(())
     }
 
     fn on_trial(&self) -> Result<Option<OnTrial>, DataplaneError> {
-        Ok(None)
+        let fake = self.lock();
+        let on = fake.trial.as_ref().map(|(previous, end)| OnTrial {
+            remaining: end.saturating_duration_since(Instant::now()),
+            live: fake.live.as_ref().unwrap().generation(),
+            previous: previous.generation(),
+        });
+        Ok(on)
     }
 
     fn confirm(&mut self) -> Result<(), DataplaneError> {
-        Err(refused("confirm"))
+        let mut fake = self.lock();
+        let (_, end) = fake.trial.as_ref().unwrap();
+        if end.saturating_duration_since(Instant::now()) < Duration::from_secs(1) {
+            return Err(refused("confirm"));
+        }
+        fake.trial = None;
+        Ok(())
     }
 
     fn revert(&mut self) -> Result<(), DataplaneError> {
-        Err(refused("revert"))
+        let mut fake = self.lock();
+        if fake.refuse_revert {
+            return Err(refused("revert"));
+        }
+        let (previous, _) = fake.trial.take().unwrap();
+        fake.live = Some(previous);
+        Ok(())
     }
 
-    fn apply_both(&mut self, _: &Image, _: &Image) -> Result<(), DataplaneError> {
-        Err(refused("apply_both"))
+    fn apply_both(&mut self, previous: &Image, live: &Image) -> Result<(), DataplaneError> {
+        let mut fake = self.lock();
+        let trial = fake.trial.as_mut().unwrap();
+        trial.0 = previous.clone();
+        fake.live = Some(live.clone());
+        let both = [previous, live].map(|image| (image.generation(), image.hash()));
+        fake.applied.extend(both);
+        Ok(())
     }
 
     fn adopted(&self) -> Result<Option<Adopted>, DataplaneError> {
-        Ok(self.lock().adopted.clone())
+        let fake = self.lock();
+        if fake.adopted.is_some() || !fake.outlives {
+            return Ok(fake.adopted.clone());
+        }
+        let newest = fake.applied.iter().map(|(generation, _)| *generation).max();
+        let mut slots = fake.slots.clone();
+        slots.retain(|ifindex, _| fake.attached.contains(ifindex));
+        Ok(fake.live.clone().map(|live| Adopted {
+            live: Some(live),
+            generation: newest.unwrap_or(0),
+            slots,
+        }))
     }
 
     fn outlives(&self) -> bool {

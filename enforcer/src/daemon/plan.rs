@@ -112,7 +112,11 @@ fn make(shared: &Shared, request: &PlanRequest) -> Result<Plan, PlanError> {
         settings: &loaded.settings,
     };
     let unix = moment_unix(shared);
-    let mut plan = plan::compare(version(&live), new, environment, unix);
+    let mut plan = if live.known {
+        plan::compare(version(&live), new, environment, unix)
+    } else {
+        plan::unknown(version(&live), new)
+    };
     plan.path = sources.segments.display().to_string();
     plan.live_path = live.path.display().to_string();
     let all = loaded.texts.all();

@@ -1,6 +1,7 @@
 //! The whole daemon on a fake dataplane, through its real socket.
 
 mod settings;
+mod trial;
 
 use std::{
     fs,
@@ -22,6 +23,7 @@ use tokio::{
 use super::{Config, RunError, ViewSocket, fake::Handle, guard::Trust, run};
 use crate::{
     api::{
+        changes::RollbackRequest,
         client::{Client, ClientError, DenialsQuery, Records},
         openapi,
         types::{
@@ -67,6 +69,8 @@ fn config(dir: &Path) -> Config {
             required: true,
         }),
         socket_hooks: SocketHooks::Observe,
+        state_dir: Some(dir.join("state")),
+        confirm_within: None,
     }
 }
 
@@ -571,6 +575,20 @@ async fn answers_are_as_openapi_describes_them() {
     check("/v1/plan", value(&plan));
     let flows = daemon.client.flows(&FlowsRequest::default()).await;
     check("/v1/flows", value(&flows.unwrap()));
+    let back = RollbackRequest {
+        to: Some(1),
+        confirm_within: Some(60),
+        ..RollbackRequest::default()
+    };
+    check(
+        "/v1/rollback",
+        value(&daemon.client.rollback(&back).await.unwrap()),
+    );
+    check("/v1/status", value(&daemon.status().await));
+    check(
+        "/v1/history",
+        value(&daemon.client.history().await.unwrap()),
+    );
     let wrong = serde_json::json!({ "generation": 1 });
     assert!(openapi::check(&description, "/v1/reload", &wrong).is_err());
     daemon.stop().await.unwrap();

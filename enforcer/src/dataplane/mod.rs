@@ -20,6 +20,8 @@ mod sys;
 mod trial;
 
 pub use query::{Hanging, hanging};
+#[cfg(feature = "testing")]
+pub use sys::faults;
 pub use sys::{clock_is_kept, peer_groups, release_memory, share_heaps};
 
 use std::{

@@ -95,6 +95,24 @@ pub fn compare(live: Version<'_>, new: Version<'_>, env: &Environment, unix: u64
     plan
 }
 
+/// Of an image in force whose policy nobody has any more: an earlier daemon made it. It judges live
+/// flows, but has no names.
+pub fn unknown(live: Version<'_>, new: Version<'_>) -> Plan {
+    let mut plan = Plan {
+        changed: live.image.hash() != new.image.hash(),
+        hash: format!("{:016x}", new.image.hash()),
+        live_hash: format!("{:016x}", live.image.hash()),
+        generation: live.image.generation(),
+        ..Plan::default()
+    };
+    if plan.changed {
+        let why = "the policy in force was compiled by an earlier daemon, and its files cannot be read now: \
+                   only live flows are compared";
+        plan.reach.cut.push(why.to_owned());
+    }
+    plan
+}
+
 /// Who decided, in names.
 fn because(policy: &Policy, decision: &Decision) -> Because {
     let rule = policy.rule(RuleId(decision.rule));
