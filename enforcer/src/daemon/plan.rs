@@ -9,10 +9,10 @@ use std::{
 
 use super::{
     explain::now,
-    files::Sources,
+    files::{self, Sources},
     guard::Trust,
-    load::{self, Rejected},
-    progress,
+    load::{self, Loaded, Rejected},
+    progress::{self, Progress, Stage},
     state::{Ground, Live, Shared},
 };
 use crate::{
@@ -104,7 +104,7 @@ fn make(shared: &Shared, request: &PlanRequest) -> Result<Plan, PlanError> {
     let ground = ground.ok_or_else(|| PlanError::Bad("the daemon is starting".to_owned()))?;
     let sources = sources(&ground, request)?;
     let environment = &ground.environment;
-    let loaded = progress::logged(|progress| load::load(&sources, environment, progress))?;
+    let loaded = progress::logged(|progress| load(&ground, &sources, progress))?;
     let live = shared.live();
     let new = Version {
         policy: &loaded.policy,
@@ -132,6 +132,16 @@ fn make(shared: &Shared, request: &PlanRequest) -> Result<Plan, PlanError> {
     }
     plan.summary = plan::summary(&plan);
     Ok(plan)
+}
+
+/// What the policy has in common with the one in force is not done again; what is found out about it
+/// is forgotten.
+fn load(ground: &Ground, sources: &Sources, progress: &Progress) -> Result<Loaded, Rejected> {
+    progress.enter(Stage::Reading);
+    let texts = files::read_all(sources).map_err(Rejected::Files)?;
+    let memory = ground.memory.lock();
+    let mut memory = memory.unwrap_or_else(PoisonError::into_inner).clone();
+    load::compile_again(texts, &ground.environment, &mut memory, progress)
 }
 
 fn moment_unix(shared: &Shared) -> u64 {

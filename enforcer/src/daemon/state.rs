@@ -26,6 +26,7 @@ use crate::{
 use super::{
     explain::{explain, now},
     files::Sources,
+    load::Memory,
     reload,
     store::Store as Changes,
 };
@@ -57,6 +58,8 @@ pub struct Ground {
     pub environment: Environment,
     /// Where policy and settings are.
     pub sources: Sources,
+    /// What is known from what was compiled last.
+    pub memory: Arc<Mutex<Memory>>,
 }
 
 /// What the control task found out.
