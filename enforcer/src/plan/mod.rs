@@ -122,10 +122,10 @@ fn because(policy: &Policy, decision: &Decision) -> Because {
     let origin = rule.map(|rule| &rule.origin);
     let origin = origin.or(segment.map(|segment| &segment.origin));
     // The kernel calls it so since the flow was admitted before.
-    let reason = match decision.reason {
-        Reason::Revoked if rule.is_some() => Reason::RuleDeny,
-        Reason::Revoked if segment.is_some() => Reason::DefaultDeny,
-        reason => reason,
+    let reason = match (decision.reason == Reason::Revoked, rule, segment) {
+        (true, Some(_), _) => Reason::RuleDeny,
+        (true, None, Some(_)) => Reason::DefaultDeny,
+        _ => decision.reason,
     };
     Because {
         outcome: decision.outcome.into(),
