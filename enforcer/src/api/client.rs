@@ -271,16 +271,15 @@ impl Client {
         let bytes = Limited::new(body, LARGEST).collect().await;
         let bytes = bytes.map_err(broken)?.to_bytes();
         let refusal = serde_json::from_slice::<Refusal>(&bytes);
-        if let Ok(refusal) = &refusal {
-            let error = match refusal.code {
-                RefusalCode::Rejected => Some(ClientError::Rejected(Box::new(refusal.clone()))),
-                RefusalCode::Busy => Some(ClientError::Busy(refusal.error.clone())),
-                _ => None,
-            };
-            if let Some(error) = error {
-                return Err(error);
+        let refusal = match refusal {
+            Ok(refusal) if refusal.code == RefusalCode::Rejected => {
+                return Err(ClientError::Rejected(Box::new(refusal)));
             }
-        }
+            Ok(refusal) if refusal.code == RefusalCode::Busy => {
+                return Err(ClientError::Busy(refusal.error));
+            }
+            other => other,
+        };
         let said = refusal.map_or_else(
             |_| format!("{status}: {}", String::from_utf8_lossy(&bytes).trim_end()),
             |refusal| refusal.error,

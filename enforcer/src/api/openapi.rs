@@ -150,6 +150,7 @@ fn operation(route: &Route, asked: &mut SchemaGenerator, told: &mut SchemaGenera
     });
     let body = match route.path {
         "/v1/explain" => Some(asked.subschema_for::<ExplainRequest>()),
+        "/v1/plan" => Some(asked.subschema_for::<PlanRequest>()),
         "/v1/apply" => Some(asked.subschema_for::<ApplyRequest>()),
         "/v1/rollback" => Some(asked.subschema_for::<RollbackRequest>()),
         _ => None,
@@ -159,11 +160,6 @@ fn operation(route: &Route, asked: &mut SchemaGenerator, told: &mut SchemaGenera
         let required = route.path != "/v1/rollback";
         operation["requestBody"] =
             json!({ "required": required, "content": content("application/json", &schema) });
-    }
-    if route.path == "/v1/plan" {
-        let schema = asked.subschema_for::<PlanRequest>();
-        operation["requestBody"] =
-            json!({ "required": true, "content": content("application/json", &schema) });
     }
     if matches!(route.path, "/v1/denials" | "/v1/flows") {
         let schema = if route.path == "/v1/flows" {

@@ -163,10 +163,9 @@ impl From<ClientError> for Failure {
             ClientError::Forbidden(_) | ClientError::NotAllowed(_) | ClientError::Busy(_) => {
                 Exit::Environment
             }
-            ClientError::Conflict(_) => Exit::Policy,
+            ClientError::Rejected(_) | ClientError::Conflict(_) => Exit::Policy,
             // The daemon understood, and does not know what was named.
             ClientError::Refused(_) => Exit::Usage,
-            ClientError::Rejected(_) => Exit::Policy,
         };
         Self::new(exit, error.to_string())
     }

@@ -407,6 +407,7 @@ impl Control {
                 board.ground = Some(Arc::new(Ground {
                     environment: environment.clone(),
                     sources: self.sources.clone(),
+                    memory: self.reloads.memory(),
                 }));
             }
         });

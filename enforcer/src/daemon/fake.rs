@@ -256,7 +256,7 @@ impl Dataplane for Handle {
         Ok(())
     }
 
-    fn flow_reader(&mut self) -> Result<Box<dyn FlowReader>, DataplaneError> {
+    fn flow_reader(&self) -> Result<Box<dyn FlowReader>, DataplaneError> {
         Ok(Box::new(Flows(self.lock().flows.clone())))
     }
 

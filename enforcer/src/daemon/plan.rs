@@ -9,10 +9,10 @@ use std::{
 
 use super::{
     explain::now,
-    files::Sources,
+    files::{self, Sources},
     guard::Trust,
-    load::{self, Rejected},
-    progress,
+    load::{self, Loaded, Rejected},
+    progress::{self, Progress, Stage},
     state::{Ground, Live, Shared},
 };
 use crate::{
@@ -104,7 +104,7 @@ fn make(shared: &Shared, request: &PlanRequest) -> Result<Plan, PlanError> {
     let ground = ground.ok_or_else(|| PlanError::Bad("the daemon is starting".to_owned()))?;
     let sources = sources(&ground, request)?;
     let environment = &ground.environment;
-    let loaded = progress::logged(|progress| load::load(&sources, environment, progress))?;
+    let loaded = progress::logged(|progress| load(&ground, &sources, progress))?;
     let live = shared.live();
     let new = Version {
         policy: &loaded.policy,
@@ -112,7 +112,11 @@ fn make(shared: &Shared, request: &PlanRequest) -> Result<Plan, PlanError> {
         settings: &loaded.settings,
     };
     let unix = moment_unix(shared);
-    let mut plan = plan::compare(version(&live), new, environment, unix);
+    let mut plan = if live.known {
+        plan::compare(version(&live), new, environment, unix)
+    } else {
+        plan::unknown(version(&live), new)
+    };
     plan.path = sources.segments.display().to_string();
     plan.live_path = live.path.display().to_string();
     let all = loaded.texts.all();
@@ -128,6 +132,16 @@ fn make(shared: &Shared, request: &PlanRequest) -> Result<Plan, PlanError> {
     }
     plan.summary = plan::summary(&plan);
     Ok(plan)
+}
+
+/// What the policy has in common with the one in force is not done again; what is found out about it
+/// is forgotten.
+fn load(ground: &Ground, sources: &Sources, progress: &Progress) -> Result<Loaded, Rejected> {
+    progress.enter(Stage::Reading);
+    let texts = files::read_all(sources).map_err(Rejected::Files)?;
+    let memory = ground.memory.lock();
+    let mut memory = memory.unwrap_or_else(PoisonError::into_inner).clone();
+    load::compile_again(texts, &ground.environment, &mut memory, progress)
 }
 
 fn moment_unix(shared: &Shared) -> u64 {

@@ -247,6 +247,12 @@ impl Reloads {
         });
     }
 
+    /// What is known from what was compiled last, for who compiles something else; not for long, as
+    /// the next reload waits for it.
+    pub fn memory(&self) -> Arc<Mutex<Memory>> {
+        Arc::clone(&self.memory)
+    }
+
     /// Whether the live image has taken this host for another for too long: what it says about
     /// local addresses is no ground to refuse anything.
     pub fn stale(&self) -> bool {

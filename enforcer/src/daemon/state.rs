@@ -28,6 +28,7 @@ use crate::{
 use super::{
     explain::{explain, now},
     files::Sources,
+    load::Memory,
     reload,
     store::Store as Changes,
 };
@@ -59,6 +60,8 @@ pub struct Ground {
     pub environment: Environment,
     /// Where policy and settings are.
     pub sources: Sources,
+    /// What is known from what was compiled last.
+    pub memory: Arc<Mutex<Memory>>,
 }
 
 /// What the control task found out.

@@ -113,6 +113,26 @@ impl KernelDataplane {
         })
     }
 
+    /// A reader of the table as of these jiffies.
+    pub(super) fn reader(
+        &self,
+        jiffies: (u32, u32),
+    ) -> Result<Box<dyn FlowReader>, DataplaneError> {
+        let mut maps = Vec::new();
+        for (name, slot_words) in MAPS {
+            let Some(Map::Array(data)) = self.map(name) else {
+                return Err(missing(name));
+            };
+            let map = data.fd().as_fd().try_clone_to_owned();
+            maps.push((map.map_err(syscall("open the flow table"))?, slot_words));
+        }
+        Ok(Box::new(Reader {
+            maps,
+            buckets: self.flow_buckets(),
+            jiffies,
+        }))
+    }
+
     fn each(
         &self,
         mut see: impl FnMut(&Map, u32, &[u32], usize) -> Result<(), DataplaneError>,
@@ -183,28 +203,6 @@ struct Reader {
     maps: Vec<(OwnedFd, usize)>,
     buckets: u32,
     jiffies: (u32, u32),
-}
-
-impl KernelDataplane {
-    /// A reader of the table.
-    pub(super) fn reader(
-        &self,
-        jiffies: (u32, u32),
-    ) -> Result<Box<dyn FlowReader>, DataplaneError> {
-        let mut maps = Vec::new();
-        for (name, slot_words) in MAPS {
-            let Some(Map::Array(data)) = self.map(name) else {
-                return Err(missing(name));
-            };
-            let map = data.fd().as_fd().try_clone_to_owned();
-            maps.push((map.map_err(syscall("open the flow table"))?, slot_words));
-        }
-        Ok(Box::new(Reader {
-            maps,
-            buckets: self.flow_buckets(),
-            jiffies,
-        }))
-    }
 }
 
 impl FlowReader for Reader {

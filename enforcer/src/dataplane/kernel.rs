@@ -393,7 +393,7 @@ impl Dataplane for KernelDataplane {
         flows::sweep(self.classifier("sweep")?, self.meta.buckets)
     }
 
-    fn flow_reader(&mut self) -> Result<Box<dyn FlowReader>, DataplaneError> {
+    fn flow_reader(&self) -> Result<Box<dyn FlowReader>, DataplaneError> {
         let now = load::ticks(self.classifier("clock")?)?;
         self.reader((now as u32, self.control.hz))
     }

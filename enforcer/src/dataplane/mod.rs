@@ -309,7 +309,7 @@ pub trait Dataplane: Send {
     ///
     /// # Errors
     /// [`DataplaneError`].
-    fn flow_reader(&mut self) -> Result<Box<dyn FlowReader>, DataplaneError>;
+    fn flow_reader(&self) -> Result<Box<dyn FlowReader>, DataplaneError>;
 
     /// Attaches `tc_ingress` and `tc_egress`; of an interface that has them only the slot is
     /// written anew.

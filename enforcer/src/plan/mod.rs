@@ -95,6 +95,24 @@ pub fn compare(live: Version<'_>, new: Version<'_>, env: &Environment, unix: u64
     plan
 }
 
+/// Of an image in force whose policy nobody has any more: an earlier daemon made it. It judges live
+/// flows, but has no names.
+pub fn unknown(live: Version<'_>, new: Version<'_>) -> Plan {
+    let mut plan = Plan {
+        changed: live.image.hash() != new.image.hash(),
+        hash: format!("{:016x}", new.image.hash()),
+        live_hash: format!("{:016x}", live.image.hash()),
+        generation: live.image.generation(),
+        ..Plan::default()
+    };
+    if plan.changed {
+        let why = "the policy in force was compiled by an earlier daemon, and its files cannot be read now: \
+                   only live flows are compared";
+        plan.reach.cut.push(why.to_owned());
+    }
+    plan
+}
+
 /// Who decided, in names.
 fn because(policy: &Policy, decision: &Decision) -> Because {
     let rule = policy.rule(RuleId(decision.rule));
@@ -104,10 +122,10 @@ fn because(policy: &Policy, decision: &Decision) -> Because {
     let origin = rule.map(|rule| &rule.origin);
     let origin = origin.or(segment.map(|segment| &segment.origin));
     // The kernel calls it so since the flow was admitted before.
-    let reason = match decision.reason {
-        Reason::Revoked if rule.is_some() => Reason::RuleDeny,
-        Reason::Revoked if segment.is_some() => Reason::DefaultDeny,
-        reason => reason,
+    let reason = match (decision.reason == Reason::Revoked, rule, segment) {
+        (true, Some(_), _) => Reason::RuleDeny,
+        (true, None, Some(_)) => Reason::DefaultDeny,
+        _ => decision.reason,
     };
     Because {
         outcome: decision.outcome.into(),

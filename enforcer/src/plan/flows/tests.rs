@@ -97,16 +97,12 @@ fn answer(packet: &Packet) -> Packet {
         8 => 0,
         request => request + 1,
     };
-    let (kind, selector) = match t.kind {
-        packet::Kind::IcmpRequest => (packet::Kind::IcmpReply, reply << 8),
-        kind => (
-            kind,
-            if kind == packet::Kind::Other {
-                0
-            } else {
-                t.source_port
-            },
-        ),
+    let (kind, selector) = if t.kind == packet::Kind::IcmpRequest {
+        (packet::Kind::IcmpReply, reply << 8)
+    } else if t.kind == packet::Kind::Other {
+        (t.kind, 0)
+    } else {
+        (t.kind, t.source_port)
     };
     Packet {
         tuple: Tuple {
