@@ -14,7 +14,10 @@ use tokio::net::UnixStream;
 use super::{
     DEFAULT_SOCKET, DEFAULT_VIEW_SOCKET,
     changes::{ApplyRequest, Changed, History, RollbackRequest},
-    types::{ExplainRequest, Explanation, Peer, Record, Refusal, Reloaded, Status},
+    types::{
+        ExplainRequest, Explanation, Flows, FlowsRequest, Peer, Plan, PlanRequest, Record, Refusal,
+        RefusalCode, Reloaded, Status,
+    },
 };
 
 /// Bytes of an answer that is not a stream.
@@ -47,12 +50,15 @@ pub enum ClientError {
     /// The daemon said no.
     #[error("{0}")]
     Refused(String),
-    /// The files that were named, or the state, cannot be put in force.
-    #[error("{0}")]
-    Rejected(String),
     /// Another change is in the way.
     #[error("{0}")]
     Conflict(String),
+    /// The daemon has too much to do.
+    #[error("{0}")]
+    Busy(String),
+    /// The daemon read the policy, or what it has of an earlier state, and cannot use it.
+    #[error("{}", .0.error.trim_end())]
+    Rejected(Box<Refusal>),
     /// Something broke on the way.
     #[error("the enforcer's answer broke off: {0}")]
     Broken(String),
@@ -112,6 +118,38 @@ impl Client {
     pub async fn explain(&self, request: &ExplainRequest) -> Result<Explanation, ClientError> {
         let body = serde_json::to_vec(request).map_err(broken)?;
         self.json(Method::POST, "/v1/explain", body).await
+    }
+
+    /// What would change if the policy in a directory took over.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn plan(&self, request: &PlanRequest) -> Result<Plan, ClientError> {
+        let body = serde_json::to_vec(request).map_err(broken)?;
+        self.json(Method::POST, "/v1/plan", body).await
+    }
+
+    /// Live flows.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn flows(&self, request: &FlowsRequest) -> Result<Flows, ClientError> {
+        // As for denials: nothing to escape.
+        let from = request.from.as_ref().map(ToString::to_string);
+        let to = request.to.as_ref().map(ToString::to_string);
+        let limit = request.limit.map(|limit| limit.to_string());
+        let parameters = [
+            ("from", from),
+            ("to", to),
+            ("segment", request.segment.clone()),
+            ("limit", limit),
+        ];
+        let parameters = parameters
+            .into_iter()
+            .filter_map(|(name, value)| Some(format!("{name}={}", value?)));
+        let query = Vec::from_iter(parameters).join("&");
+        let uri = format!("/v1/flows?{query}");
+        self.json(Method::GET, &uri, Vec::new()).await
     }
 
     /// Reads the policy again.
@@ -233,6 +271,16 @@ impl Client {
         let bytes = Limited::new(body, LARGEST).collect().await;
         let bytes = bytes.map_err(broken)?.to_bytes();
         let refusal = serde_json::from_slice::<Refusal>(&bytes);
+        if let Ok(refusal) = &refusal {
+            let error = match refusal.code {
+                RefusalCode::Rejected => Some(ClientError::Rejected(Box::new(refusal.clone()))),
+                RefusalCode::Busy => Some(ClientError::Busy(refusal.error.clone())),
+                _ => None,
+            };
+            if let Some(error) = error {
+                return Err(error);
+            }
+        }
         let said = refusal.map_or_else(
             |_| format!("{status}: {}", String::from_utf8_lossy(&bytes).trim_end()),
             |refusal| refusal.error,
@@ -240,7 +288,6 @@ impl Client {
         Err(match status {
             StatusCode::FORBIDDEN => ClientError::NotAllowed(said),
             StatusCode::CONFLICT => ClientError::Conflict(said),
-            StatusCode::UNPROCESSABLE_ENTITY => ClientError::Rejected(said),
             _ => ClientError::Refused(said),
         })
     }

@@ -6,6 +6,8 @@
 //! | `GET /v1/status` | [`types::Status`] | viewers |
 //! | `GET /v1/denials?last=&from=&to=&follow=` | [`types::Record`]s, one JSON object a line | viewers |
 //! | `POST /v1/explain` with [`types::ExplainRequest`] | [`types::Explanation`] | viewers |
+//! | `GET /v1/flows?from=&to=&segment=&limit=` | [`types::Flows`] | viewers |
+//! | `POST /v1/plan` with [`types::PlanRequest`] | [`types::Plan`] | those who may change |
 //! | `POST /v1/reload` | [`types::Reloaded`] | those who may change |
 //! | `POST /v1/apply` with [`changes::ApplyRequest`] | [`changes::Changed`] | those who may change |
 //! | `POST /v1/confirm` | [`changes::Changed`] | those who may change |

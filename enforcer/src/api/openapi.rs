@@ -16,8 +16,8 @@ use super::{
     peer::Authority,
     routes::{self, Route},
     types::{
-        Default as DenyDefault, DenialsRequest, ExplainRequest, Explanation, Peer, Record, Refusal,
-        Reloaded, Status, Time,
+        Default as DenyDefault, DenialsRequest, ExplainRequest, Explanation, Flows, FlowsRequest,
+        Peer, Plan, PlanRequest, Record, Refusal, Reloaded, Status, Time,
     },
 };
 
@@ -113,6 +113,16 @@ fn operation(route: &Route, asked: &mut SchemaGenerator, told: &mut SchemaGenera
             "application/json",
             told.subschema_for::<History>(),
         ),
+        "/v1/plan" => (
+            "What would change if the policy in a directory took over; nothing does.",
+            "application/json",
+            told.subschema_for::<Plan>(),
+        ),
+        "/v1/flows" => (
+            "Live flows, and what the policy in force says of them.",
+            "application/json",
+            told.subschema_for::<Flows>(),
+        ),
         "/v1/openapi.json" => (
             "This description.",
             "application/json",
@@ -150,8 +160,17 @@ fn operation(route: &Route, asked: &mut SchemaGenerator, told: &mut SchemaGenera
         operation["requestBody"] =
             json!({ "required": required, "content": content("application/json", &schema) });
     }
-    if route.path == "/v1/denials" {
-        let schema = asked.root_schema_for::<DenialsRequest>();
+    if route.path == "/v1/plan" {
+        let schema = asked.subschema_for::<PlanRequest>();
+        operation["requestBody"] =
+            json!({ "required": true, "content": content("application/json", &schema) });
+    }
+    if matches!(route.path, "/v1/denials" | "/v1/flows") {
+        let schema = if route.path == "/v1/flows" {
+            asked.root_schema_for::<FlowsRequest>()
+        } else {
+            asked.root_schema_for::<DenialsRequest>()
+        };
         let fields = schema.get("properties").and_then(Value::as_object).unwrap();
         let parameters = fields.iter().map(|(name, schema)| {
             json!({ "name": name, "in": "query", "required": false, "schema": schema })

@@ -21,11 +21,15 @@ use super::{
     bounds::{AT_WORK, Kind},
     changes::{ApplyRequest, LONGEST_MESSAGE, LONGEST_TRIAL, RollbackRequest, SHORTEST_TRIAL},
     peer::{Authority, Named},
-    types::{DenialsRequest, ExplainRequest, Peer as End, Record, Refusal, RefusalCode},
+    types::{
+        DenialsRequest, ExplainRequest, FlowsRequest, Peer as End, PlanRequest, Record, Refusal,
+        RefusalCode,
+    },
 };
 use crate::{
     daemon::{
         acts::{Answer, Ask, Proposal, Refused, What},
+        plan::PlanError,
         state::Shared,
     },
     events::store::{Filter, Follower, UNSEGMENTED},
@@ -37,6 +41,8 @@ pub struct Context {
     shared: Arc<Shared>,
     asks: mpsc::Sender<Ask>,
     work: Arc<Semaphore>,
+    /// One plan at a time.
+    planning: Arc<Semaphore>,
 }
 
 impl Context {
@@ -46,6 +52,7 @@ impl Context {
             shared,
             asks,
             work: Arc::new(Semaphore::new(AT_WORK)),
+            planning: Arc::new(Semaphore::new(1)),
         }
     }
 }
@@ -91,6 +98,9 @@ pub fn all() -> (Vec<Route>, Router<Context>) {
     let (view, change) = (Authority::View, Authority::Change);
     add(ask.clone(), "/v1/status", view, false, get(status));
     add(ask.clone(), "/v1/denials", view, true, get(denials));
+    add(ask.clone(), "/v1/flows", view, false, get(flows));
+    // It reads what its caller names.
+    add(tell.clone(), "/v1/plan", change, false, post(plan));
     add(tell.clone(), "/v1/explain", view, false, post(explain));
     add(tell.clone(), "/v1/reload", change, false, post(reload));
     add(tell.clone(), "/v1/apply", change, false, post(apply));
@@ -105,7 +115,14 @@ pub fn all() -> (Vec<Route>, Router<Context>) {
 pub fn refuse(status: StatusCode, code: RefusalCode, error: impl Into<String>) -> Response {
     let error = error.into();
     let group = None;
-    refusal(status, Refusal { error, code, group })
+    let diagnostics = Vec::new();
+    let all = Refusal {
+        error,
+        code,
+        group,
+        diagnostics,
+    };
+    refusal(status, all)
 }
 
 /// The same, with more to say.
@@ -290,6 +307,70 @@ async fn confirm(State(context): State<Context>, Extension(by): Extension<Arc<Na
 async fn history(State(context): State<Context>) -> Response {
     match work(context, |shared| shared.changes.history()).await {
         Ok(history) => Json(history).into_response(),
+        Err(answer) => answer,
+    }
+}
+
+/// Reads and compiles what may be large: one at a time, beside all others.
+async fn plan(
+    State(context): State<Context>,
+    Extension(by): Extension<Arc<Named>>,
+    body: Bytes,
+) -> Response {
+    let request: PlanRequest = match serde_json::from_slice(&body) {
+        Ok(request) => request,
+        Err(error) => return bad(format!("the body is no such request: {error}")),
+    };
+    let Ok(turn) = Arc::clone(&context.planning).try_acquire_owned() else {
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        let error = "another plan is being made: try again";
+        return refuse(status, RefusalCode::Busy, error);
+    };
+    let shared = context.shared;
+    let done = spawn_blocking(move || {
+        let done = crate::daemon::plan::plan(&shared, &request);
+        // The client may have left; the next one waits for the work, not for the answer.
+        drop(turn);
+        done
+    });
+    match done.await {
+        Ok(Ok(plan)) => {
+            tracing::info!(%by, path = plan.path, summary = plan.summary, "made a plan");
+            Json(plan).into_response()
+        }
+        Ok(Err(error)) => {
+            tracing::info!(%by, "made no plan");
+            no_plan(error)
+        }
+        Err(error) => internal(error.to_string()),
+    }
+}
+
+fn internal(error: impl Into<String>) -> Response {
+    let status = StatusCode::INTERNAL_SERVER_ERROR;
+    refuse(status, RefusalCode::Internal, error)
+}
+
+fn no_plan(error: PlanError) -> Response {
+    match error {
+        PlanError::Bad(error) => bad(error),
+        PlanError::Rejected(refused) => refusal(StatusCode::UNPROCESSABLE_ENTITY, refused),
+        PlanError::Dataplane(error) => internal(error.to_string()),
+    }
+}
+
+async fn flows(
+    State(context): State<Context>,
+    query: Result<Query<FlowsRequest>, QueryRejection>,
+) -> Response {
+    let request = match query {
+        Ok(Query(request)) => request,
+        Err(error) => return bad(error.body_text()),
+    };
+    let list = move |shared: &Shared| crate::daemon::plan::flows(shared, &request);
+    match work(context, list).await {
+        Ok(Ok(flows)) => Json(flows).into_response(),
+        Ok(Err(error)) => no_plan(error),
         Err(answer) => answer,
     }
 }

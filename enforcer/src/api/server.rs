@@ -258,6 +258,7 @@ impl Server {
             return None;
         };
         Some(Refusal {
+            diagnostics: Vec::new(),
             error,
             code: RefusalCode::Forbidden,
             group: Some(group.clone()),

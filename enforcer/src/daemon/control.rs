@@ -26,7 +26,7 @@ use super::{
     links::{Effort, Links},
     netlink::{Changes, Netlink},
     reload::{Begun, Reloads},
-    state::Shared,
+    state::{Ground, Shared},
     tamper::Watchman,
     watch::Watch,
 };
@@ -351,6 +351,14 @@ impl Control {
             board.warnings = warnings;
             board.unix_floor = self.clock.floor();
             board.problems = problems;
+            let environment = &self.host.environment;
+            let known = board.ground.as_ref();
+            if known.is_none_or(|ground| ground.environment != *environment) {
+                board.ground = Some(Arc::new(Ground {
+                    environment: environment.clone(),
+                    sources: self.sources.clone(),
+                }));
+            }
         });
     }
 }

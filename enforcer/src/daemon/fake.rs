@@ -11,13 +11,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use enforcer_common::wire::Event;
+use enforcer_common::{table::Flow, wire::Event};
 
 use crate::{
     compile::Image,
     dataplane::{
-        Adopted, Counters, Dataplane, DataplaneError, EventSource, Interface, OnTrial, SocketHooks,
-        Tamper, WallClock,
+        Adopted, Counters, Dataplane, DataplaneError, EventSource, FlowReader, Interface, OnTrial,
+        SocketHooks, Tamper, WallClock,
     },
 };
 
@@ -35,6 +35,8 @@ pub struct Fake {
     pub log: Vec<String>,
     pub clock: Option<WallClock>,
     pub sweeps: u32,
+    /// What is in the flow table; it is one second young.
+    pub flows: Vec<Flow>,
     pub refuse_clock: bool,
     /// Interfaces whose programs somebody takes off before the next look.
     pub stolen: Vec<u32>,
@@ -219,6 +221,10 @@ impl Dataplane for Handle {
         Ok(())
     }
 
+    fn flow_reader(&mut self) -> Result<Box<dyn FlowReader>, DataplaneError> {
+        Ok(Box::new(Flows(self.lock().flows.clone())))
+    }
+
     fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
         let mut fake = self.lock();
         assert!(!fake.applied.is_empty(), "attached before a policy is live");
@@ -288,6 +294,19 @@ impl Dataplane for Handle {
         let mut fake = self.lock();
         fake.attached.clear();
         fake.detached_all = true;
+        Ok(())
+    }
+}
+
+struct Flows(Vec<Flow>);
+
+impl FlowReader for Flows {
+    fn jiffies(&self) -> (u32, u32) {
+        (100, 100)
+    }
+
+    fn each(&mut self, see: &mut dyn FnMut(&Flow)) -> Result<(), DataplaneError> {
+        self.0.iter().for_each(see);
         Ok(())
     }
 }

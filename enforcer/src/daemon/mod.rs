@@ -16,6 +16,7 @@ pub mod guard;
 pub mod links;
 pub mod load;
 pub mod netlink;
+pub mod plan;
 pub mod preflight;
 pub mod progress;
 pub mod reload;

@@ -20,12 +20,13 @@ use crate::{
     compile::Image,
     dataplane::{Counters, SocketHooks},
     events::{Generations, Store, enrich::Local, reader::SharedDataplane},
-    policy::model::Policy,
+    policy::model::{Environment, Policy},
     settings::{Settings, essentials_off, ethertype_name},
 };
 
 use super::{
     explain::{explain, now},
+    files::Sources,
     reload,
     store::Store as Changes,
 };
@@ -48,6 +49,15 @@ pub struct Live {
     pub image: Image,
     /// When the image took effect.
     pub loaded_at: Time,
+}
+
+/// What a policy would be compiled for and beside, if it were to take over now.
+#[derive(Clone, Debug)]
+pub struct Ground {
+    /// This host.
+    pub environment: Environment,
+    /// Where policy and settings are.
+    pub sources: Sources,
 }
 
 /// What the control task found out.
@@ -77,6 +87,8 @@ pub struct Board {
     pub trial: Option<(TrialStatus, Instant)>,
     /// What came of the last trial.
     pub notice: Option<String>,
+    /// What a policy would be compiled for; `None` before the first look at this host.
+    pub ground: Option<Arc<Ground>>,
 }
 
 /// Shared by the control task, the record reader and the API.

@@ -19,8 +19,8 @@ use enforcer_common::{
 
 use super::errors::{load_error, map_error, missing, syscall};
 use super::{
-    Adopted, Counters, Dataplane, DataplaneError, EventSource, Interface, LinkType, OnTrial,
-    PacketCount, RecordCount, SocketHooks, Tamper, WallClock, flows,
+    Adopted, Counters, Dataplane, DataplaneError, EventSource, FlowReader, Interface, LinkType,
+    OnTrial, PacketCount, RecordCount, SocketHooks, Tamper, WallClock, flows,
     hooks::Attached,
     images::Kept,
     load::{self, Opened},
@@ -391,6 +391,11 @@ impl Dataplane for KernelDataplane {
 
     fn sweep(&mut self) -> Result<(), DataplaneError> {
         flows::sweep(self.classifier("sweep")?, self.meta.buckets)
+    }
+
+    fn flow_reader(&mut self) -> Result<Box<dyn FlowReader>, DataplaneError> {
+        let now = load::ticks(self.classifier("clock")?)?;
+        self.reader((now as u32, self.control.hz))
     }
 
     fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {

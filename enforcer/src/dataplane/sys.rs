@@ -361,15 +361,28 @@ pub(super) fn sums(map: BorrowedFd<'_>, count: u32, cpus: usize) -> io::Result<V
 /// # Errors
 /// The kernel's.
 pub(super) fn array(map: BorrowedFd<'_>, count: u32, words: usize) -> io::Result<Vec<u32>> {
+    array_part(map, 0, count, words)
+}
+
+/// The same of `count` elements behind the first `start`.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn array_part(
+    map: BorrowedFd<'_>,
+    start: u32,
+    count: u32,
+    words: usize,
+) -> io::Result<Vec<u32>> {
     let mut keys = vec![0u32; count as usize];
     let mut values = vec![0u32; count as usize * words];
     let mut read = 0;
     // Where the kernel's last batch ended; it begins without one.
-    let mut next = 0u32;
+    let mut next = start.wrapping_sub(1);
     while read < count {
         let before = next;
         let mut attr = BatchAttr {
-            in_batch: if read == 0 {
+            in_batch: if start == 0 && read == 0 {
                 0
             } else {
                 std::ptr::from_ref(&before) as u64

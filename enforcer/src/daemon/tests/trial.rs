@@ -503,7 +503,7 @@ async fn what_is_refused_changes_nothing_and_is_remembered() {
         panic!("{refused}");
     };
     assert!(
-        said.contains("p.yaml:9:") && said.contains("ehr-bd"),
+        said.error.contains("p.yaml:9:") && said.error.contains("ehr-bd"),
         "{said}"
     );
     // Not every file that root may read is a policy.
