@@ -15,6 +15,7 @@ use crate::{
     api::types::{InterfaceState, InterfaceStatus},
     clock::Steps,
     policy::Diagnostic,
+    pulse::Pulse,
 };
 
 use super::{
@@ -25,6 +26,7 @@ use super::{
     files::Sources,
     links::{Effort, Links},
     netlink::{Changes, Netlink},
+    notify::Notify,
     reload::{Begun, Reloads},
     state::{Ground, Shared},
     tamper::Watchman,
@@ -66,6 +68,11 @@ pub struct Control {
     /// When interfaces changed last, and when all of them were looked at on a tick.
     changed: Option<Instant>,
     checked: Option<Instant>,
+    notify: Arc<Notify>,
+    /// Of the reader of denials.
+    reader: Option<Arc<Pulse>>,
+    /// The start is over.
+    serves: bool,
     watchman: Watchman,
 }
 
@@ -94,8 +101,17 @@ impl Control {
             addresses_due: None,
             changed: None,
             checked: None,
+            notify: Arc::default(),
+            reader: None,
+            serves: false,
             watchman: Watchman::default(),
         }
+    }
+
+    /// Tells the service manager how things are; that all goes on only while the reader of denials
+    /// does, too.
+    pub fn tell(&mut self, notify: Arc<Notify>, reader: Option<Arc<Pulse>>) {
+        (self.notify, self.reader) = (notify, reader);
     }
 
     /// Attaches for the first time.
@@ -149,25 +165,39 @@ impl Control {
         let mut steps = Steps::new()
             .inspect_err(|error| tracing::warn!(%error, "cannot watch the clock"))
             .ok();
+        self.serves = true;
+        self.report();
         // Loading the programs takes a second, in which nobody was watching.
         self.reloads.files_changed();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.reloads.step(&self.host.environment);
+            if !self.reloads.is_asked() {
+                let board = self.shared.note(|board| board.clone());
+                self.notify.reloaded(&board, &self.shared.live());
+            }
             let due = self.due();
             tokio::select! {
                 // A compiler at work does not hold up the end: nobody wants its image any more.
                 () = stopped(stop) => return Ok(()),
                 Some(ask) = asks.recv() => {
                     self.reloads.ask(ask).await;
+                    if self.reloads.is_asked() {
+                        self.notify.reloading();
+                    }
                     self.report();
                 }
                 () = self.reloads.due() => {
                     self.reloads.look_at_trial().await;
                     self.report();
                 }
-                Some(()) = reload.recv() => self.reloads.want("SIGHUP", None),
+                Some(()) = reload.recv() => {
+                    self.reloads.want("SIGHUP", None);
+                    if self.reloads.is_asked() {
+                        self.notify.reloading();
+                    }
+                }
                 done = self.reloads.done() => {
                     self.reloads.finish(done).await;
                     self.report();
@@ -190,6 +220,7 @@ impl Control {
                     watch.repair();
                     self.check();
                     self.sweep();
+                    self.notify.alive(|within| self.not_well(within));
                 }
             }
         }
@@ -206,6 +237,25 @@ impl Control {
         if let Err(error) = swept {
             tracing::error!(%error, "cannot take expired flows out of the table");
         }
+    }
+
+    /// Why the watchdog is to hear nothing: what does not go on, but for this task, which is here.
+    fn not_well(&self, within: Duration) -> Option<String> {
+        let ended = self.shared.note(|board| board.ended.first().cloned());
+        if ended.is_some() {
+            return ended;
+        }
+        if self.reader.as_ref().is_some_and(|r| !r.is_within(within)) {
+            return Some("the reader of denials does not go on".to_owned());
+        }
+        if !self.shared.serving.is_within(within) {
+            return Some("the server of the control socket does not go on".to_owned());
+        }
+        let dataplane = self.shared.dataplane.lock();
+        let counters = dataplane.unwrap_or_else(PoisonError::into_inner).counters();
+        counters
+            .err()
+            .map(|error| format!("the kernel's counters cannot be read: {error}"))
     }
 
     /// Asks the kernel whether what was attached still is.
@@ -360,6 +410,8 @@ impl Control {
                 }));
             }
         });
+        let board = self.shared.note(|board| board.clone());
+        self.notify.report(&board, &self.shared.live(), self.serves);
     }
 }
 

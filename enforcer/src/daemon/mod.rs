@@ -16,11 +16,13 @@ pub mod guard;
 pub mod links;
 pub mod load;
 pub mod netlink;
+pub mod notify;
 pub mod plan;
 pub mod preflight;
 pub mod progress;
 pub mod reload;
 pub mod rest;
+mod rivals;
 pub mod routes;
 pub mod selection;
 pub mod slots;
@@ -76,6 +78,7 @@ use files::{SettingsPath, Sources};
 use guard::Trust;
 use links::{Effort, Links};
 use load::Rejected;
+use notify::Notify;
 use selection::Selection;
 use start::{Chosen, Started};
 use state::Shared;
@@ -159,6 +162,8 @@ pub async fn run(
     mut reload: mpsc::Receiver<()>,
     mut stop: signal::Receiver<bool>,
 ) -> Result<(), RunError> {
+    let notify = Arc::new(Notify::from_env());
+    notify.status("reading the policy");
     share_heaps();
     // Before the kernel is touched: another daemon may be at work.
     let sockets = Arc::new(listen(&config)?);
@@ -198,7 +203,10 @@ pub async fn run(
         });
         let chosen = tokio::select! {
             // A compiler at work does not hold up the end.
-            () = control::stopped(&mut stop) => return Ok(()),
+            () = control::stopped(&mut stop) => {
+                notify.stopping();
+                return Ok(());
+            }
             chosen = loading => chosen,
         };
         match chosen.map_err(|e| system("cannot compile")(io::Error::other(e)))? {
@@ -210,6 +218,7 @@ pub async fn run(
     };
     control::log_warnings(chosen.warnings());
 
+    notify.status("loading the programs");
     let mut dataplane = match before.dataplane.take() {
         Some(dataplane) => dataplane,
         None => {
@@ -240,6 +249,7 @@ pub async fn run(
     // What the parser and the compiler have left behind; nobody waits for it.
     drop(spawn_blocking(release_memory));
 
+    let mut pulse = None;
     let reader = match events {
         Some(source) => {
             let cgroups = Cgroups::new(cgroup2_root().ok());
@@ -248,12 +258,14 @@ pub async fn run(
             let store = Arc::clone(&shared.store);
             let reader = Reader::new(source, dataplane, enricher, store);
             let reader = reader.map_err(system("cannot poll for records"))?;
+            pulse = Some(reader.pulse());
             Some(supervised("the reader of denials", &shared, reader.run()))
         }
         None => None,
     };
 
     let mut control = Control::new(sources, Arc::clone(&shared), begun, links, host);
+    control.tell(Arc::clone(&notify), pulse);
     control.start()?;
     if outlives {
         detach.0 = None;
@@ -271,6 +283,7 @@ pub async fn run(
     let server = supervised("the server of the control socket", &shared, server);
 
     let result = control.run(asks, &mut reload, &mut stop).await;
+    notify.stopping();
     server.abort();
     if let Some(reader) = reader {
         reader.abort();

@@ -248,17 +248,27 @@ pub(super) fn dump(
     length: usize,
     mut take: impl FnMut(&Message<'_>),
 ) -> io::Result<bool> {
+    dump_of(kind, &vec![0; length], &mut take)
+}
+
+/// All of a kind that `body` asks for, as above.
+pub(super) fn dump_of(
+    kind: u16,
+    body: &[u8],
+    take: &mut dyn FnMut(&Message<'_>),
+) -> io::Result<bool> {
     let socket = socket(
         AddressFamily::Netlink,
         SockType::Raw,
         SockFlag::SOCK_CLOEXEC,
         SockProtocol::NetlinkRoute,
     )?;
-    let mut request = Vec::with_capacity(HEADER + length);
-    request.extend(((HEADER + length) as u32).to_ne_bytes());
+    let mut request = Vec::with_capacity(HEADER + body.len());
+    request.extend(((HEADER + body.len()) as u32).to_ne_bytes());
     request.extend(kind.to_ne_bytes());
     request.extend(DUMP.to_ne_bytes());
-    request.resize(HEADER + length, 0);
+    request.resize(HEADER, 0);
+    request.extend(body);
     let kernel = NetlinkAddr::new(0, 0);
     sendto(socket.as_raw_fd(), &request, &kernel, MsgFlags::empty())?;
     let mut buffer = vec![0; 65_536];
@@ -376,7 +386,7 @@ fn ip(bytes: &[u8]) -> Option<IpAddr> {
     <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from)
 }
 
-fn text(value: &[u8]) -> String {
+pub(super) fn text(value: &[u8]) -> String {
     let text = value.split(|b| *b == 0).next().unwrap_or_default();
     String::from_utf8_lossy(text).into_owned()
 }

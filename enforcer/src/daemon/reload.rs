@@ -103,6 +103,8 @@ type Reload = (Arc<Named>, Answer<Reloaded>);
 
 struct Running {
     cause: &'static str,
+    /// Somebody asked for it.
+    asked: bool,
     asks: Vec<Reload>,
     proposal: Option<(Box<Proposal>, Answer<Changed>)>,
     environment: Environment,
@@ -228,6 +230,14 @@ impl Reloads {
         wanted.asks.extend(ask);
     }
 
+    /// Whether a reload that somebody asked for is not done yet.
+    pub fn is_asked(&self) -> bool {
+        // During a trial it waits, and nobody waits for it.
+        let wanted = self.wanted.as_ref().filter(|_| self.trial.is_none());
+        wanted.is_some_and(|wanted| wanted.always)
+            || self.running.as_ref().is_some_and(|running| running.asked)
+    }
+
     /// The files may have changed.
     pub fn files_changed(&mut self) {
         self.wanted.get_or_insert(Wanted {
@@ -344,6 +354,7 @@ impl Reloads {
                 ))
             });
             if let Some(running) = &mut self.running {
+                running.asked = true;
                 running.proposal = Some((proposal, answer));
             }
             return true;
@@ -359,6 +370,7 @@ impl Reloads {
             from_files(&sources, tried.as_ref(), applied, &environment, &memory)
         });
         if let Some(running) = &mut self.running {
+            running.asked = wanted.always;
             running.asks = wanted.asks;
         }
         true
@@ -372,6 +384,7 @@ impl Reloads {
     ) {
         self.running = Some(Running {
             cause,
+            asked: false,
             asks: Vec::new(),
             proposal: None,
             environment: environment.clone(),

@@ -21,6 +21,7 @@ use crate::{
     dataplane::{Counters, SocketHooks},
     events::{Generations, Store, enrich::Local, reader::SharedDataplane},
     policy::model::{Environment, Policy},
+    pulse::Pulse,
     settings::{Settings, essentials_off, ethertype_name},
 };
 
@@ -101,6 +102,8 @@ pub struct Shared {
     pub store: Arc<Store>,
     /// The history, and what can come back.
     pub changes: Arc<Changes>,
+    /// Of the server of the control socket.
+    pub serving: Pulse,
     live: RwLock<Arc<Live>>,
     board: Mutex<Board>,
     started_at: Time,
@@ -119,6 +122,7 @@ impl Shared {
             generations,
             store: Arc::default(),
             changes,
+            serving: Pulse::default(),
             live: RwLock::new(Arc::new(live)),
             board: Mutex::default(),
             started_at: Time::now(),
@@ -234,7 +238,8 @@ pub fn hooks_name(hooks: Option<SocketHooks>) -> &'static str {
     }
 }
 
-fn problems(board: &Board) -> Vec<String> {
+/// What is wrong, in words.
+pub(super) fn problems(board: &Board) -> Vec<String> {
     let mut problems = Vec::new();
     if let Some(error) = &board.last_error {
         problems.push(format!(

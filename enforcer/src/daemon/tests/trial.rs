@@ -504,7 +504,7 @@ async fn what_is_refused_changes_nothing_and_is_remembered() {
     };
     assert!(
         said.error.contains("p.yaml:9:") && said.error.contains("ehr-bd"),
-        "{said}"
+        "{said:?}"
     );
     // Not every file that root may read is a policy.
     let said = site.apply(Path::new("/etc/passwd"), None).await;
