@@ -22,6 +22,7 @@ use std::{
 use nix::time::{ClockId, clock_gettime};
 
 use super::state::{Board, Live, problems};
+use crate::api::types::{InterfaceState, InterfaceStatus};
 
 /// A service manager that does not read holds nobody up for longer.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -99,7 +100,8 @@ impl Notify {
     /// may itself wait for the daemon.
     pub fn report(&self, board: &Board, live: &Live, serves: bool) {
         let status = summary(board, live);
-        let is_open = |i: &crate::api::types::InterfaceStatus| !i.enforced && i.ifindex != 0;
+        // Not what nobody asked for.
+        let is_open = |i: &InterfaceStatus| i.state == InterfaceState::Failed && i.ifindex != 0;
         let mut said = self.said();
         if serves && !said.ready && !board.interfaces.iter().any(is_open) {
             said.ready = true;
