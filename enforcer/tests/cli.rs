@@ -66,6 +66,37 @@ fn help_is_a_verb_too() {
 }
 
 #[test]
+fn nobody_is_asked_where_nobody_is() {
+    for verb in [
+        &["apply", "x"][..],
+        &["rollback", "3"],
+        &["rollback", "--dry-run", "--confirm-within", "1s"],
+    ] {
+        let nowhere = ["--socket", "/nonexistent/socket"];
+        let (code, stdout, stderr) = run(&[verb, &nowhere].concat());
+        assert_eq!((code, stdout.as_str()), (64, ""), "{stderr}");
+    }
+    let (_, _, stderr) = run(&["apply", "x", "--socket", "/nonexistent/socket"]);
+    assert!(
+        stderr.contains("no terminal") && stderr.contains("-y"),
+        "{stderr}"
+    );
+    let (_, _, stderr) = run(&["apply", "x", "-y", "--confirm-within", "2s"]);
+    assert!(stderr.contains("3s to 24h"), "{stderr}");
+    // Told not to ask, it asks the daemon, which is not there.
+    for verb in [
+        &["apply", "x", "-y"][..],
+        &["confirm"],
+        &["history"],
+        &["apply", "x", "--dry-run"],
+    ] {
+        let nowhere = ["--socket", "/nonexistent/socket"];
+        let (code, _, stderr) = run(&[verb, &nowhere].concat());
+        assert_eq!(code, 5, "{stderr}");
+    }
+}
+
+#[test]
 fn the_loopback_is_refused_by_name() {
     let (code, stdout, stderr) = run(&["run", "--segments", "x.yaml", "--interface", "eth0,lo"]);
     assert_eq!((code, stdout.as_str()), (64, ""));

@@ -20,3 +20,8 @@ pub fn within(limit: Duration) -> Duration {
         limit
     }
 }
+
+/// Whether to do also what takes many minutes: `ENFORCER_TEST_SCALE=thorough`.
+pub fn thorough() -> bool {
+    std::env::var("ENFORCER_TEST_SCALE").is_ok_and(|scale| scale == "thorough")
+}

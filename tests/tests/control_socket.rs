@@ -92,13 +92,16 @@ fn forbidden((code, said): (u16, Value), group: u32) -> String {
 
 const EXPLAIN: &str =
     "POST /v1/explain\n{\"from\": \"10.1.0.2\", \"to\": \"10.1.0.1\", \"service\": \"udp/7777\"}";
-const ASKING: [&str; 4] = [
+const ASKING: [&str; 5] = [
     "GET /v1/status",
     "GET /v1/denials",
+    "GET /v1/flows?limit=2",
     EXPLAIN,
     "GET /v1/openapi.json",
 ];
 const RELOAD: &str = "POST /v1/reload";
+/// Changes nothing, but has the daemon read what its caller names.
+const PLAN: &str = "POST /v1/plan\n{}";
 
 #[test]
 fn root_and_groups_may_what_they_may_and_strangers_nothing() {
@@ -155,7 +158,10 @@ fn root_and_groups_may_what_they_may_and_strangers_nothing() {
     // A socket for asking is for asking, even for root: it may be in anybody's container.
     for user in [&viewer, &root] {
         forbidden(user.ask(&sockets.view, RELOAD).unwrap(), CHANGE);
+        forbidden(user.ask(&sockets.view, PLAN).unwrap(), CHANGE);
     }
+    let (code, said) = changer.ask(&sockets.control, PLAN).unwrap();
+    assert_eq!((code, &said["changed"]), (200, &false.into()), "{said}");
 }
 
 #[test]

@@ -11,11 +11,12 @@ use anyhow::{Result, bail};
 use crate::{env, ui};
 
 /// The modules that must stay pure.
-const PURE: [&str; 4] = [
+const PURE: [&str; 5] = [
     "enforcer-common/src",
     "enforcer/src/policy",
     "enforcer/src/settings",
     "enforcer/src/compile",
+    "enforcer/src/plan",
 ];
 
 /// The one file that may name aya: it implements its `Pod` trait, for userspace only.

@@ -13,7 +13,11 @@ use tokio::net::UnixStream;
 
 use super::{
     DEFAULT_SOCKET, DEFAULT_VIEW_SOCKET,
-    types::{ExplainRequest, Explanation, Peer, Record, Refusal, Reloaded, Status},
+    changes::{ApplyRequest, Changed, History, RollbackRequest},
+    types::{
+        ExplainRequest, Explanation, Flows, FlowsRequest, Peer, Plan, PlanRequest, Record, Refusal,
+        RefusalCode, Reloaded, Status,
+    },
 };
 
 /// Bytes of an answer that is not a stream.
@@ -46,6 +50,15 @@ pub enum ClientError {
     /// The daemon said no.
     #[error("{0}")]
     Refused(String),
+    /// Another change is in the way.
+    #[error("{0}")]
+    Conflict(String),
+    /// The daemon has too much to do.
+    #[error("{0}")]
+    Busy(String),
+    /// The daemon read the policy, or what it has of an earlier state, and cannot use it.
+    #[error("{}", .0.error.trim_end())]
+    Rejected(Box<Refusal>),
     /// Something broke on the way.
     #[error("the enforcer's answer broke off: {0}")]
     Broken(String),
@@ -107,12 +120,78 @@ impl Client {
         self.json(Method::POST, "/v1/explain", body).await
     }
 
+    /// What would change if the policy in a directory took over.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn plan(&self, request: &PlanRequest) -> Result<Plan, ClientError> {
+        let body = serde_json::to_vec(request).map_err(broken)?;
+        self.json(Method::POST, "/v1/plan", body).await
+    }
+
+    /// Live flows.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn flows(&self, request: &FlowsRequest) -> Result<Flows, ClientError> {
+        // As for denials: nothing to escape.
+        let from = request.from.as_ref().map(ToString::to_string);
+        let to = request.to.as_ref().map(ToString::to_string);
+        let limit = request.limit.map(|limit| limit.to_string());
+        let parameters = [
+            ("from", from),
+            ("to", to),
+            ("segment", request.segment.clone()),
+            ("limit", limit),
+        ];
+        let parameters = parameters
+            .into_iter()
+            .filter_map(|(name, value)| Some(format!("{name}={}", value?)));
+        let query = Vec::from_iter(parameters).join("&");
+        let uri = format!("/v1/flows?{query}");
+        self.json(Method::GET, &uri, Vec::new()).await
+    }
+
     /// Reads the policy again.
     ///
     /// # Errors
     /// [`ClientError`]; the policy in force has not changed then.
     pub async fn reload(&self) -> Result<Reloaded, ClientError> {
         self.json(Method::POST, "/v1/reload", Vec::new()).await
+    }
+
+    /// Puts what is in a directory or file in force.
+    ///
+    /// # Errors
+    /// [`ClientError`]; what was in force has not changed then.
+    pub async fn apply(&self, request: &ApplyRequest) -> Result<Changed, ClientError> {
+        let body = serde_json::to_vec(request).map_err(broken)?;
+        self.json(Method::POST, "/v1/apply", body).await
+    }
+
+    /// What is on trial is to stay.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn confirm(&self) -> Result<Changed, ClientError> {
+        self.json(Method::POST, "/v1/confirm", Vec::new()).await
+    }
+
+    /// Puts an earlier state in force again.
+    ///
+    /// # Errors
+    /// [`ClientError`]; what was in force has not changed then.
+    pub async fn rollback(&self, request: &RollbackRequest) -> Result<Changed, ClientError> {
+        let body = serde_json::to_vec(request).map_err(broken)?;
+        self.json(Method::POST, "/v1/rollback", body).await
+    }
+
+    /// What was changed.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn history(&self) -> Result<History, ClientError> {
+        self.json(Method::GET, "/v1/history", Vec::new()).await
     }
 
     /// Kept denials, and those to come when the query follows.
@@ -192,14 +271,25 @@ impl Client {
         let bytes = Limited::new(body, LARGEST).collect().await;
         let bytes = bytes.map_err(broken)?.to_bytes();
         let refusal = serde_json::from_slice::<Refusal>(&bytes);
+        if let Ok(refusal) = &refusal {
+            let error = match refusal.code {
+                RefusalCode::Rejected => Some(ClientError::Rejected(Box::new(refusal.clone()))),
+                RefusalCode::Busy => Some(ClientError::Busy(refusal.error.clone())),
+                _ => None,
+            };
+            if let Some(error) = error {
+                return Err(error);
+            }
+        }
         let said = refusal.map_or_else(
             |_| format!("{status}: {}", String::from_utf8_lossy(&bytes).trim_end()),
             |refusal| refusal.error,
         );
-        if status == StatusCode::FORBIDDEN {
-            return Err(ClientError::NotAllowed(said));
-        }
-        Err(ClientError::Refused(said))
+        Err(match status {
+            StatusCode::FORBIDDEN => ClientError::NotAllowed(said),
+            StatusCode::CONFLICT => ClientError::Conflict(said),
+            _ => ClientError::Refused(said),
+        })
     }
 }
 

@@ -6,12 +6,19 @@
 //! | `GET /v1/status` | [`types::Status`] | viewers |
 //! | `GET /v1/denials?last=&from=&to=&follow=` | [`types::Record`]s, one JSON object a line | viewers |
 //! | `POST /v1/explain` with [`types::ExplainRequest`] | [`types::Explanation`] | viewers |
+//! | `GET /v1/flows?from=&to=&segment=&limit=` | [`types::Flows`] | viewers |
+//! | `POST /v1/plan` with [`types::PlanRequest`] | [`types::Plan`] | those who may change |
 //! | `POST /v1/reload` | [`types::Reloaded`] | those who may change |
+//! | `POST /v1/apply` with [`changes::ApplyRequest`] | [`changes::Changed`] | those who may change |
+//! | `POST /v1/confirm` | [`changes::Changed`] | those who may change |
+//! | `POST /v1/rollback` with [`changes::RollbackRequest`] | [`changes::Changed`] | those who may change |
+//! | `GET /v1/history` | [`changes::History`] | viewers |
 //! | `GET /v1/openapi.json` | the description | viewers |
 //!
 //! Errors are [`types::Refusal`] with a 4xx or 5xx status.
 
 mod bounds;
+pub mod changes;
 pub mod client;
 #[cfg(test)]
 pub(crate) mod openapi;

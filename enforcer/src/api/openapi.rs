@@ -12,11 +12,12 @@ use serde_json::{Map, Value, json};
 
 use super::{
     OPENAPI,
+    changes::{ApplyRequest, Changed, History, RollbackRequest},
     peer::Authority,
     routes::{self, Route},
     types::{
-        Default as DenyDefault, DenialsRequest, ExplainRequest, Explanation, Peer, Record, Refusal,
-        Reloaded, Status, Time,
+        Default as DenyDefault, DenialsRequest, ExplainRequest, Explanation, Flows, FlowsRequest,
+        Peer, Plan, PlanRequest, Record, Refusal, Reloaded, Status, Time,
     },
 };
 
@@ -98,6 +99,30 @@ fn operation(route: &Route, asked: &mut SchemaGenerator, told: &mut SchemaGenera
             "application/json",
             told.subschema_for::<Reloaded>(),
         ),
+        "/v1/apply" | "/v1/confirm" | "/v1/rollback" => (
+            match route.path {
+                "/v1/apply" => "Put the policy of a directory or file in force, or on trial.",
+                "/v1/confirm" => "What is on trial is to stay.",
+                _ => "Put an earlier state in force again; during a trial, end it.",
+            },
+            "application/json",
+            told.subschema_for::<Changed>(),
+        ),
+        "/v1/history" => (
+            "What was changed, by whom, and what came of it.",
+            "application/json",
+            told.subschema_for::<History>(),
+        ),
+        "/v1/plan" => (
+            "What would change if the policy in a directory took over; nothing does.",
+            "application/json",
+            told.subschema_for::<Plan>(),
+        ),
+        "/v1/flows" => (
+            "Live flows, and what the policy in force says of them.",
+            "application/json",
+            told.subschema_for::<Flows>(),
+        ),
         "/v1/openapi.json" => (
             "This description.",
             "application/json",
@@ -123,13 +148,29 @@ fn operation(route: &Route, asked: &mut SchemaGenerator, told: &mut SchemaGenera
             "default": refusal,
         },
     });
-    if route.path == "/v1/explain" {
-        let schema = asked.subschema_for::<ExplainRequest>();
+    let body = match route.path {
+        "/v1/explain" => Some(asked.subschema_for::<ExplainRequest>()),
+        "/v1/apply" => Some(asked.subschema_for::<ApplyRequest>()),
+        "/v1/rollback" => Some(asked.subschema_for::<RollbackRequest>()),
+        _ => None,
+    };
+    if let Some(schema) = body {
+        // Going back to the state before takes no words.
+        let required = route.path != "/v1/rollback";
+        operation["requestBody"] =
+            json!({ "required": required, "content": content("application/json", &schema) });
+    }
+    if route.path == "/v1/plan" {
+        let schema = asked.subschema_for::<PlanRequest>();
         operation["requestBody"] =
             json!({ "required": true, "content": content("application/json", &schema) });
     }
-    if route.path == "/v1/denials" {
-        let schema = asked.root_schema_for::<DenialsRequest>();
+    if matches!(route.path, "/v1/denials" | "/v1/flows") {
+        let schema = if route.path == "/v1/flows" {
+            asked.root_schema_for::<FlowsRequest>()
+        } else {
+            asked.root_schema_for::<DenialsRequest>()
+        };
         let fields = schema.get("properties").and_then(Value::as_object).unwrap();
         let parameters = fields.iter().map(|(name, schema)| {
             json!({ "name": name, "in": "query", "required": false, "schema": schema })

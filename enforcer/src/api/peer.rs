@@ -56,6 +56,7 @@ impl Peer {
 
 /// A [`Peer`] as people know it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Named {
     /// Effective user.
     pub uid: u32,

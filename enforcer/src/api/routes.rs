@@ -1,6 +1,6 @@
 //! What is asked and answered on the control sockets.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use axum::{
     Extension, Json, Router,
@@ -11,6 +11,7 @@ use axum::{
     routing::{MethodRouter, get, post},
 };
 use futures_util::stream::{self, Stream, StreamExt};
+use serde::Serialize;
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
     task::spawn_blocking,
@@ -18,11 +19,19 @@ use tokio::{
 
 use super::{
     bounds::{AT_WORK, Kind},
+    changes::{ApplyRequest, LONGEST_MESSAGE, LONGEST_TRIAL, RollbackRequest, SHORTEST_TRIAL},
     peer::{Authority, Named},
-    types::{DenialsRequest, ExplainRequest, Peer as End, Record, Refusal, RefusalCode},
+    types::{
+        DenialsRequest, ExplainRequest, FlowsRequest, Peer as End, PlanRequest, Record, Refusal,
+        RefusalCode,
+    },
 };
 use crate::{
-    daemon::{reload::Ask, state::Shared},
+    daemon::{
+        acts::{Answer, Ask, Proposal, Refused, What},
+        plan::PlanError,
+        state::Shared,
+    },
     events::store::{Filter, Follower, UNSEGMENTED},
 };
 
@@ -32,6 +41,8 @@ pub struct Context {
     shared: Arc<Shared>,
     asks: mpsc::Sender<Ask>,
     work: Arc<Semaphore>,
+    /// One plan at a time.
+    planning: Arc<Semaphore>,
 }
 
 impl Context {
@@ -41,6 +52,7 @@ impl Context {
             shared,
             asks,
             work: Arc::new(Semaphore::new(AT_WORK)),
+            planning: Arc::new(Semaphore::new(1)),
         }
     }
 }
@@ -86,8 +98,15 @@ pub fn all() -> (Vec<Route>, Router<Context>) {
     let (view, change) = (Authority::View, Authority::Change);
     add(ask.clone(), "/v1/status", view, false, get(status));
     add(ask.clone(), "/v1/denials", view, true, get(denials));
+    add(ask.clone(), "/v1/flows", view, false, get(flows));
+    // It reads what its caller names.
+    add(tell.clone(), "/v1/plan", change, false, post(plan));
     add(tell.clone(), "/v1/explain", view, false, post(explain));
-    add(tell, "/v1/reload", change, false, post(reload));
+    add(tell.clone(), "/v1/reload", change, false, post(reload));
+    add(tell.clone(), "/v1/apply", change, false, post(apply));
+    add(tell.clone(), "/v1/confirm", change, false, post(confirm));
+    add(tell, "/v1/rollback", change, false, post(rollback));
+    add(ask.clone(), "/v1/history", view, false, get(history));
     add(ask, "/v1/openapi.json", view, false, get(openapi));
     (routes, router)
 }
@@ -96,7 +115,14 @@ pub fn all() -> (Vec<Route>, Router<Context>) {
 pub fn refuse(status: StatusCode, code: RefusalCode, error: impl Into<String>) -> Response {
     let error = error.into();
     let group = None;
-    refusal(status, Refusal { error, code, group })
+    let diagnostics = Vec::new();
+    let all = Refusal {
+        error,
+        code,
+        group,
+        diagnostics,
+    };
+    refusal(status, all)
 }
 
 /// The same, with more to say.
@@ -152,23 +178,200 @@ async fn explain(State(context): State<Context>, body: Bytes) -> Response {
     }
 }
 
-async fn reload(State(context): State<Context>, Extension(by): Extension<Arc<Named>>) -> Response {
+/// Asks the control task.
+async fn asked<T: Serialize>(
+    context: &Context,
+    ask: impl FnOnce(Answer<T>) -> Ask,
+) -> Result<T, Response> {
     let (sender, receiver) = oneshot::channel();
-    if context.asks.send(sender).await.is_err() {
-        return stopping();
+    if context.asks.send(ask(sender)).await.is_err() {
+        return Err(stopping());
     }
     match receiver.await {
-        Ok(Ok(reloaded)) => {
+        Ok(Ok(done)) => Ok(done),
+        Ok(Err(Refused { code, error })) => {
+            let status = match code {
+                RefusalCode::Conflict => StatusCode::CONFLICT,
+                RefusalCode::BadRequest => StatusCode::BAD_REQUEST,
+                RefusalCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+                RefusalCode::Rejected
+                | RefusalCode::Forbidden
+                | RefusalCode::NotFound
+                | RefusalCode::MethodNotAllowed
+                | RefusalCode::TooLarge
+                | RefusalCode::TooSlow
+                | RefusalCode::Busy
+                | RefusalCode::Stopping => StatusCode::UNPROCESSABLE_ENTITY,
+            };
+            Err(refuse(status, code, error))
+        }
+        Err(_) => Err(stopping()),
+    }
+}
+
+async fn reload(State(context): State<Context>, Extension(by): Extension<Arc<Named>>) -> Response {
+    let ask = |answer| Ask::Reload {
+        by: Arc::clone(&by),
+        answer,
+    };
+    match asked(&context, ask).await {
+        Ok(reloaded) => {
             let (generation, changed) = (reloaded.generation, reloaded.changed);
             tracing::info!(%by, generation, changed, "reloaded");
             Json(reloaded).into_response()
         }
-        Ok(Err(error)) => {
+        Err(refused) => {
             tracing::warn!(%by, "the reload was refused");
-            let status = StatusCode::UNPROCESSABLE_ENTITY;
-            refuse(status, RefusalCode::Rejected, error)
+            refused
         }
-        Err(_) => stopping(),
+    }
+}
+
+async fn apply(
+    State(context): State<Context>,
+    Extension(by): Extension<Arc<Named>>,
+    body: Bytes,
+) -> Response {
+    let request: ApplyRequest = match serde_json::from_slice(&body) {
+        Ok(request) => request,
+        Err(error) => return bad(format!("the body is no such request: {error}")),
+    };
+    if !request.path.is_absolute() {
+        return bad("the path must be absolute: the daemon is elsewhere");
+    }
+    let proposal = Proposal {
+        what: What::Path(request.path),
+        within: request.confirm_within.map(Duration::from_secs),
+        message: request.message,
+        by,
+        content: request.content,
+        dry_run: request.dry_run,
+    };
+    propose(&context, proposal).await
+}
+
+async fn rollback(
+    State(context): State<Context>,
+    Extension(by): Extension<Arc<Named>>,
+    body: Bytes,
+) -> Response {
+    let request = if body.is_empty() {
+        Ok(RollbackRequest::default())
+    } else {
+        serde_json::from_slice(&body)
+    };
+    let request: RollbackRequest = match request {
+        Ok(request) => request,
+        Err(error) => return bad(format!("the body is no such request: {error}")),
+    };
+    let proposal = Proposal {
+        what: What::State(request.to),
+        within: request.confirm_within.map(Duration::from_secs),
+        message: request.message,
+        by,
+        content: request.content,
+        dry_run: request.dry_run,
+    };
+    propose(&context, proposal).await
+}
+
+async fn propose(context: &Context, proposal: Proposal) -> Response {
+    let seconds = proposal
+        .within
+        .map_or(LONGEST_TRIAL, |within| within.as_secs());
+    if !(SHORTEST_TRIAL..=LONGEST_TRIAL).contains(&seconds) {
+        return bad(format!(
+            "a trial takes {SHORTEST_TRIAL} to {LONGEST_TRIAL} seconds: it cannot be confirmed in its last second"
+        ));
+    }
+    let message = proposal.message.as_deref().unwrap_or_default();
+    if message.chars().count() > LONGEST_MESSAGE {
+        return bad(format!(
+            "a message has {LONGEST_MESSAGE} characters at most"
+        ));
+    }
+    let proposal = Box::new(proposal);
+    match asked(context, |answer| Ask::Propose { proposal, answer }).await {
+        Ok(changed) => Json(changed).into_response(),
+        Err(refused) => refused,
+    }
+}
+
+async fn confirm(State(context): State<Context>, Extension(by): Extension<Arc<Named>>) -> Response {
+    match asked(&context, |answer| Ask::Confirm { by, answer }).await {
+        Ok(changed) => Json(changed).into_response(),
+        Err(refused) => refused,
+    }
+}
+
+async fn history(State(context): State<Context>) -> Response {
+    match work(context, |shared| shared.changes.history()).await {
+        Ok(history) => Json(history).into_response(),
+        Err(answer) => answer,
+    }
+}
+
+/// Reads and compiles what may be large: one at a time, beside all others.
+async fn plan(
+    State(context): State<Context>,
+    Extension(by): Extension<Arc<Named>>,
+    body: Bytes,
+) -> Response {
+    let request: PlanRequest = match serde_json::from_slice(&body) {
+        Ok(request) => request,
+        Err(error) => return bad(format!("the body is no such request: {error}")),
+    };
+    let Ok(turn) = Arc::clone(&context.planning).try_acquire_owned() else {
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        let error = "another plan is being made: try again";
+        return refuse(status, RefusalCode::Busy, error);
+    };
+    let shared = context.shared;
+    let done = spawn_blocking(move || {
+        let done = crate::daemon::plan::plan(&shared, &request);
+        // The client may have left; the next one waits for the work, not for the answer.
+        drop(turn);
+        done
+    });
+    match done.await {
+        Ok(Ok(plan)) => {
+            tracing::info!(%by, path = plan.path, summary = plan.summary, "made a plan");
+            Json(plan).into_response()
+        }
+        Ok(Err(error)) => {
+            tracing::info!(%by, "made no plan");
+            no_plan(error)
+        }
+        Err(error) => internal(error.to_string()),
+    }
+}
+
+fn internal(error: impl Into<String>) -> Response {
+    let status = StatusCode::INTERNAL_SERVER_ERROR;
+    refuse(status, RefusalCode::Internal, error)
+}
+
+fn no_plan(error: PlanError) -> Response {
+    match error {
+        PlanError::Bad(error) => bad(error),
+        PlanError::Rejected(refused) => refusal(StatusCode::UNPROCESSABLE_ENTITY, refused),
+        PlanError::Dataplane(error) => internal(error.to_string()),
+    }
+}
+
+async fn flows(
+    State(context): State<Context>,
+    query: Result<Query<FlowsRequest>, QueryRejection>,
+) -> Response {
+    let request = match query {
+        Ok(Query(request)) => request,
+        Err(error) => return bad(error.body_text()),
+    };
+    let list = move |shared: &Shared| crate::daemon::plan::flows(shared, &request);
+    match work(context, list).await {
+        Ok(Ok(flows)) => Json(flows).into_response(),
+        Ok(Err(error)) => no_plan(error),
+        Err(answer) => answer,
     }
 }
 

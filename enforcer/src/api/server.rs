@@ -42,7 +42,7 @@ use super::{
     types::{Refusal, RefusalCode},
 };
 use crate::{
-    daemon::{reload::Ask, state::Shared},
+    daemon::{acts::Ask, state::Shared},
     settings::Access,
 };
 
@@ -261,6 +261,7 @@ impl Server {
             return None;
         };
         Some(Refusal {
+            diagnostics: Vec::new(),
             error,
             code: RefusalCode::Forbidden,
             group: Some(group.clone()),

@@ -4,6 +4,9 @@ use std::{fmt, net::IpAddr, str::FromStr, sync::Arc};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use super::changes::{Origin, TrialStatus};
+use crate::policy::{Diagnostic, Severity};
+
 /// A moment, written as RFC 3339 in UTC with milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time(pub jiff::Timestamp);
@@ -12,6 +15,12 @@ impl Time {
     /// The present.
     pub fn now() -> Self {
         Self(jiff::Timestamp::now())
+    }
+
+    /// So much later than now; for ever is not.
+    pub fn after(duration: std::time::Duration) -> Self {
+        let now = jiff::Timestamp::now();
+        Self(now.saturating_add(duration).unwrap_or(now))
     }
 }
 
@@ -74,6 +83,9 @@ pub struct PolicyStatus {
     pub loaded_at: Time,
     /// Why the files as they are now are not what runs; `None` when they are.
     pub last_error: Option<String>,
+    /// Where it came from.
+    #[serde(default)]
+    pub origin: Option<Origin>,
 }
 
 /// An interface that is enforced, or should be.
@@ -181,6 +193,9 @@ pub struct Status {
     pub generation: u32,
     /// The policy.
     pub policy: PolicyStatus,
+    /// The trial that it is on.
+    #[serde(default)]
+    pub trial: Option<TrialStatus>,
     /// What passes before it is asked.
     #[serde(default)]
     pub settings: SettingsStatus,
@@ -539,6 +554,79 @@ pub struct Reloaded {
     pub generation: u32,
 }
 
+/// Body of `POST /v1/plan`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct PlanRequest {
+    /// Whole path of the directory or file to compare with what is in force. Missing: where the
+    /// daemon reads its policy.
+    #[serde(default)]
+    pub path: Option<String>,
+}
+
+pub use crate::plan::types::{
+    Because, ChangedFlow, End, Example, FlowChanges, Flows, Item, Items, LiveFlow, Outcome, Plan,
+    ReachChange, ReachChanges, ReachGroup, Sign, TextChanges,
+};
+
+/// Query of `GET /v1/flows`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct FlowsRequest {
+    /// Who opened the flow.
+    pub from: Option<Peer>,
+    /// To whom.
+    pub to: Option<Peer>,
+    /// A segment that either end is in.
+    pub segment: Option<String>,
+    /// At most so many, those with most bytes; 1 000 when missing, 10 000 at most.
+    pub limit: Option<usize>,
+}
+
+/// A mistake in a policy or in settings, as `enforcer check -o json` writes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Finding {
+    /// Stable code: `E…` for errors, `W…` for warnings.
+    pub code: String,
+    /// `error` or `warning`.
+    pub severity: String,
+    /// Name of the file.
+    pub file: String,
+    /// 1-based line.
+    pub line: u32,
+    /// 1-based column, in characters.
+    pub column: u32,
+    /// 1-based column after the last character meant.
+    pub end_column: u32,
+    /// What is wrong, one line.
+    pub message: String,
+    /// What to do about it, if anything can be said.
+    pub help: Option<String>,
+    /// Facts that bear on it.
+    pub notes: Vec<String>,
+}
+
+impl From<&Diagnostic> for Finding {
+    fn from(diagnostic: &Diagnostic) -> Self {
+        let severity = match diagnostic.severity {
+            Severity::Error => "error",
+            Severity::Warning => "warning",
+        };
+        Self {
+            code: diagnostic.code.to_owned(),
+            severity: severity.to_owned(),
+            file: diagnostic.file.clone(),
+            line: diagnostic.line,
+            column: diagnostic.column,
+            end_column: diagnostic.end_column,
+            message: diagnostic.message.clone(),
+            help: diagnostic.help.clone(),
+            notes: diagnostic.notes.clone(),
+        }
+    }
+}
+
 /// Any answer that is not a success.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -551,6 +639,9 @@ pub struct Refusal {
     /// Of `forbidden`: the group whose members may.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// Of `rejected`: the mistakes one by one, the first hundred.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub diagnostics: Vec<Finding>,
 }
 
 /// Kinds of [`Refusal`].
@@ -574,6 +665,8 @@ pub enum RefusalCode {
     Busy,
     /// The files were read and cannot be used; what was in force stays.
     Rejected,
+    /// Another change is in the way: above all, a policy on trial.
+    Conflict,
     /// The daemon is about to end.
     Stopping,
     /// A mistake of the daemon's own.

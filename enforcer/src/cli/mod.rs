@@ -1,11 +1,15 @@
 //! The command line. One file a verb; what they share is here and in [`out`].
 
+mod apply;
 mod check;
 mod completions;
 mod denials;
 mod doctor;
 mod explain;
+mod flows;
+mod history;
 mod out;
+mod plan;
 mod run;
 mod status;
 
@@ -22,6 +26,8 @@ use out::Out;
 
 /// Where policies are unless told otherwise.
 const DEFAULT_SEGMENTS: &str = "/etc/enforcer/segments";
+/// Where history and states are kept unless told otherwise.
+const DEFAULT_STATE: &str = "/var/lib/enforcer";
 /// Where the daemon's settings are unless told otherwise.
 const DEFAULT_SETTINGS: &str = "/etc/enforcer/enforcer.yaml";
 
@@ -41,8 +47,8 @@ pub struct Kernel {
 /// Adopts what is there; with a number, loads the programs for images of so many words.
 pub type Open = fn(&Kernel, Option<u32>) -> Result<Option<Box<dyn Dataplane>>, DataplaneError>;
 
-const EXIT_CODES: &str = "Exit codes: 0 fine, 1 the policy is no good, or doctor found a fault, 3 the machine lacks \
-something, 4 degraded, 5 not enforcing, 64 usage.";
+const EXIT_CODES: &str = "Exit codes: 0 fine, 1 the policy is no good, or doctor found a fault, 2 plan: there are changes, \
+3 the machine lacks something, 4 degraded, 5 not enforcing, 64 usage.";
 
 /// Microsegmentation for Linux: segments in YAML, enforced by eBPF.
 #[derive(Debug, Parser)]
@@ -70,10 +76,22 @@ enum Verb {
     Run(run::Args),
     /// Say whether a policy is good; nothing is changed.
     Check(check::Args),
+    /// Put the policy of a directory in force, for good or on trial.
+    Apply(apply::Args),
+    /// Keep the policy that is on trial.
+    Confirm(apply::Confirm),
+    /// Put an earlier policy in force again, or end a trial.
+    Rollback(apply::Rollback),
+    /// Show what was changed, by whom, and what came of it.
+    History(history::Args),
     /// Show denied packets.
     Denials(denials::Args),
     /// Say why a flow is allowed or denied.
     Explain(explain::Args),
+    /// Show what another policy would change, and which live flows it would cut; nothing is changed.
+    Plan(plan::Args),
+    /// Show live flows, and the rules that admit them.
+    Flows(flows::Args),
     /// Show what is enforced, and how well.
     Status(status::Args),
     /// Say what this host lacks for being enforced, and how to mend it; nothing is changed.
@@ -105,6 +123,7 @@ enum Format {
 enum Exit {
     Fine = 0,
     Policy = 1,
+    Changes = 2,
     Environment = 3,
     Degraded = 4,
     NotEnforcing = 5,
@@ -141,9 +160,13 @@ impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let exit = match error {
             ClientError::Unreachable { .. } | ClientError::Broken(_) => Exit::NotEnforcing,
-            ClientError::Forbidden(_) | ClientError::NotAllowed(_) => Exit::Environment,
+            ClientError::Forbidden(_) | ClientError::NotAllowed(_) | ClientError::Busy(_) => {
+                Exit::Environment
+            }
+            ClientError::Conflict(_) => Exit::Policy,
             // The daemon understood, and does not know what was named.
             ClientError::Refused(_) => Exit::Usage,
+            ClientError::Rejected(_) => Exit::Policy,
         };
         Self::new(exit, error.to_string())
     }
@@ -168,8 +191,14 @@ pub fn main(open: Open) -> ExitCode {
     let result = match &cli.verb {
         Verb::Run(args) => run::run(args, &cli.globals, open),
         Verb::Check(args) => check::run(args, &mut out),
+        Verb::Apply(args) => apply::run(args, &cli.globals, &mut out),
+        Verb::Confirm(args) => apply::confirm(args, &cli.globals, &mut out),
+        Verb::Rollback(args) => apply::rollback(args, &cli.globals, &mut out),
+        Verb::History(args) => history::run(args, &cli.globals, &mut out),
         Verb::Denials(args) => denials::run(args, &cli.globals, &mut out),
         Verb::Explain(args) => explain::run(args, &cli.globals, &mut out),
+        Verb::Plan(args) => plan::run(args, &cli.globals, &mut out),
+        Verb::Flows(args) => flows::run(args, &cli.globals, &mut out),
         Verb::Status(args) => status::run(args, &cli.globals, &mut out),
         Verb::Doctor(args) => doctor::run(args, &cli.globals, &mut out),
         Verb::Completions(args) => completions::run(args, &mut out),

@@ -3,6 +3,7 @@
 use std::{
     io::{self, IsTerminal, Write},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use clap::ValueEnum;
@@ -26,7 +27,9 @@ use crate::{
     policy::pattern::Pattern,
 };
 
-use super::{DEFAULT_SETTINGS, Exit, Failure, Globals, Kernel, Open, out};
+use super::{
+    DEFAULT_SETTINGS, DEFAULT_STATE, Exit, Failure, Globals, Kernel, Open, apply::trial_time, out,
+};
 
 const CONFIG_HELP: &str = "Settings of the daemon: essentials, ethertypes, failsafes (default: \
 /etc/enforcer/enforcer.yaml, if it exists)";
@@ -43,6 +46,14 @@ pub struct Args {
     /// given).
     #[arg(long, value_name = "PATH")]
     view_socket: Option<PathBuf>,
+    /// Where the history, the last states and the image to begin with are kept (default:
+    /// /var/lib/enforcer, unless --socket is given).
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Put a policy that was not in force before on trial: without `enforcer confirm` within this
+    /// time the kernel goes back to what was, the first time to letting everything pass.
+    #[arg(long, value_name = "TIME", value_parser = trial_time, overrides_with = "confirm_within")]
+    confirm_within: Option<Duration>,
     /// Take files of policy and settings that are symbolic links, if root owns the links and where
     /// they lead is as safe: Kubernetes mounts ConfigMaps so.
     #[arg(long)]
@@ -118,6 +129,8 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
         socket: globals.socket.clone(),
         view_socket: view_socket(args, globals),
         socket_hooks,
+        state_dir: state_dir(args, globals),
+        confirm_within: args.confirm_within,
     };
     let kernel = Kernel {
         keep: if args.ephemeral {
@@ -170,6 +183,13 @@ fn view_socket(args: &Args, globals: &Globals) -> Option<ViewSocket> {
         path,
         required: args.view_socket.is_some(),
     })
+}
+
+/// One that listens elsewhere, as in a test, must not meet another's history.
+fn state_dir(args: &Args, globals: &Globals) -> Option<PathBuf> {
+    let default = globals.socket == Path::new(DEFAULT_SOCKET);
+    let directory = args.state_dir.clone();
+    directory.or_else(|| default.then(|| DEFAULT_STATE.into()))
 }
 
 /// A host is not cut off from itself: what it says to itself is not judged.

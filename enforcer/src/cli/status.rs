@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use crate::api::{
+    changes::{Origin, OriginKind},
     client::{Client, ClientError},
     types::{CounterStatus, SettingsStatus, State, Status, Time},
 };
@@ -71,6 +72,19 @@ fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
         count(policy.rules, "rule")
     );
     field(out, "contents", &format!("{size}, hash {}", policy.hash))?;
+    if let Some(origin) = &policy.origin {
+        field(out, "from", &origin_text(origin))?;
+    }
+    if let Some(trial) = &status.trial {
+        let deadline = trial.deadline.0.to_zoned(jiff::tz::TimeZone::system());
+        let text = format!(
+            "until {} ({} s left), then {} is in force again; `enforcer confirm` keeps it",
+            deadline.strftime("%H:%M:%S %Z"),
+            trial.remaining_ms.div_ceil(1_000),
+            clean(&trial.previous)
+        );
+        field(out, "on trial", &out.paint(Hue::Warn, &text))?;
+    }
     let error = policy.last_error.as_deref().map(clean);
     field(out, "last error", error.as_deref().unwrap_or("none"))?;
 
@@ -119,6 +133,32 @@ fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
     field(out, "version", &daemon)?;
     field(out, "up since", &when(status.started_at))?;
     Ok(())
+}
+
+/// Where the policy in force came from.
+fn origin_text(origin: &Origin) -> String {
+    let by = origin
+        .by
+        .as_ref()
+        .map(|by| format!(" by {}", clean(&by.to_string())));
+    let by = by.unwrap_or_default();
+    let state = origin
+        .state
+        .map_or(String::new(), |state| format!(" {state}"));
+    let mut text = match origin.kind {
+        OriginKind::Watched => "the watched files".to_owned(),
+        OriginKind::Applied => format!("applied{by}, {}", when(origin.at)),
+        OriginKind::RolledBack => format!("rolled back to state{state}{by}, {}", when(origin.at)),
+        OriginKind::LastGood => "the last good state: the watched files cannot be used".to_owned(),
+        OriginKind::PassAll => "built in: no policy was ever confirmed".to_owned(),
+    };
+    if let Some(change) = origin.change {
+        text.push_str(&format!(" (change {change})"));
+    }
+    if origin.differs == Some(true) {
+        text.push_str("; the watched files say something else");
+    }
+    text
 }
 
 /// The socket hooks count system calls.

@@ -14,6 +14,7 @@
 
 mod bits;
 mod image;
+mod inside;
 mod intern;
 mod intervals;
 mod key;
@@ -21,6 +22,7 @@ mod known;
 mod local;
 mod marks;
 mod matches;
+pub mod reach;
 mod rows;
 mod services;
 mod settings;
@@ -38,9 +40,10 @@ mod writer;
 use std::{net::IpAddr, sync::Arc, thread};
 
 pub use image::{Image, ImageError, Stats};
+pub use inside::Inside;
 pub use known::{Changed, Known};
 pub use settings::{Failsafe, Options};
-pub use validate::{validate, validate_changes};
+pub use validate::{segments_of, validate, validate_changes};
 
 use enforcer_common::{
     decide::verdict_word,

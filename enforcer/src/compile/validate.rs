@@ -116,7 +116,7 @@ fn decision(judgement: &Judgement) -> Decision {
 }
 
 /// The segments of some addresses, found in one pass over all members.
-fn segments_of(
+pub fn segments_of(
     policy: &Policy,
     addresses: impl Iterator<Item = IpAddr>,
 ) -> BTreeMap<IpAddr, BTreeSet<SegmentId>> {

@@ -26,14 +26,6 @@ pub struct Before {
     pub refused: Option<Rejected>,
 }
 
-/// The image to begin with.
-pub struct First {
-    /// It.
-    pub image: Image,
-    /// It judges already.
-    pub in_force: bool,
-}
-
 impl Before {
     /// Asks the kernel.
     ///
@@ -81,20 +73,5 @@ impl Before {
         loaded.texts = Texts::default();
         self.refused = Some(rejected);
         Ok(loaded)
-    }
-
-    /// The image to begin with, under a generation that is its own: entries of the flow table name
-    /// those that admitted them.
-    pub fn first(&self, image: Image) -> First {
-        match &self.adopted.live {
-            Some(live) if live.hash() == image.hash() => First {
-                image: live.clone(),
-                in_force: true,
-            },
-            _ => First {
-                image: image.with_generation(self.adopted.generation.wrapping_add(1).max(1)),
-                in_force: false,
-            },
-        }
     }
 }

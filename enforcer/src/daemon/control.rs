@@ -15,15 +15,15 @@ use crate::{clock::Steps, policy::Diagnostic, pulse::Pulse};
 
 use super::{
     RunError,
+    acts::Ask,
     clock::Clock,
     environment::Host,
-    files::{Sources, Texts},
+    files::Sources,
     links::Links,
-    load::Memory,
     netlink::Netlink,
     notify::Notify,
-    reload::{Ask, Reloads},
-    state::Shared,
+    reload::{Begun, Reloads},
+    state::{Ground, Shared},
     tamper::Watchman,
     watch::Watch,
 };
@@ -56,25 +56,15 @@ pub struct Control {
 }
 
 impl Control {
-    /// `texts` are those of the live policy, `memory` is what they said; it was compiled for `host`, whose interfaces `links` has
-    /// named. `generation` is the largest that ever judged.
+    /// The live policy is `begun`; `links` has named the interfaces of `host`.
     pub fn new(
         sources: Sources,
         shared: Arc<Shared>,
-        texts: Texts,
-        memory: Memory,
-        generation: u32,
+        begun: Begun,
         links: Links,
         host: Host,
     ) -> Self {
-        let reloads = Reloads::new(
-            sources.clone(),
-            Arc::clone(&shared),
-            texts,
-            memory,
-            generation,
-            &host.environment,
-        );
+        let reloads = Reloads::new(sources.clone(), Arc::clone(&shared), begun);
         Self {
             sources,
             shared,
@@ -159,14 +149,26 @@ impl Control {
                 // A compiler at work does not hold up the end: nobody wants its image any more.
                 () = stopped(stop) => return Ok(()),
                 Some(ask) = asks.recv() => {
-                    self.notify.reloading();
-                    self.reloads.want("request", Some(ask));
+                    self.reloads.ask(ask).await;
+                    if self.reloads.is_asked() {
+                        self.notify.reloading();
+                    }
+                    self.report();
+                }
+                () = self.reloads.due() => {
+                    self.reloads.look_at_trial().await;
+                    self.report();
                 }
                 Some(()) = reload.recv() => {
-                    self.notify.reloading();
                     self.reloads.want("SIGHUP", None);
+                    if self.reloads.is_asked() {
+                        self.notify.reloading();
+                    }
                 }
-                done = self.reloads.done() => self.reloads.finish(done).await,
+                done = self.reloads.done() => {
+                    self.reloads.finish(done).await;
+                    self.report();
+                }
                 changed = watch.changed() => match changed {
                     Ok(()) => self.reloads.files_changed(),
                     Err(error) => broken("cannot watch the policy's files", &error).await,
@@ -283,7 +285,9 @@ impl Control {
             self.clock.problem(),
         ];
         let problems = problems.into_iter().flatten();
-        let problems: Vec<_> = problems.chain(self.watchman.problems()).collect();
+        let trial = self.reloads.trial_problems();
+        let problems = problems.chain(self.watchman.problems()).chain(trial);
+        let problems: Vec<_> = problems.collect();
         self.shared.note(|board| {
             board
                 .addresses
@@ -293,6 +297,14 @@ impl Control {
             board.warnings = warnings;
             board.unix_floor = self.clock.floor();
             board.problems = problems;
+            let environment = &self.host.environment;
+            let known = board.ground.as_ref();
+            if known.is_none_or(|ground| ground.environment != *environment) {
+                board.ground = Some(Arc::new(Ground {
+                    environment: environment.clone(),
+                    sources: self.sources.clone(),
+                }));
+            }
         });
         let board = self.shared.note(|board| board.clone());
         self.notify.report(&board, &self.shared.live(), self.serves);

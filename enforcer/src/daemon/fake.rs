@@ -8,15 +8,16 @@ use std::{
         unix::net::UnixStream,
     },
     sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant},
 };
 
-use enforcer_common::wire::Event;
+use enforcer_common::{table::Flow, wire::Event};
 
 use crate::{
     compile::Image,
     dataplane::{
-        Adopted, Counters, Dataplane, DataplaneError, EventSource, Interface, OnTrial, SocketHooks,
-        Tamper, WallClock,
+        Adopted, Counters, Dataplane, DataplaneError, EventSource, FlowReader, Interface, OnTrial,
+        SocketHooks, Tamper, WallClock,
     },
 };
 
@@ -34,6 +35,8 @@ pub struct Fake {
     pub log: Vec<String>,
     pub clock: Option<WallClock>,
     pub sweeps: u32,
+    /// What is in the flow table; it is one second young.
+    pub flows: Vec<Flow>,
     pub refuse_clock: bool,
     /// Interfaces whose programs somebody takes off before the next look.
     pub stolen: Vec<u32>,
@@ -46,12 +49,30 @@ pub struct Fake {
     /// The next record asked for ends the reader.
     pub poisoned: bool,
     pub size_class: u32,
+    /// The image that judges, or will when the trial is confirmed.
+    pub live: Option<Image>,
+    /// What is on trial in the kernel: what came before, and until when.
+    pub trial: Option<(Image, Instant)>,
+    pub refuse_trial: bool,
+    pub refuse_revert: bool,
     /// What an earlier daemon has left.
     pub adopted: Option<Adopted>,
     pub outlives: bool,
     pub tampered: Vec<Tamper>,
     events: VecDeque<Event>,
     wake: Option<UnixStream>,
+}
+
+impl Fake {
+    /// Hash of the image that judges packets now, as the programs find it.
+    pub fn judges(&self) -> u64 {
+        let expired = self
+            .trial
+            .as_ref()
+            .filter(|(_, end)| *end <= Instant::now());
+        let image = expired.map(|(previous, _)| previous).or(self.live.as_ref());
+        image.map_or(0, Image::hash)
+    }
 }
 
 /// A fake and the test's handle on it.
@@ -72,7 +93,7 @@ impl Handle {
     pub fn open_or_adopt(&self, size_class: Option<u32>) -> Option<Box<dyn Dataplane>> {
         match size_class {
             Some(size_class) => Some(self.open(size_class)),
-            None if self.lock().adopted.is_some() => Some(Box::new(self.clone())),
+            None if self.adopted().unwrap().is_some() => Some(Box::new(self.clone())),
             None => None,
         }
     }
@@ -99,37 +120,83 @@ impl Dataplane for Handle {
         if fake.refuse_apply {
             return Err(refused("apply"));
         }
+        assert!(fake.trial.is_none(), "applied during a trial");
         fake.applied.push((image.generation(), image.hash()));
+        fake.live = Some(image.clone());
         Ok(())
     }
 
     fn trial(
         &mut self,
-        _: &Image,
-        _: Option<&Image>,
-        _: std::time::Duration,
+        image: &Image,
+        previous: Option<&Image>,
+        within: Duration,
     ) -> Result<(), DataplaneError> {
-        Err(refused("trial"))
+        let mut fake = self.lock();
+        assert!(fake.trial.is_none(), "a trial in a trial");
+        if fake.refuse_trial {
+            return Err(refused("trial"));
+        }
+        let previous = previous.or(fake.live.as_ref()).unwrap().clone();
+        fake.trial = Some((previous, Instant::now() + within));
+        fake.live = Some(image.clone());
+        fake.applied.push((image.generation(), image.hash()));
+        Ok(())
     }
 
     fn on_trial(&self) -> Result<Option<OnTrial>, DataplaneError> {
-        Ok(None)
+        let fake = self.lock();
+        let on = fake.trial.as_ref().map(|(previous, end)| OnTrial {
+            remaining: end.saturating_duration_since(Instant::now()),
+            live: fake.live.as_ref().unwrap().generation(),
+            previous: previous.generation(),
+        });
+        Ok(on)
     }
 
     fn confirm(&mut self) -> Result<(), DataplaneError> {
-        Err(refused("confirm"))
+        let mut fake = self.lock();
+        let (_, end) = fake.trial.as_ref().unwrap();
+        if end.saturating_duration_since(Instant::now()) < Duration::from_secs(1) {
+            return Err(refused("confirm"));
+        }
+        fake.trial = None;
+        Ok(())
     }
 
     fn revert(&mut self) -> Result<(), DataplaneError> {
-        Err(refused("revert"))
+        let mut fake = self.lock();
+        if fake.refuse_revert {
+            return Err(refused("revert"));
+        }
+        let (previous, _) = fake.trial.take().unwrap();
+        fake.live = Some(previous);
+        Ok(())
     }
 
-    fn apply_both(&mut self, _: &Image, _: &Image) -> Result<(), DataplaneError> {
-        Err(refused("apply_both"))
+    fn apply_both(&mut self, previous: &Image, live: &Image) -> Result<(), DataplaneError> {
+        let mut fake = self.lock();
+        let trial = fake.trial.as_mut().unwrap();
+        trial.0 = previous.clone();
+        fake.live = Some(live.clone());
+        let both = [previous, live].map(|image| (image.generation(), image.hash()));
+        fake.applied.extend(both);
+        Ok(())
     }
 
     fn adopted(&self) -> Result<Option<Adopted>, DataplaneError> {
-        Ok(self.lock().adopted.clone())
+        let fake = self.lock();
+        if fake.adopted.is_some() || !fake.outlives {
+            return Ok(fake.adopted.clone());
+        }
+        let newest = fake.applied.iter().map(|(generation, _)| *generation).max();
+        let mut slots = fake.slots.clone();
+        slots.retain(|ifindex, _| fake.attached.contains(ifindex));
+        Ok(fake.live.clone().map(|live| Adopted {
+            live: Some(live),
+            generation: newest.unwrap_or(0),
+            slots,
+        }))
     }
 
     fn outlives(&self) -> bool {
@@ -150,6 +217,10 @@ impl Dataplane for Handle {
     fn sweep(&mut self) -> Result<(), DataplaneError> {
         self.lock().sweeps += 1;
         Ok(())
+    }
+
+    fn flow_reader(&mut self) -> Result<Box<dyn FlowReader>, DataplaneError> {
+        Ok(Box::new(Flows(self.lock().flows.clone())))
     }
 
     fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {
@@ -220,6 +291,19 @@ impl Dataplane for Handle {
         let mut fake = self.lock();
         fake.attached.clear();
         fake.detached_all = true;
+        Ok(())
+    }
+}
+
+struct Flows(Vec<Flow>);
+
+impl FlowReader for Flows {
+    fn jiffies(&self) -> (u32, u32) {
+        (100, 100)
+    }
+
+    fn each(&mut self, see: &mut dyn FnMut(&Flow)) -> Result<(), DataplaneError> {
+        self.0.iter().for_each(see);
         Ok(())
     }
 }

@@ -85,6 +85,17 @@ impl Links {
         slots.filter(|(slot, _)| *slot != 0).collect()
     }
 
+    /// An image of before knows interfaces by these slots: those of the same names get them again,
+    /// and no other does.
+    pub fn known(&mut self, host: &Host, interfaces: &BTreeMap<u32, String>) {
+        for (slot, name) in interfaces {
+            let link = host.links.iter().find(|link| link.name == *name);
+            if let Some(link) = link.filter(|link| self.wants(link)) {
+                self.slots.give_as(link.ifindex, *slot);
+            }
+        }
+    }
+
     /// What is not wrong, but not as somebody may think.
     pub fn warnings(&self, host: &Host) -> Vec<String> {
         let enforced = |ifindex| self.attached.contains_key(&ifindex);

@@ -3,6 +3,7 @@
 //!
 //! Must not know: aya, the command line. The kernel comes in as a [`Dataplane`].
 
+pub mod acts;
 pub mod adopt;
 pub mod clock;
 pub mod control;
@@ -15,12 +16,15 @@ pub mod links;
 pub mod load;
 pub mod netlink;
 pub mod notify;
+pub mod plan;
 pub mod preflight;
 pub mod progress;
 pub mod reload;
 mod rivals;
 pub mod slots;
+pub mod start;
 pub mod state;
+pub mod store;
 pub mod tamper;
 pub mod topology;
 pub mod watch;
@@ -34,7 +38,8 @@ use std::{
     collections::BTreeSet,
     io,
     path::PathBuf,
-    sync::{Arc, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use enforcer_common::image::SIZE_CLASSES;
@@ -48,11 +53,11 @@ use crate::{
         peer::Authority,
         server,
         socket::{Socket, SocketError},
-        types::Time,
     },
     compile::Image,
     dataplane::{
-        Dataplane, DataplaneError, SocketHooks, cgroup::cgroup2_root, release_memory, share_heaps,
+        Adopted, Dataplane, DataplaneError, SocketHooks, cgroup::cgroup2_root, release_memory,
+        share_heaps,
     },
     events::{
         Generations,
@@ -71,7 +76,9 @@ use guard::Trust;
 use links::Links;
 use load::Rejected;
 use notify::Notify;
-use state::{Live, Shared};
+use start::{Chosen, Started};
+use state::Shared;
+use store::{SavedImage, Store};
 
 /// What `enforcer run` is told.
 #[derive(Clone, Debug)]
@@ -90,6 +97,10 @@ pub struct Config {
     pub view_socket: Option<ViewSocket>,
     /// What the socket hooks are to do, as far as the interfaces permit.
     pub socket_hooks: SocketHooks,
+    /// Where the history and the last states are kept; `None`: in memory.
+    pub state_dir: Option<PathBuf>,
+    /// A policy that was not in force before is on trial for so long.
+    pub confirm_within: Option<Duration>,
 }
 
 /// The socket of those who only ask.
@@ -159,72 +170,72 @@ pub async fn run(
     let mut host = Host::read().map_err(system("cannot list interfaces"))?;
     let mut links = Links::new(config.interfaces.clone(), config.socket_hooks);
     links.adopt(&before.adopted.slots);
-    host.environment.interfaces = links.name(&host, &BTreeSet::new());
+    let changes = Arc::new(Store::open(config.state_dir.as_deref()));
+    let mut left = start::trial(&mut before, &changes)?;
+    let mut fresh = before.dataplane.is_none();
+    // Nothing is at work: what was in force when the daemon last ran is so before anything is parsed.
+    if let Some(saved) = changes.saved_image().filter(|_| fresh) {
+        let dataplane = loaded(open(Some(size_class(&saved.image)))?)?;
+        before = boot(dataplane, &saved, &mut links, &mut host)?;
+    } else {
+        host.environment.interfaces = links.name(&host, &BTreeSet::new());
+    }
     let sources = Sources {
         segments: config.segments.clone(),
         settings: config.settings.clone(),
         trust: config.trust,
     };
-    let (from, environment) = (sources.clone(), host.environment.clone());
-    let loading = spawn_blocking(move || {
-        progress::logged(|progress| load::load(&from, &environment, progress))
-    });
-    let loaded = tokio::select! {
-        // A compiler at work does not hold up the end.
-        () = control::stopped(&mut stop) => {
-            notify.stopping();
-            return Ok(());
+    let chosen = loop {
+        let (from, environment) = (sources.clone(), host.environment.clone());
+        let (kept, within) = (Arc::clone(&changes), config.confirm_within);
+        let loading = spawn_blocking(move || {
+            progress::logged(|progress| {
+                start::choose(&from, &kept, &environment, left, within, progress)
+            })
+        });
+        let chosen = tokio::select! {
+            // A compiler at work does not hold up the end.
+            () = control::stopped(&mut stop) => {
+                notify.stopping();
+                return Ok(());
+            }
+            chosen = loading => chosen,
+        };
+        match chosen.map_err(|e| system("cannot compile")(io::Error::other(e)))? {
+            Ok(chosen) => break chosen,
+            // What is on trial means nothing to this daemon: what was before it comes back.
+            Err(_) if left.take().is_some() => start::give_up(&mut before, &changes)?,
+            Err(rejected) => break Chosen::unknown(before.without(rejected, &host)?, &before),
         }
-        loaded = loading => loaded,
     };
-    let loaded = loaded.map_err(|e| system("cannot compile")(io::Error::other(e)))?;
-    let loaded = match loaded {
-        Ok(loaded) => loaded,
-        Err(rejected) => before.without(rejected, &host)?,
-    };
-    control::log_warnings(&loaded.warnings);
+    control::log_warnings(chosen.warnings());
 
     notify.status("loading the programs");
-    let (mut dataplane, fresh) = match before.dataplane.take() {
-        Some(dataplane) => (dataplane, false),
+    let mut dataplane = match before.dataplane.take() {
+        Some(dataplane) => dataplane,
         None => {
-            let opened = open(Some(size_class(&loaded.image)))?;
-            let opened = opened.ok_or_else(|| {
-                system("cannot load the programs")(io::Error::other("nothing was loaded"))
-            })?;
-            (opened, true)
+            fresh = true;
+            loaded(open(Some(size_class(chosen.image())))?)?
         }
     };
-    let first = before.first(loaded.image);
     let generations = Arc::new(Generations::default());
-    let policy = Arc::new(loaded.policy);
-    let known = before.refused.is_none();
-    if known {
-        generations.insert(first.image.generation(), Arc::clone(&policy));
-    }
-    if !first.in_force {
-        dataplane.apply(&first.image)?;
-    }
+    let Started { live, begun, error } = start::put_in_force(
+        &mut *dataplane,
+        &changes,
+        &generations,
+        &sources,
+        host.environment.clone(),
+        chosen,
+        &before.adopted,
+    )
+    .await?;
+    changes.forget_saved_image();
     let outlives = dataplane.outlives();
     let events = dataplane.take_events();
-    let generation = first.image.generation().max(before.adopted.generation);
-    let shared = Arc::new(Shared::new(
-        dataplane,
-        Arc::clone(&generations),
-        Live {
-            path: config.segments,
-            policy,
-            known,
-            settings: Arc::new(loaded.settings),
-            settings_path: config
-                .settings
-                .filter(|_| loaded.texts.settings.is_some())
-                .map(|settings| settings.path),
-            image: first.image,
-            loaded_at: Time::now(),
-        },
-    ));
-    shared.note(|board| board.last_error = before.refused.as_ref().map(Rejected::summary));
+    let dataplane = Arc::new(Mutex::new(dataplane));
+    let shared = Shared::new(dataplane, Arc::clone(&generations), changes, live);
+    let shared = Arc::new(shared);
+    shared.note(|board| board.last_error = error);
     // What was there before this start stays when it fails half-way.
     let mut detach = Detach((fresh || !outlives).then(|| Arc::clone(&shared.dataplane)));
     // What the parser and the compiler have left behind; nobody waits for it.
@@ -245,15 +256,7 @@ pub async fn run(
         None => None,
     };
 
-    let mut control = Control::new(
-        sources,
-        Arc::clone(&shared),
-        loaded.texts,
-        loaded.memory,
-        generation,
-        links,
-        host,
-    );
+    let mut control = Control::new(sources, Arc::clone(&shared), begun, links, host);
     control.tell(Arc::clone(&notify), pulse);
     control.start()?;
     if outlives {
@@ -279,6 +282,9 @@ pub async fn run(
     }
     // The server may hold them for a moment more.
     sockets.iter().for_each(Socket::remove);
+    if let Some(unkept) = shared.changes.persist().await {
+        tracing::error!("{unkept}");
+    }
     if outlives {
         tracing::info!("stopping: what is in force stays so; to end it: enforcer detach");
     } else {
@@ -286,6 +292,44 @@ pub async fn run(
     }
     detach.now()?;
     result.map_err(system("the daemon cannot go on"))
+}
+
+fn loaded(opened: Option<Box<dyn Dataplane>>) -> Result<Box<dyn Dataplane>, RunError> {
+    let nothing = || system("cannot load the programs")(io::Error::other("nothing was loaded"));
+    opened.ok_or_else(nothing)
+}
+
+/// Puts the saved image in force, on the interfaces that it knows and all others that are asked for.
+/// What cannot be enforced ends the start a moment later.
+fn boot(
+    mut dataplane: Box<dyn Dataplane>,
+    saved: &SavedImage,
+    links: &mut Links,
+    host: &mut Host,
+) -> Result<Before, RunError> {
+    let known = &saved.environment.interfaces;
+    links.known(host, known);
+    host.environment.interfaces = links.name(host, &known.keys().copied().collect());
+    dataplane.apply(&saved.image)?;
+    let dataplane: SharedDataplane = Arc::new(Mutex::new(dataplane));
+    clock::Clock::default().refresh(&dataplane);
+    links.sync(&dataplane, host);
+    let generation = saved.image.generation();
+    tracing::info!(
+        generation,
+        "the last image is in force until the policy is read"
+    );
+    let dataplane = Arc::into_inner(dataplane);
+    let dataplane = dataplane.map(|d| d.into_inner().unwrap_or_else(PoisonError::into_inner));
+    Ok(Before {
+        dataplane,
+        adopted: Adopted {
+            live: Some(saved.image.clone()),
+            generation,
+            ..Adopted::default()
+        },
+        refused: None,
+    })
 }
 
 fn listen(config: &Config) -> Result<Vec<Socket>, SocketError> {

@@ -1,19 +1,24 @@
-//! Compiles policies beside the control task, one at a time, and swaps what comes out.
+//! Compiles policies beside the control task, one at a time; [`swap`] puts in force what comes out.
+
+mod swap;
+mod trial;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, VecDeque},
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-use tokio::{
-    sync::oneshot,
-    task::{JoinHandle, spawn_blocking},
-};
+use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::{
-    api::types::{Reloaded, Time},
-    compile::{CompileError, Image},
+    api::{
+        changes::{ChangeKind, Changed, Origin, OriginKind},
+        peer::Named,
+        types::{Reloaded, Time},
+    },
+    compile::{CompileError, Image, Known},
     dataplane::{DataplaneError, release_memory},
     policy::{
         Severity,
@@ -23,12 +28,17 @@ use crate::{
 };
 
 use super::{
+    acts::{Answer, Ask, Proposal, Refused, What},
     control::log_warnings,
     files::{self, Sources, Texts},
     load::{self, Loaded, Memory, Rejected},
     progress,
     state::{Live, Shared},
+    store::{Content, Material, Measure, Note},
 };
+pub use swap::measure;
+use trial::Trial;
+pub use trial::{Previous, remaining};
 
 /// Longer than this the live image may not know an address of this host before it counts as stale.
 const GRACE: Duration = Duration::from_secs(1);
@@ -37,15 +47,15 @@ const RETRY: Duration = Duration::from_secs(10);
 const ADDRESSES: &str = "addresses of this host changed";
 const INTERFACES: &str = "interfaces of this host changed";
 
-/// A request to reload, and where the answer goes. The error is for a person.
-pub type Ask = oneshot::Sender<Result<Reloaded, String>>;
-
 /// What is to be compiled, is being compiled, and was.
 pub struct Reloads {
     sources: Sources,
     shared: Arc<Shared>,
     /// What was tried last, good or bad; `None` when reading it failed.
     tried: Option<Texts>,
+    /// What is in force, which somebody may have applied from elsewhere.
+    texts: Texts,
+    origin: Origin,
     /// What was found out then.
     memory: Arc<Mutex<Memory>>,
     generation: u32,
@@ -56,7 +66,27 @@ pub struct Reloads {
     /// When the live policy could not be compiled for this host as it is, and why.
     unfit: Option<(Environment, Instant, String)>,
     wanted: Option<Wanted>,
+    proposals: VecDeque<(Box<Proposal>, Answer<Changed>)>,
     running: Option<Running>,
+    trial: Option<Trial>,
+}
+
+/// What the daemon begins with.
+pub struct Begun {
+    /// What the watched files say, if they can be read.
+    pub watched: Option<Texts>,
+    /// What is in force.
+    pub texts: Texts,
+    /// Where it came from.
+    pub origin: Origin,
+    /// What parsing and compiling it has found out.
+    pub memory: Memory,
+    /// What it was compiled for.
+    pub environment: Environment,
+    /// The largest generation that ever judged.
+    pub generation: u32,
+    /// What comes back if nobody confirms it.
+    pub previous: Option<Previous>,
 }
 
 /// The next look at the files.
@@ -64,14 +94,17 @@ struct Wanted {
     cause: &'static str,
     /// Also when the files are those that were tried last.
     always: bool,
-    asks: Vec<Ask>,
+    asks: Vec<Reload>,
 }
+
+type Reload = (Arc<Named>, Answer<Reloaded>);
 
 struct Running {
     cause: &'static str,
     /// Somebody asked for it.
     asked: bool,
-    asks: Vec<Ask>,
+    asks: Vec<Reload>,
+    proposal: Option<(Box<Proposal>, Answer<Changed>)>,
     environment: Environment,
     task: JoinHandle<Output>,
 }
@@ -80,27 +113,43 @@ enum Output {
     /// The files are those that were tried last: an editor's other files change the directory,
     /// too.
     SameFiles,
-    Files(Option<Texts>, Box<Result<Loaded, Rejected>>),
+    Files {
+        tried: Option<Texts>,
+        result: Box<Result<Loaded, Rejected>>,
+        /// Only the settings are others: the policy is the one in force, wherever it came from.
+        settings_only: bool,
+    },
+    /// What somebody wants in force, or why not.
+    Proposal(Result<Box<(Loaded, Option<u64>)>, Refused>),
     /// The live policy, for another host.
     Host(Meaning, Result<Image, CompileError>),
+    /// The one on trial and the one before it, for another host.
+    Both(Result<[Image; 2], CompileError>),
 }
 
 /// What an image is made of.
 #[derive(Clone)]
 struct Meaning {
+    path: PathBuf,
     policy: Arc<Policy>,
     settings: Arc<Settings>,
-    /// Whether the settings come from a file.
-    from_file: bool,
+    /// Where the settings come from, if from a file.
+    settings_path: Option<PathBuf>,
 }
 
 impl Meaning {
     fn of(live: &Live) -> Self {
         Self {
+            path: live.path.clone(),
             policy: Arc::clone(&live.policy),
             settings: Arc::clone(&live.settings),
-            from_file: live.settings_path.is_some(),
+            settings_path: live.settings_path.clone(),
         }
+    }
+
+    fn image(&self, environment: &Environment, known: &mut Known) -> Result<Image, CompileError> {
+        let (policy, settings) = (&self.policy, &self.settings);
+        progress::logged(|progress| load::image(policy, settings, environment, known, progress))
     }
 
     /// What their image depends on.
@@ -121,35 +170,53 @@ fn names_interfaces(policy: &Policy, settings: &Settings) -> bool {
 }
 
 impl Reloads {
-    /// `texts` are those of the live policy, compiled for `environment`; `generation` is the largest
-    /// that ever judged.
-    pub fn new(
-        sources: Sources,
-        shared: Arc<Shared>,
-        texts: Texts,
-        memory: Memory,
-        generation: u32,
-        environment: &Environment,
-    ) -> Self {
+    /// The live policy is `begun`.
+    pub fn new(sources: Sources, shared: Arc<Shared>, begun: Begun) -> Self {
         let live = shared.live();
-        let environment = Meaning::of(&live).relevant(environment);
-        Self {
+        let generation = begun.generation.max(live.image.generation());
+        let mut this = Self {
             sources,
             shared,
-            tried: Some(texts),
-            memory: Arc::new(Mutex::new(memory)),
+            tried: begun.watched,
+            texts: begun.texts,
+            origin: begun.origin,
+            memory: Arc::new(Mutex::new(begun.memory)),
             generation,
-            environment,
+            environment: Meaning::of(&live).relevant(&begun.environment),
             stale: None,
             unfit: None,
             wanted: None,
+            proposals: VecDeque::new(),
             running: None,
+            trial: None,
+        };
+        this.trial = begun
+            .previous
+            .map(|previous| Trial::resumed(previous, &this));
+        this.note_origin();
+        this
+    }
+
+    /// Somebody asks for a change.
+    pub async fn ask(&mut self, ask: Ask) {
+        match ask {
+            Ask::Reload { by, answer } => match self.on_trial_already() {
+                Some(refused) => {
+                    let _ = answer.send(Err(refused));
+                }
+                None => self.want("request", Some((by, answer))),
+            },
+            Ask::Propose { proposal, answer } => self.propose(proposal, answer).await,
+            Ask::Confirm { by, answer } => {
+                let result = self.confirm(&by).await;
+                let _ = answer.send(result);
+            }
         }
     }
 
     /// The files are to be compiled, whether they changed or not. While other work is running
     /// this comes after it: that may have read the files already.
-    pub fn want(&mut self, cause: &'static str, ask: Option<Ask>) {
+    pub fn want(&mut self, cause: &'static str, ask: Option<Reload>) {
         let wanted = self.wanted.get_or_insert(Wanted {
             cause,
             always: true,
@@ -161,7 +228,9 @@ impl Reloads {
 
     /// Whether a reload that somebody asked for is not done yet.
     pub fn is_asked(&self) -> bool {
-        self.wanted.as_ref().is_some_and(|wanted| wanted.always)
+        // During a trial it waits, and nobody waits for it.
+        let wanted = self.wanted.as_ref().filter(|_| self.trial.is_none());
+        wanted.is_some_and(|wanted| wanted.always)
             || self.running.as_ref().is_some_and(|running| running.asked)
     }
 
@@ -193,45 +262,47 @@ impl Reloads {
     /// Slots that the live image, or one that may become it, means.
     pub fn slots(&self) -> BTreeSet<u32> {
         let running = self.running.iter().map(|running| &running.environment);
+        let trial = self.trial.iter().map(Trial::environment);
         std::iter::once(&self.environment)
             .chain(running)
+            .chain(trial)
             .flat_map(|environment| environment.interfaces.keys().copied())
             .collect()
     }
 
-    /// Starts the next work unless some is running. `now` is the host as it is.
+    /// Starts the next work unless some is running. `now` is the host as it is. During a trial only
+    /// the host's changes are followed.
     pub fn step(&mut self, now: &Environment) {
         let live = Meaning::of(&self.shared.live());
-        let relevant = live.relevant(now);
+        let relevant = match &self.trial {
+            Some(trial) if trial.names_interfaces() => now.clone(),
+            Some(_) | None => live.relevant(now),
+        };
         if relevant.host_addresses == self.environment.host_addresses {
             self.stale = None;
         } else {
             self.stale.get_or_insert_with(Instant::now);
         }
-        if relevant == self.environment {
+        let fits = relevant == self.environment
+            && self
+                .trial
+                .as_ref()
+                .is_none_or(|t| *t.environment() == relevant);
+        if fits {
             self.unfit = None;
         }
         if self.running.is_some() {
             return;
         }
-        if let Some(wanted) = self.wanted.take() {
-            let sources = self.sources.clone();
-            let tried = self.tried.clone().filter(|_| !wanted.always);
-            let (environment, memory) = (now.clone(), Arc::clone(&self.memory));
-            let asked = wanted.always;
-            self.start((wanted.cause, asked), wanted.asks, now, move || {
-                from_files(&sources, tried.as_ref(), &environment, &memory)
-            });
+        if self.start_wanted(now) {
             return;
         }
         let tried_for = |(environment, at, _): &(Environment, Instant, String)| {
             *environment == relevant && at.elapsed() < RETRY
         };
         // Of a policy that nobody could read there is the image alone.
-        if self.shared.live().known
-            && relevant != self.environment
-            && !self.unfit.as_ref().is_some_and(tried_for)
-        {
+        let known = self.shared.live().known && self.trial.as_ref().is_none_or(Trial::is_known);
+        if known && !fits && !self.unfit.as_ref().is_some_and(tried_for) {
             let cause = if self.stale.is_some() {
                 ADDRESSES
             } else {
@@ -240,29 +311,70 @@ impl Reloads {
             // Not the files: they may be broken, or waiting for somebody's word.
             let environment = relevant.clone();
             let memory = Arc::clone(&self.memory);
-            self.start((cause, false), Vec::new(), &relevant, move || {
+            let previous = self.trial.as_ref().map(Trial::meaning);
+            self.start(cause, &relevant, move || {
+                let previous = previous.map(|p| p.image(&environment, &mut Known::default()));
                 let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
-                let (policy, settings, known) = (&live.policy, &live.settings, &mut memory.image);
-                let image = progress::logged(|progress| {
-                    load::image(policy, settings, &environment, known, progress)
-                });
+                let image = live.image(&environment, &mut memory.image);
                 drop(memory);
-                Output::Host(live, image)
+                match previous {
+                    None => Output::Host(live, image),
+                    Some(previous) => Output::Both(previous.and_then(|p| Ok([p, image?]))),
+                }
             });
         }
     }
 
+    /// Starts what people asked for, or the look at files; whether there was any.
+    fn start_wanted(&mut self, now: &Environment) -> bool {
+        let (environment, memory) = (now.clone(), Arc::clone(&self.memory));
+        if let Some((proposal, answer)) = self.proposals.pop_front() {
+            let (shared, settings) = (Arc::clone(&self.shared), self.sources.settings.clone());
+            let (what, trust) = (proposal.what.clone(), self.sources.trust);
+            self.start("request", now, move || {
+                Output::Proposal(proposed(
+                    what,
+                    settings,
+                    trust,
+                    &shared,
+                    &environment,
+                    &memory,
+                ))
+            });
+            if let Some(running) = &mut self.running {
+                running.asked = true;
+                running.proposal = Some((proposal, answer));
+            }
+            return true;
+        }
+        let Some(wanted) = self.wanted.take_if(|_| self.trial.is_none()) else {
+            return false;
+        };
+        let sources = self.sources.clone();
+        let tried = self.tried.clone().filter(|_| !wanted.always);
+        let elsewhere = self.origin.kind != OriginKind::Watched && !wanted.always;
+        let applied = elsewhere.then(|| self.texts.clone());
+        self.start(wanted.cause, now, move || {
+            from_files(&sources, tried.as_ref(), applied, &environment, &memory)
+        });
+        if let Some(running) = &mut self.running {
+            running.asked = wanted.always;
+            running.asks = wanted.asks;
+        }
+        true
+    }
+
     fn start(
         &mut self,
-        (cause, asked): (&'static str, bool),
-        asks: Vec<Ask>,
+        cause: &'static str,
         environment: &Environment,
         work: impl FnOnce() -> Output + Send + 'static,
     ) {
         self.running = Some(Running {
             cause,
-            asked,
-            asks,
+            asked: false,
+            asks: Vec::new(),
+            proposal: None,
             environment: environment.clone(),
             task: spawn_blocking(work),
         });
@@ -276,176 +388,91 @@ impl Reloads {
             None => std::future::pending().await,
         }
     }
-
-    /// Swaps the image. On error the one in force stays, and the log and the board say why.
-    pub async fn finish(&mut self, done: Done) {
-        let Some(running) = self.running.take() else {
-            return;
-        };
-        let cause = running.cause;
-        let result = match done.0 {
-            Ok(Output::SameFiles) => return,
-            Ok(Output::Host(meaning, image)) => {
-                let result = match image {
-                    Ok(image) => self.swap(cause, meaning, image).await,
-                    Err(error) => Err(Failure::Rejected(Rejected::Compile(error))),
-                };
-                self.fitted(running.environment, result);
-                return;
-            }
-            Ok(Output::Files(tried, result)) => {
-                self.tried = tried;
-                match *result {
-                    Ok(loaded) => {
-                        log_warnings(&loaded.warnings);
-                        let meaning = Meaning {
-                            policy: Arc::new(loaded.policy),
-                            settings: Arc::new(loaded.settings),
-                            from_file: loaded.texts.settings.is_some(),
-                        };
-                        self.swap(cause, meaning, loaded.image).await
-                    }
-                    Err(rejected) => Err(Failure::Rejected(rejected)),
-                }
-            }
-            Err(error) => Err(Failure::Crashed(error)),
-        };
-        let error = result.as_ref().err().map(Failure::summary);
-        if let (Some(summary), Err(failure)) = (&error, &result) {
-            tracing::error!(
-                cause,
-                error = summary,
-                generation = self.shared.live().image.generation(),
-                "refused, what was in force before stays"
-            );
-            failure.log();
-        } else {
-            let live = Meaning::of(&self.shared.live());
-            self.environment = live.relevant(&running.environment);
-        }
-        self.shared.note(|board| board.last_error = error);
-        // Nobody waits for it.
-        drop(spawn_blocking(release_memory));
-        let answer = result.map_err(|failure| failure.render());
-        for ask in running.asks {
-            // The client may have left.
-            let _ = ask.send(answer.clone());
-        }
-    }
-
-    fn fitted(&mut self, environment: Environment, result: Result<Reloaded, Failure>) {
-        match result {
-            Ok(_) => self.environment = environment,
-            Err(failure) => {
-                let error = failure.summary();
-                tracing::error!(
-                    error,
-                    "the policy in force cannot follow this host's addresses and interfaces"
-                );
-                self.unfit = Some((environment, Instant::now(), error));
-            }
-        }
-    }
-
-    async fn swap(
-        &mut self,
-        cause: &'static str,
-        meaning: Meaning,
-        image: Image,
-    ) -> Result<Reloaded, Failure> {
-        let live = self.shared.live();
-        let Meaning {
-            policy,
-            settings,
-            from_file,
-        } = meaning;
-        let settings_path = self.sources.settings.as_ref();
-        let settings_path = settings_path.filter(|_| from_file).map(|s| s.path.clone());
-        let generations = &self.shared.generations;
-        if image.hash() == live.image.hash() {
-            let generation = live.image.generation();
-            tracing::info!(cause, generation, "policy unchanged");
-            // Names, lines and descriptions may have changed all the same.
-            generations.insert(generation, Arc::clone(&policy));
-            self.shared.set_live(Live {
-                path: live.path.clone(),
-                policy,
-                known: true,
-                settings,
-                settings_path,
-                image: live.image.clone(),
-                loaded_at: live.loaded_at,
-            });
-            return Ok(Reloaded {
-                changed: false,
-                generation,
-            });
-        }
-        // Never 0, and never again, even if this one fails.
-        self.generation = self.generation.wrapping_add(1).max(1);
-        let generation = self.generation;
-        let image = image.with_generation(generation);
-        // Before the swap: the first denial may come at once.
-        generations.insert(generation, Arc::clone(&policy));
-        let shared = Arc::clone(&self.shared);
-        let apply = move || {
-            let mut dataplane = shared
-                .dataplane
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            dataplane.apply(&image).map(|()| image)
-        };
-        let applied = spawn_blocking(apply)
-            .await
-            .map_err(|error| Failure::Crashed(error.to_string()))?;
-        let image = applied.map_err(|error| {
-            generations.remove(generation);
-            Failure::Dataplane(error)
-        })?;
-        tracing::info!(
-            cause,
-            generation,
-            segments = policy.segments.len(),
-            rules = policy.rules.len(),
-            hash = format!("{:016x}", image.hash()),
-            "policy in force"
-        );
-        self.shared.set_live(Live {
-            path: live.path.clone(),
-            policy,
-            known: true,
-            settings,
-            settings_path,
-            image,
-            loaded_at: Time::now(),
-        });
-        Ok(Reloaded {
-            changed: true,
-            generation,
-        })
-    }
 }
 
 /// What finished work has to say.
 pub struct Done(Result<Output, String>);
 
+/// `applied` is what is in force, if it is from elsewhere.
 fn from_files(
     sources: &Sources,
     tried: Option<&Texts>,
+    applied: Option<Texts>,
     environment: &Environment,
     memory: &Mutex<Memory>,
 ) -> Output {
-    match files::read_all(sources) {
-        Ok(texts) if tried.is_some_and(|tried| tried.same(&texts)) => Output::SameFiles,
-        Ok(texts) => {
-            let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
-            let result = progress::logged(|progress| {
-                load::compile_again(texts.clone(), environment, &mut memory, progress)
-            });
-            Output::Files(Some(texts), Box::new(result))
+    let texts = match files::read_all(sources) {
+        Ok(texts) if tried.is_some_and(|tried| tried.same(&texts)) => return Output::SameFiles,
+        Ok(texts) => texts,
+        Err(error) => {
+            return Output::Files {
+                tried: None,
+                result: Box::new(Err(Rejected::Files(error))),
+                settings_only: false,
+            };
         }
-        Err(error) => Output::Files(None, Box::new(Err(Rejected::Files(error)))),
+    };
+    // What was applied is newer than the watched policy until somebody edits that.
+    let same_policy = tried.is_some_and(|tried| tried.policy == texts.policy);
+    let applied = applied.filter(|_| same_policy).map(|applied| Texts {
+        policy: applied.policy,
+        settings: texts.settings.clone(),
+    });
+    let settings_only = applied.is_some();
+    let result = compile(
+        applied.unwrap_or_else(|| texts.clone()),
+        environment,
+        memory,
+    );
+    Output::Files {
+        tried: Some(texts),
+        result: Box::new(result),
+        settings_only,
     }
+}
+
+fn compile(
+    texts: Texts,
+    environment: &Environment,
+    memory: &Mutex<Memory>,
+) -> Result<Loaded, Rejected> {
+    let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+    progress::logged(|progress| load::compile_again(texts, environment, &mut memory, progress))
+}
+
+/// What somebody wants in force, and the state that it is, if it was so before.
+fn proposed(
+    what: What,
+    settings: Option<files::SettingsPath>,
+    trust: super::guard::Trust,
+    shared: &Shared,
+    environment: &Environment,
+    memory: &Mutex<Memory>,
+) -> Result<Box<(Loaded, Option<u64>)>, Refused> {
+    let (texts, state) = match what {
+        // Others than root may ask, and diagnostics quote what they are about.
+        What::Path(path) if !path.is_dir() && !files::is_policy_name(&path) => {
+            let error = "error: a policy is a directory, or a file *.yaml or *.yml";
+            return Err(Refused::rejected(error));
+        }
+        What::Path(segments) => {
+            let sources = Sources {
+                segments,
+                settings,
+                trust,
+            };
+            let texts = files::read_all(&sources);
+            let texts = texts.map_err(|e| Refused::rejected(format!("error: {e}")))?;
+            (texts, None)
+        }
+        What::State(number) => {
+            let (texts, state) = swap::earlier(shared, number)?;
+            (texts, Some(state))
+        }
+    };
+    let loaded = compile(texts, environment, memory);
+    let loaded = loaded.map_err(|rejected| Refused::rejected(rejected.render(false)))?;
+    Ok(Box::new((loaded, state)))
 }
 
 /// Why a reload changed nothing.

@@ -33,6 +33,11 @@ impl Slots {
         free
     }
 
+    /// Gives an interface the slot by which an image knows it already.
+    pub fn give_as(&mut self, ifindex: u32, slot: u32) {
+        self.given.insert(ifindex, slot);
+    }
+
     /// The slot of an interface; 0 when it has none.
     pub fn of(&self, ifindex: u32) -> u32 {
         self.given.get(&ifindex).copied().unwrap_or(0)

@@ -5,22 +5,31 @@ use std::{
     net::IpAddr,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError, RwLock},
+    time::Instant,
 };
 
 use crate::{
-    api::types::{
-        CounterStatus, EventStatus, ExplainRequest, Explanation, FailsafeStatus, InterfaceStatus,
-        PolicyStatus, RecordStatus, SettingsStatus, State, Status, Time,
+    api::{
+        changes::{Origin, TrialStatus},
+        types::{
+            CounterStatus, EventStatus, ExplainRequest, Explanation, FailsafeStatus,
+            InterfaceStatus, PolicyStatus, RecordStatus, SettingsStatus, State, Status, Time,
+        },
     },
     compile::Image,
-    dataplane::{Counters, Dataplane, SocketHooks},
+    dataplane::{Counters, SocketHooks},
     events::{Generations, Store, enrich::Local, reader::SharedDataplane},
-    policy::model::Policy,
+    policy::model::{Environment, Policy},
     pulse::Pulse,
     settings::{Settings, essentials_off, ethertype_name},
 };
 
-use super::explain::{explain, now};
+use super::{
+    explain::{explain, now},
+    files::Sources,
+    reload,
+    store::Store as Changes,
+};
 
 /// The policy that judges packets.
 #[derive(Debug)]
@@ -40,6 +49,15 @@ pub struct Live {
     pub image: Image,
     /// When the image took effect.
     pub loaded_at: Time,
+}
+
+/// What a policy would be compiled for and beside, if it were to take over now.
+#[derive(Clone, Debug)]
+pub struct Ground {
+    /// This host.
+    pub environment: Environment,
+    /// Where policy and settings are.
+    pub sources: Sources,
 }
 
 /// What the control task found out.
@@ -63,6 +81,14 @@ pub struct Board {
     pub problems: Vec<String>,
     /// Tasks that ended before their time.
     pub ended: Vec<String>,
+    /// Where the policy in force came from.
+    pub origin: Option<Origin>,
+    /// What is on trial, and until when.
+    pub trial: Option<(TrialStatus, Instant)>,
+    /// What came of the last trial.
+    pub notice: Option<String>,
+    /// What a policy would be compiled for; `None` before the first look at this host.
+    pub ground: Option<Arc<Ground>>,
 }
 
 /// Shared by the control task, the record reader and the API.
@@ -73,6 +99,8 @@ pub struct Shared {
     pub generations: Arc<Generations>,
     /// Recent denials.
     pub store: Arc<Store>,
+    /// The history, and what can come back.
+    pub changes: Arc<Changes>,
     /// Of the server of the control socket.
     pub serving: Pulse,
     live: RwLock<Arc<Live>>,
@@ -82,11 +110,17 @@ pub struct Shared {
 
 impl Shared {
     /// `live` must be applied already.
-    pub fn new(dataplane: Box<dyn Dataplane>, generations: Arc<Generations>, live: Live) -> Self {
+    pub fn new(
+        dataplane: SharedDataplane,
+        generations: Arc<Generations>,
+        changes: Arc<Changes>,
+        live: Live,
+    ) -> Self {
         Self {
-            dataplane: Arc::new(Mutex::new(dataplane)),
+            dataplane,
             generations,
             store: Arc::default(),
+            changes,
             serving: Pulse::default(),
             live: RwLock::new(Arc::new(live)),
             board: Mutex::default(),
@@ -101,7 +135,12 @@ impl Shared {
 
     /// Another policy judges packets now.
     pub fn set_live(&self, live: Live) {
-        *self.live.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(live);
+        self.set_live_again(Arc::new(live));
+    }
+
+    /// One that did so before judges packets again.
+    pub fn set_live_again(&self, live: Arc<Live>) {
+        *self.live.write().unwrap_or_else(PoisonError::into_inner) = live;
     }
 
     /// Changes the board; do not wait inside.
@@ -132,6 +171,7 @@ impl Shared {
         let live = self.live();
         let board = self.note(|board| board.clone());
         let mut problems = problems(&board);
+        problems.extend(self.changes.problems());
         let counters = counters.unwrap_or_else(|error| {
             problems.push(format!("the counters cannot be read: {error}"));
             Counters::default()
@@ -143,10 +183,12 @@ impl Shared {
         } else {
             State::Degraded
         };
+        let mut warnings = board.warnings;
+        warnings.extend(board.notice);
         Status {
             state,
             problems,
-            warnings: board.warnings,
+            warnings,
             generation: live.image.generation(),
             policy: PolicyStatus {
                 path: live.path.display().to_string(),
@@ -155,7 +197,9 @@ impl Shared {
                 hash: format!("{:016x}", live.image.hash()),
                 loaded_at: live.loaded_at,
                 last_error: board.last_error,
+                origin: board.origin,
             },
+            trial: board.trial.as_ref().map(reload::remaining),
             settings: settings(&live),
             interfaces: board.interfaces,
             socket_hooks: hooks_name(board.socket_hooks).to_owned(),

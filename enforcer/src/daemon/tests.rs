@@ -1,6 +1,7 @@
 //! The whole daemon on a fake dataplane, through its real socket.
 
 mod settings;
+mod trial;
 
 use std::{
     fs,
@@ -22,9 +23,12 @@ use tokio::{
 use super::{Config, RunError, ViewSocket, fake::Handle, guard::Trust, run};
 use crate::{
     api::{
+        changes::RollbackRequest,
         client::{Client, ClientError, DenialsQuery, Records},
         openapi,
-        types::{Denial, ExplainRequest, LostCause, Record, State, Status},
+        types::{
+            Denial, ExplainRequest, FlowsRequest, LostCause, PlanRequest, Record, State, Status,
+        },
     },
     dataplane::{Counters, PacketCount, RecordCount, SocketHooks},
     events::enrich::tests::event,
@@ -65,6 +69,8 @@ fn config(dir: &Path) -> Config {
             required: true,
         }),
         socket_hooks: SocketHooks::Observe,
+        state_dir: Some(dir.join("state")),
+        confirm_within: None,
     }
 }
 
@@ -560,7 +566,87 @@ async fn answers_are_as_openapi_describes_them() {
         value(&daemon.client.explain(&request).await.unwrap()),
     );
     check("/v1/reload", value(&daemon.client.reload().await.unwrap()));
+    let back = RollbackRequest {
+        to: Some(1),
+        confirm_within: Some(60),
+        ..RollbackRequest::default()
+    };
+    check(
+        "/v1/rollback",
+        value(&daemon.client.rollback(&back).await.unwrap()),
+    );
+    check("/v1/status", value(&daemon.status().await));
+    check(
+        "/v1/history",
+        value(&daemon.client.history().await.unwrap()),
+    );
+    let other = policy_dir(&POLICY.replace("tcp/5432", "tcp/5433"));
+    let request = PlanRequest {
+        path: Some(other.path().join("segments").display().to_string()),
+    };
+    let plan = daemon.client.plan(&request).await.unwrap();
+    assert!(plan.changed && !plan.reach.groups.is_empty() && plan.text.rules.changed == 1);
+    check("/v1/plan", value(&plan));
+    let flows = daemon.client.flows(&FlowsRequest::default()).await;
+    check("/v1/flows", value(&flows.unwrap()));
     let wrong = serde_json::json!({ "generation": 1 });
     assert!(openapi::check(&description, "/v1/reload", &wrong).is_err());
+    daemon.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn plans_are_made_one_at_a_time_and_hold_up_nobody() {
+    let daemon = Daemon::start().await;
+    let before = daemon.status().await;
+    let mut large = POLICY.to_owned();
+    let (head, tests) = large.split_once("tests:").unwrap();
+    let rules: String = (1..4_000)
+        .map(|port| {
+            format!("  - {{name: r{port}, from: [any], to: [ehr-db], services: [udp/{port}]}}\n")
+        })
+        .collect();
+    large = format!("{head}{rules}tests:{tests}");
+    let other = policy_dir(&large);
+    let request = PlanRequest {
+        path: Some(other.path().join("segments").display().to_string()),
+    };
+    let plan = || daemon.client.plan(&request);
+    let meanwhile = async {
+        let status = daemon.status().await;
+        (status, std::time::Instant::now())
+    };
+    let made = async {
+        let plans = tokio::join!(plan(), plan());
+        (plans, std::time::Instant::now())
+    };
+    let (((one, other), end), (_, answered)) = tokio::join!(made, meanwhile);
+    assert!(answered < end, "the status waited for the plan");
+    let (plan, refused) = if one.is_ok() {
+        (one, other)
+    } else {
+        (other, one)
+    };
+    assert!(matches!(refused, Err(ClientError::Busy(_))), "{refused:?}");
+    let plan = plan.unwrap();
+    assert_eq!(plan.text.rules.added, 3_999);
+    assert!(plan.text.rules.items.len() < 3_999);
+    // What was only asked about is not in force, and no reason to worry.
+    let after = daemon.status().await;
+    assert_eq!(
+        (before.generation, before.policy, before.problems),
+        (after.generation, after.policy, after.problems)
+    );
+    assert_eq!(daemon.fake.lock().applied.len(), 1);
+    let request = PlanRequest {
+        path: Some("segments".to_owned()),
+    };
+    let relative = daemon.client.plan(&request).await;
+    assert!(
+        matches!(relative, Err(ClientError::Refused(_))),
+        "{relative:?}"
+    );
+    // Where the daemon reads its own, there is nothing new.
+    let own = daemon.client.plan(&PlanRequest::default()).await.unwrap();
+    assert!(!own.changed, "{own:?}");
     daemon.stop().await.unwrap();
 }

@@ -1,7 +1,11 @@
 //! The flow table from outside: its size and secrets before the programs are loaded, what is in it,
 //! and the sweep that takes out what expired.
 
-use std::{fs::File, io::Read as _, os::fd::AsFd as _};
+use std::{
+    fs::File,
+    io::Read as _,
+    os::fd::{AsFd as _, OwnedFd},
+};
 
 use aya::{
     EbpfLoader,
@@ -11,7 +15,7 @@ use aya::{
 use enforcer_common::table::{self, Flow, SECRETS, SLOTS, SOURCE_SHARE, WORDS4, WORDS6};
 
 use super::{
-    DataplaneError,
+    DataplaneError, FlowReader,
     errors::{load_error, missing, syscall},
     kernel::KernelDataplane,
     load::ticks,
@@ -165,6 +169,60 @@ impl KernelDataplane {
         for (index, count) in (0..).zip(counts) {
             if count != 0 {
                 sys::update_words(data.fd().as_fd(), index, &[0]).map_err(syscall("write"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Buckets that are read at once: a megabyte, or two.
+const PART: u32 = 1 << 12;
+
+/// Descriptors of its own, so that whoever has it needs nothing else.
+struct Reader {
+    maps: Vec<(OwnedFd, usize)>,
+    buckets: u32,
+    jiffies: (u32, u32),
+}
+
+impl KernelDataplane {
+    /// A reader of the table.
+    pub(super) fn reader(
+        &self,
+        jiffies: (u32, u32),
+    ) -> Result<Box<dyn FlowReader>, DataplaneError> {
+        let mut maps = Vec::new();
+        for (name, slot_words) in MAPS {
+            let Some(Map::Array(data)) = self.map(name) else {
+                return Err(missing(name));
+            };
+            let map = data.fd().as_fd().try_clone_to_owned();
+            maps.push((map.map_err(syscall("open the flow table"))?, slot_words));
+        }
+        Ok(Box::new(Reader {
+            maps,
+            buckets: self.flow_buckets(),
+            jiffies,
+        }))
+    }
+}
+
+impl FlowReader for Reader {
+    fn jiffies(&self) -> (u32, u32) {
+        self.jiffies
+    }
+
+    fn each(&mut self, see: &mut dyn FnMut(&Flow)) -> Result<(), DataplaneError> {
+        for (map, slot_words) in &self.maps {
+            let words = slot_words * SLOTS as usize;
+            let mut start = 0;
+            while start < self.buckets {
+                let count = PART.min(self.buckets - start);
+                let part = sys::array_part(map.as_fd(), start, count, words)
+                    .map_err(syscall("read the flow table"))?;
+                let flows = part.chunks_exact(*slot_words).filter_map(table::flow);
+                flows.for_each(|flow| see(&flow));
+                start += count;
             }
         }
         Ok(())

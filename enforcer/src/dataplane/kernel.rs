@@ -19,8 +19,8 @@ use enforcer_common::{
 
 use super::errors::{load_error, map_error, missing, syscall};
 use super::{
-    Adopted, Counters, Dataplane, DataplaneError, EventSource, Interface, LinkType, OnTrial,
-    PacketCount, RecordCount, SocketHooks, Tamper, WallClock, flows,
+    Adopted, Counters, Dataplane, DataplaneError, EventSource, FlowReader, Interface, LinkType,
+    OnTrial, PacketCount, RecordCount, SocketHooks, Tamper, WallClock, flows,
     hooks::Attached,
     images::Kept,
     load::{self, Opened},
@@ -146,7 +146,7 @@ impl KernelDataplane {
                 .commit()
                 .map_err(syscall("put the pins in their place"))?;
         }
-        this.forget_unused();
+        this.tidy_up();
         Ok(this)
     }
 
@@ -177,6 +177,14 @@ impl KernelDataplane {
     /// Replaces the programs by some for images of `words` words, which judge by the images in force
     /// from their first packet; flows and counts stay.
     pub(super) fn grow(&mut self, words: usize) -> Result<(), DataplaneError> {
+        let grown = self.take_over(words);
+        if grown.is_err() {
+            self.tidy_up();
+        }
+        grown
+    }
+
+    fn take_over(&mut self, words: usize) -> Result<(), DataplaneError> {
         let (image_words, object, hash) = load::object(words)?;
         let before = self.meta;
         let meta = before.with(hash, image_words, before.buckets);
@@ -270,10 +278,10 @@ impl KernelDataplane {
     }
 
     pub(super) fn write_control(&mut self) -> Result<(), DataplaneError> {
-        let control = self.control;
-        let mut map: Array<_, Control> = self.typed_mut(load::CONTROL)?;
-        map.set(0, control, 0)
-            .map_err(map_error("write the settings"))
+        let Some(Map::Array(map)) = self.map(load::CONTROL) else {
+            return Err(missing(load::CONTROL));
+        };
+        sys::write(map.fd().as_fd(), &self.control).map_err(syscall("write the settings"))
     }
 
     /// Notes an interface where the programs find it.
@@ -383,6 +391,11 @@ impl Dataplane for KernelDataplane {
 
     fn sweep(&mut self) -> Result<(), DataplaneError> {
         flows::sweep(self.classifier("sweep")?, self.meta.buckets)
+    }
+
+    fn flow_reader(&mut self) -> Result<Box<dyn FlowReader>, DataplaneError> {
+        let now = load::ticks(self.classifier("clock")?)?;
+        self.reader((now as u32, self.control.hz))
     }
 
     fn attach(&mut self, interface: &Interface) -> Result<(), DataplaneError> {

@@ -20,6 +20,8 @@ mod sys;
 mod trial;
 
 pub use query::{Hanging, hanging};
+#[cfg(feature = "testing")]
+pub use sys::faults;
 pub use sys::{clock_is_kept, peer_groups, release_memory, share_heaps};
 
 use std::{
@@ -28,6 +30,7 @@ use std::{
 };
 
 use enforcer_common::{
+    table::Flow,
     verdict::{Hook, Outcome, Reason},
     wire::Event,
 };
@@ -302,6 +305,12 @@ pub trait Dataplane: Send {
     /// [`DataplaneError`].
     fn sweep(&mut self) -> Result<(), DataplaneError>;
 
+    /// Makes a reader of the flow table.
+    ///
+    /// # Errors
+    /// [`DataplaneError`].
+    fn flow_reader(&mut self) -> Result<Box<dyn FlowReader>, DataplaneError>;
+
     /// Attaches `tc_ingress` and `tc_egress`; of an interface that has them only the slot is
     /// written anew.
     ///
@@ -370,6 +379,18 @@ pub trait Dataplane: Send {
     /// # Errors
     /// The first [`DataplaneError::Syscall`]; the rest is attempted all the same.
     fn detach_all(&mut self) -> Result<(), DataplaneError>;
+}
+
+/// Reads the flow table while packets go on: it holds nobody up, and needs no lock of its own.
+pub trait FlowReader: Send {
+    /// The low half of jiffies when it was made, and how many there are in a second.
+    fn jiffies(&self) -> (u32, u32);
+
+    /// Calls `see` with each entry, expired ones among them, as it is while it is read.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn each(&mut self, see: &mut dyn FnMut(&Flow)) -> Result<(), DataplaneError>;
 }
 
 /// A stream of records from the kernel.

@@ -32,7 +32,7 @@ use nix::{
 use super::{
     DataplaneError,
     errors::syscall,
-    sys::{self, objects},
+    sys::{self, faults, objects},
 };
 
 /// Where pins are unless told otherwise.
@@ -292,7 +292,7 @@ impl Pins {
     /// The kernel's.
     pub(super) fn commit(&self) -> io::Result<()> {
         let (current, next) = (self.set(false), self.set(true));
-        match fs::rename(&next.path, &current.path) {
+        match faults::step(|| fs::rename(&next.path, &current.path)) {
             // An empty directory may be replaced; ours has something in it.
             Err(error) if current.path.exists() => {
                 objects::exchange(&next.path, &current.path).map_err(|_| error)?;
@@ -337,7 +337,7 @@ impl Pins {
     /// # Errors
     /// The kernel's.
     pub(super) fn forget_link(&self, program: &str, ifindex: Option<u32>) -> io::Result<()> {
-        gone(fs::remove_file(self.link(program, ifindex)))
+        gone(unlink(self.link(program, ifindex)))
     }
 
     /// Where a link is.
@@ -426,7 +426,7 @@ impl Set {
     /// # Errors
     /// The kernel's.
     pub(super) fn forget_image(&self, generation: u32) -> io::Result<()> {
-        gone(fs::remove_file(self.image(generation)))
+        gone(unlink(self.image(generation)))
     }
 
     /// Where an image is.
@@ -461,7 +461,7 @@ impl Set {
     /// # Errors
     /// The kernel's.
     pub(super) fn remove(&self) -> io::Result<()> {
-        gone(fs::remove_file(self.path.join("meta")))?;
+        gone(unlink(self.path.join("meta")))?;
         for path in ["programs", "images", "maps"] {
             clear(&self.path.join(path))?;
         }
@@ -496,7 +496,7 @@ fn directory(path: &Path) -> io::Result<()> {
 fn repin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     match objects::pin(object, path) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            fs::remove_file(path)?;
+            unlink(path)?;
             objects::pin(object, path)
         }
         pinned => pinned,
@@ -520,9 +520,13 @@ fn names(path: &Path) -> io::Result<Vec<String>> {
 /// Removes a directory of pins.
 fn clear(path: &Path) -> io::Result<()> {
     for name in names(path)? {
-        gone(fs::remove_file(path.join(name)))?;
+        gone(unlink(path.join(name)))?;
     }
     gone(fs::remove_dir(path))
+}
+
+fn unlink(path: impl AsRef<Path>) -> io::Result<()> {
+    faults::step(|| fs::remove_file(path))
 }
 
 /// What is gone already is fine.

@@ -61,7 +61,80 @@ struct FreezeAttr {
     map_fd: u32,
 }
 
+/// Faults at a test's word: what happens at each of the calls that change something.
+#[cfg(feature = "testing")]
+pub mod faults {
+    use std::{
+        io,
+        sync::atomic::{AtomicU32, Ordering},
+    };
+
+    /// What is to happen.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum Fault {
+        /// The process ends after the call was made.
+        Crash,
+        /// The call is not made; the kernel has no room.
+        Refusal,
+    }
+
+    static STEP: AtomicU32 = AtomicU32::new(0);
+    static AT: AtomicU32 = AtomicU32::new(0);
+    static REFUSE: AtomicU32 = AtomicU32::new(0);
+
+    /// From now on: at the call of this number, the first is 1; 0 is none.
+    pub fn set(fault: Fault, at: u32) {
+        STEP.store(0, Ordering::SeqCst);
+        AT.store(at, Ordering::SeqCst);
+        REFUSE.store(u32::from(fault == Fault::Refusal), Ordering::SeqCst);
+    }
+
+    /// How many calls there were since then.
+    pub fn steps() -> u32 {
+        STEP.load(Ordering::SeqCst)
+    }
+
+    pub(in crate::dataplane) fn step<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let step = STEP.fetch_add(1, Ordering::SeqCst) + 1;
+        let now = step == AT.load(Ordering::SeqCst);
+        if now && REFUSE.load(Ordering::SeqCst) != 0 {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        let done = call();
+        if now {
+            std::process::abort();
+        }
+        done
+    }
+}
+
+/// Nothing but the call.
+#[cfg(not(feature = "testing"))]
+pub(in crate::dataplane) mod faults {
+    pub(in crate::dataplane) fn step<T>(
+        call: impl FnOnce() -> std::io::Result<T>,
+    ) -> std::io::Result<T> {
+        call()
+    }
+}
+
+/// Calls that only read.
+const READS: [libc::c_long; 5] = [
+    BPF_MAP_LOOKUP_ELEM,
+    BPF_MAP_LOOKUP_BATCH,
+    objects::BPF_OBJ_GET,
+    objects::BPF_OBJ_GET_INFO_BY_FD,
+    objects::BPF_PROG_QUERY,
+];
+
 fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
+    if READS.contains(&command) {
+        return call(command, attr);
+    }
+    faults::step(|| call(command, attr))
+}
+
+fn call<T>(command: libc::c_long, attr: &mut T) -> io::Result<i32> {
     // SAFETY: `attr` is a live, exclusive, fully initialised structure and its size is passed
     // along; the kernel reads at most that much, and writes only to `count` and the buffers of
     // their stated lengths that a batch look-up names.
@@ -114,6 +187,14 @@ pub(super) fn create_array(name: &str, words: u32, flags: u32) -> io::Result<Own
 /// The kernel's.
 pub(super) fn update_words(map: BorrowedFd<'_>, index: u32, value: &[u32]) -> io::Result<()> {
     update(map, &index, value.as_ptr().cast())
+}
+
+/// Writes the one element of an array map whose values are this type.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn write<T: aya::Pod>(map: BorrowedFd<'_>, value: &T) -> io::Result<()> {
+    update(map, &0, std::ptr::from_ref(value).cast())
 }
 
 /// Puts the map behind `inner` into slot `index` of an array of maps.
@@ -280,15 +361,28 @@ pub(super) fn sums(map: BorrowedFd<'_>, count: u32, cpus: usize) -> io::Result<V
 /// # Errors
 /// The kernel's.
 pub(super) fn array(map: BorrowedFd<'_>, count: u32, words: usize) -> io::Result<Vec<u32>> {
+    array_part(map, 0, count, words)
+}
+
+/// The same of `count` elements behind the first `start`.
+///
+/// # Errors
+/// The kernel's.
+pub(super) fn array_part(
+    map: BorrowedFd<'_>,
+    start: u32,
+    count: u32,
+    words: usize,
+) -> io::Result<Vec<u32>> {
     let mut keys = vec![0u32; count as usize];
     let mut values = vec![0u32; count as usize * words];
     let mut read = 0;
     // Where the kernel's last batch ended; it begins without one.
-    let mut next = 0u32;
+    let mut next = start.wrapping_sub(1);
     while read < count {
         let before = next;
         let mut attr = BatchAttr {
-            in_batch: if read == 0 {
+            in_batch: if start == 0 && read == 0 {
                 0
             } else {
                 std::ptr::from_ref(&before) as u64

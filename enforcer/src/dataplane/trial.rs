@@ -24,6 +24,19 @@ impl KernelDataplane {
         if self.control.deadline != NO_DEADLINE {
             return Err(DataplaneError::Trial("a trial is running"));
         }
+        let begun = self.arm(image, previous, within);
+        if begun.is_err() {
+            self.tidy_up();
+        }
+        begun
+    }
+
+    fn arm(
+        &mut self,
+        image: &Image,
+        previous: Option<&Image>,
+        within: Duration,
+    ) -> Result<(), DataplaneError> {
         let written = self.write_image(image)?;
         let previous = match previous {
             Some(previous) => {
@@ -147,6 +160,21 @@ impl KernelDataplane {
         let deadline = std::mem::replace(&mut self.control.deadline, NO_DEADLINE);
         self.write_control()
             .inspect_err(|_| self.control.deadline = deadline)
+    }
+
+    /// Forgets what nobody needs: images of a trial that did not come to be, or is over, and programs
+    /// that were to take over and did not.
+    pub(super) fn tidy_up(&mut self) {
+        if let Err(error) = self.pins.set(true).remove() {
+            tracing::warn!(%error, "cannot remove what was to take over");
+        }
+        let over = self.control.deadline == NO_DEADLINE;
+        if over && self.slots.contains_key(&slot::PREVIOUS) {
+            if let Err(error) = self.clear_previous() {
+                tracing::warn!(%error, "cannot forget the image before the one in force");
+            }
+        }
+        self.forget_unused();
     }
 
     /// Gives its memory back.

@@ -26,16 +26,33 @@ fn reloads(settings: &str) -> Reloads {
         image: loaded.image,
         loaded_at: Time::now(),
     };
-    let shared = Shared::new(dataplane, Arc::new(Generations::default()), live);
+    let dataplane = Arc::new(Mutex::new(dataplane));
+    let changes = Arc::new(crate::daemon::store::Store::open(None));
+    let shared = Shared::new(dataplane, Arc::new(Generations::default()), changes, live);
     let sources = Sources {
         segments: PathBuf::from("p.yaml"),
         settings: None,
         trust: crate::daemon::guard::Trust::Anyone,
     };
-    let (shared, memory) = (Arc::new(shared), Memory::default());
-    let generation = shared.live().image.generation();
-    let environment = Environment::default();
-    Reloads::new(sources, shared, texts, memory, generation, &environment)
+    let origin = Origin {
+        kind: OriginKind::Watched,
+        path: "p.yaml".to_owned(),
+        change: None,
+        state: None,
+        by: None,
+        at: Time::now(),
+        differs: None,
+    };
+    let begun = Begun {
+        watched: Some(texts.clone()),
+        texts,
+        origin,
+        memory: Memory::default(),
+        environment: Environment::default(),
+        generation: 1,
+        previous: None,
+    };
+    Reloads::new(sources, Arc::new(shared), begun)
 }
 
 fn host(interfaces: &[(u32, &str)], addresses: &[&str]) -> Environment {

@@ -14,9 +14,9 @@ use std::{
 use super::bpf;
 
 const BPF_OBJ_PIN: libc::c_long = 6;
-const BPF_OBJ_GET: libc::c_long = 7;
-const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
-const BPF_PROG_QUERY: libc::c_long = 16;
+pub(super) const BPF_OBJ_GET: libc::c_long = 7;
+pub(super) const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+pub(super) const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
@@ -339,19 +339,21 @@ pub(in crate::dataplane) fn private_bpffs() -> io::Result<OwnedFd> {
 /// The kernel's.
 pub(in crate::dataplane) fn exchange(one: &Path, other: &Path) -> io::Result<()> {
     let (one, other) = (terminated(one)?, terminated(other)?);
-    // SAFETY: two strings that live on, and numbers.
-    let result = unsafe {
-        libc::renameat2(
-            libc::AT_FDCWD,
-            one.as_ptr(),
-            libc::AT_FDCWD,
-            other.as_ptr(),
-            libc::RENAME_EXCHANGE,
-        )
-    };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    super::faults::step(|| {
+        // SAFETY: two strings that live on, and numbers.
+        let result = unsafe {
+            libc::renameat2(
+                libc::AT_FDCWD,
+                one.as_ptr(),
+                libc::AT_FDCWD,
+                other.as_ptr(),
+                libc::RENAME_EXCHANGE,
+            )
+        };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    })
 }

@@ -1,0 +1,309 @@
+//! Guarantee 3, step by step: whatever call the daemon dies at, or the kernel refuses, one whole
+//! policy is in force, and the next daemon goes on from there. Every step is tried, none is skipped.
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a test fails by panicking, and a child tells its parent"
+)]
+
+use std::{
+    net::IpAddr,
+    os::unix::process::ExitStatusExt as _,
+    process::Command,
+    sync::atomic::{AtomicU16, Ordering},
+    time::Duration,
+};
+
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use enforcer::{
+    compile::Image,
+    dataplane::{
+        Dataplane as _,
+        faults::{self, Fault},
+        kernel::{Keep, KernelDataplane, LoadOptions},
+    },
+    policy::{SourceFile, model::Environment, parse},
+};
+use enforcer_common::image::SIZE_CLASSES;
+use enforcer_tests::{frame, kernel, pins::Pins, scale};
+
+/// Allowed by both policies, by the first, by the second.
+const BOTH: u16 = 7001;
+const FIRST: u16 = 7002;
+const SECOND: u16 = 7003;
+/// Longer than a test.
+const LATER: Duration = Duration::from_secs(3600);
+
+/// What a daemon may be at when it dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Act {
+    Apply,
+    Trial,
+    FirstTrial,
+    Confirm,
+    Revert,
+    ApplyBoth,
+    Grow,
+    Replace,
+}
+
+const ACTS: [Act; 8] = [
+    Act::Apply,
+    Act::Trial,
+    Act::FirstTrial,
+    Act::Confirm,
+    Act::Revert,
+    Act::ApplyBoth,
+    Act::Grow,
+    Act::Replace,
+];
+
+fn image(port: u16, generation: u32, large: bool) -> Image {
+    let mut text = "version: 1\nsegments:\n  a: { members: [{cidr: 10.1.0.0/16}] }\n".to_owned();
+    if large {
+        // 600 kinds of address: 360 000 pairs of them.
+        for i in 0..600 {
+            let address = format!("10.9.{}.{}", i / 250, i % 250);
+            text += &format!("  s{i}: {{ members: [{{cidr: {address}/32}}] }}\n");
+        }
+    }
+    text += &format!(
+        "rules:\n  - {{ name: r, from: [a], to: [a], services: [udp/{BOTH}, udp/{port}] }}\n"
+    );
+    let name = "p.yaml".to_owned();
+    let policy = parse(&[SourceFile { name, text }]).unwrap();
+    kernel::compile(&policy, &Environment::default()).with_generation(generation)
+}
+
+fn open(pins: &std::path::Path, anew: bool) -> KernelDataplane {
+    KernelDataplane::load(&LoadOptions {
+        image_words: SIZE_CLASSES[0] as usize,
+        debug: false,
+        flows: kernel::FLOWS,
+        keep: Keep::Pinned(pins.to_owned()),
+        anew,
+        extra: &[],
+    })
+    .unwrap()
+}
+
+/// A generation that none has had.
+fn next(dataplane: &KernelDataplane) -> u32 {
+    dataplane.adopted().unwrap().map_or(0, |a| a.generation) + 1
+}
+
+/// What the child does, and the parent does before.
+fn act(
+    act: Act,
+    dataplane: &mut KernelDataplane,
+) -> Result<(), enforcer::dataplane::DataplaneError> {
+    let generation = next(dataplane);
+    match act {
+        Act::Apply => dataplane.apply(&image(SECOND, generation, false)),
+        Act::Trial => dataplane.trial(&image(SECOND, generation, false), None, LATER),
+        Act::FirstTrial => {
+            let before = image(FIRST, generation, false);
+            let after = image(SECOND, generation + 1, false);
+            dataplane.trial(&after, Some(&before), LATER)
+        }
+        Act::Confirm => dataplane.confirm(),
+        Act::Revert => dataplane.revert(),
+        Act::ApplyBoth => {
+            let (before, after) = (
+                image(FIRST, generation, false),
+                image(SECOND, generation + 1, false),
+            );
+            dataplane.apply_both(&before, &after)
+        }
+        Act::Grow => dataplane.apply(&image(SECOND, generation, true)),
+        Act::Replace => unreachable!("a start of its own"),
+    }
+}
+
+/// The child's part: does it, and says whether it could and in how many steps.
+#[test]
+fn a_daemon_that_dies() {
+    let Ok(asked) = std::env::var("ENFORCER_TEST_DIES") else {
+        return; // Not a child.
+    };
+    let mut words = asked.split(' ');
+    let mut word = || words.next().unwrap();
+    let (pins, which, fault, at) = (word(), word(), word(), word());
+    let which = ACTS[which.parse::<usize>().unwrap()];
+    let fault = match fault {
+        "crash" => Fault::Crash,
+        _ => Fault::Refusal,
+    };
+    let at = at.parse().unwrap();
+    let pins = std::path::Path::new(pins);
+    let done = if which == Act::Replace {
+        faults::set(fault, at);
+        std::panic::catch_unwind(|| open(pins, true)).is_ok()
+    } else {
+        let mut dataplane = open(pins, false);
+        faults::set(fault, at);
+        act(which, &mut dataplane).is_ok()
+    };
+    println!("DONE {done} {}", faults::steps());
+}
+
+/// What became of a child.
+enum Fate {
+    Died,
+    Done(bool, u32),
+}
+
+fn child(pins: &Pins, which: usize, fault: &str, at: u32) -> Fate {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_daemon_that_dies", "--nocapture"])
+        .env(
+            "ENFORCER_TEST_DIES",
+            format!("{} {which} {fault} {at}", pins.path().display()),
+        )
+        .output()
+        .unwrap();
+    if output.status.signal() == Some(libc::SIGABRT) {
+        return Fate::Died;
+    }
+    let said = String::from_utf8_lossy(&output.stdout);
+    let Some((_, told)) = said.split_once("DONE ") else {
+        panic!(
+            "{}: {said}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+    };
+    let mut words = told.split_whitespace();
+    let done = words.next() == Some("true");
+    Fate::Done(done, words.next().unwrap().parse().unwrap())
+}
+
+/// Which of the two policies judges, by the pinned program.
+fn judging(pins: &Pins) -> u16 {
+    static PORT: AtomicU16 = AtomicU16::new(1024);
+    let program = pins.path().join("current/programs/tc_ingress");
+    let program = SchedClassifier::from_pin(program).unwrap();
+    let passes = |port: u16| {
+        let (a, b): (IpAddr, IpAddr) = ([10, 1, 0, 1].into(), [10, 1, 0, 2].into());
+        let own = PORT.fetch_add(1, Ordering::Relaxed) | 1024;
+        let bytes = frame::frame(a, b, 17, &frame::udp(own, port));
+        let mut out = [0; 256];
+        let options = TestRunOptions {
+            data_in: Some(&bytes),
+            data_out: Some(&mut out),
+            ..TestRunOptions::new()
+        };
+        program.test_run(options).unwrap().return_value != 2
+    };
+    assert!(passes(BOTH), "neither policy is in force");
+    match (passes(FIRST), passes(SECOND)) {
+        (true, false) => FIRST,
+        (false, true) => SECOND,
+        both => panic!("a mix: {both:?}"),
+    }
+}
+
+/// Brings the pins to where the act begins: the first policy in force, or the second on trial.
+fn prepare(pins: &Pins, which: Act) {
+    let mut dataplane = open(pins.path(), false);
+    if dataplane.on_trial().unwrap().is_some() {
+        dataplane.revert().unwrap();
+    }
+    let generation = next(&dataplane);
+    dataplane.apply(&image(FIRST, generation, false)).unwrap();
+    if matches!(which, Act::Confirm | Act::Revert | Act::ApplyBoth) {
+        act(Act::Trial, &mut dataplane).unwrap();
+    }
+}
+
+/// What the next daemon finds is what judges, and it can go on.
+fn goes_on(pins: &Pins, judged: u16) {
+    let mut dataplane = open(pins.path(), false);
+    let live = dataplane.adopted().unwrap().unwrap().live.unwrap();
+    assert_eq!(judging(pins), judged, "adopting changes nothing");
+    let trial = dataplane.on_trial().unwrap();
+    if let Some(trial) = trial {
+        assert_eq!(trial.live, live.generation());
+        assert!(trial.remaining > LATER / 2);
+        dataplane.revert().unwrap();
+        assert_eq!(judging(pins), FIRST, "what was in force before");
+    }
+    assert_eq!(dataplane.on_trial().unwrap(), None);
+    let generation = next(&dataplane);
+    dataplane.apply(&image(SECOND, generation, false)).unwrap();
+    assert_eq!(judging(pins), SECOND);
+    assert_eq!(dataplane.inspect().unwrap(), []);
+    let list = pins.list();
+    let images = list.iter().filter(|path| path.contains("images/"));
+    assert_eq!(images.count(), 1, "{list:?}");
+    assert!(
+        !list.iter().any(|path| path.starts_with("next/")),
+        "{list:?}"
+    );
+}
+
+fn every_step(which: Act, fault: &str) {
+    let mut pins = Pins::default();
+    let number = ACTS.iter().position(|act| *act == which).unwrap();
+    drop(open(pins.path(), false));
+    let mut seen = std::collections::BTreeSet::new();
+    let mut at = 1;
+    loop {
+        if which == Act::Grow {
+            // The one before has grown.
+            pins = Pins::default();
+            drop(open(pins.path(), false));
+        }
+        prepare(&pins, which);
+        let before = judging(&pins);
+        match child(&pins, number, fault, at) {
+            Fate::Died => {}
+            Fate::Done(done, steps) if steps < at => {
+                assert!(done, "{which:?} without a fault");
+                break;
+            }
+            Fate::Done(done, _) => {
+                let now = judging(&pins);
+                let changes = !matches!(which, Act::Confirm | Act::ApplyBoth | Act::Replace);
+                if !done && changes && which != Act::Revert {
+                    assert_eq!(now, before, "{which:?}: refused at step {at}, and changed");
+                }
+            }
+        }
+        let judged = judging(&pins);
+        seen.insert(judged);
+        goes_on(&pins, judged);
+        at += 1;
+    }
+    assert!(at > 3, "{which:?} has more than {} steps", at - 1);
+    println!("{which:?} {fault}: {} steps, then {seen:?}", at - 1);
+}
+
+/// Each round of some loads the programs anew, which takes seconds: only a thorough run does these.
+/// Where every instruction is emulated each start takes long.
+fn now(which: Act) -> bool {
+    let loads = matches!(which, Act::Grow | Act::Replace);
+    let few = matches!(which, Act::Apply | Act::Trial);
+    scale::thorough() || (!loads && (few || scale::rounds(2, 1) == 2))
+}
+
+#[test]
+fn a_daemon_that_dies_at_any_step_of_a_change_leaves_one_whole_policy() {
+    for which in ACTS {
+        if now(which) {
+            every_step(which, "crash");
+        }
+    }
+}
+
+#[test]
+fn a_step_that_the_kernel_refuses_changes_nothing_or_is_made_up_for() {
+    for which in ACTS {
+        if now(which) {
+            every_step(which, "refuse");
+        }
+    }
+}
