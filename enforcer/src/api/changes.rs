@@ -14,6 +14,14 @@ pub const SHORTEST_TRIAL: u64 = 3;
 /// … and at most.
 pub const LONGEST_TRIAL: u64 = 86_400;
 
+/// Answer to `POST /v1/detach`. Nothing is enforced any more, and the daemon ends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct Detached {
+    /// Interfaces that were enforced.
+    pub interfaces: Vec<String>,
+}
+
 /// What somebody, or the daemon, did or tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]

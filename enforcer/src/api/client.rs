@@ -13,7 +13,7 @@ use tokio::net::UnixStream;
 
 use super::{
     DEFAULT_SOCKET, DEFAULT_VIEW_SOCKET,
-    changes::{ApplyRequest, Changed, History, RollbackRequest},
+    changes::{ApplyRequest, Changed, Detached, History, RollbackRequest},
     types::{
         ExplainRequest, Explanation, Flows, FlowsRequest, Peer, Plan, PlanRequest, Record, Refusal,
         RefusalCode, Reloaded, Status,
@@ -175,6 +175,14 @@ impl Client {
     /// [`ClientError`].
     pub async fn confirm(&self) -> Result<Changed, ClientError> {
         self.json(Method::POST, "/v1/confirm", Vec::new()).await
+    }
+
+    /// Takes the programs off. The daemon ends then.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn detach(&self) -> Result<Detached, ClientError> {
+        self.json(Method::POST, "/v1/detach", Vec::new()).await
     }
 
     /// Puts an earlier state in force again.

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     OPENAPI,
-    changes::{ApplyRequest, Changed, History, RollbackRequest},
+    changes::{ApplyRequest, Changed, Detached, History, RollbackRequest},
     peer::Authority,
     routes::{self, Route},
     types::{
@@ -107,6 +107,11 @@ fn operation(route: &Route, asked: &mut SchemaGenerator, told: &mut SchemaGenera
             },
             "application/json",
             told.subschema_for::<Changed>(),
+        ),
+        "/v1/detach" => (
+            "Take the programs off: nothing is enforced any more, and the daemon ends.",
+            "application/json",
+            told.subschema_for::<Detached>(),
         ),
         "/v1/history" => (
             "What was changed, by whom, and what came of it.",

@@ -105,7 +105,8 @@ pub fn all() -> (Vec<Route>, Router<Context>) {
     add(tell.clone(), "/v1/reload", change, false, post(reload));
     add(tell.clone(), "/v1/apply", change, false, post(apply));
     add(tell.clone(), "/v1/confirm", change, false, post(confirm));
-    add(tell, "/v1/rollback", change, false, post(rollback));
+    add(tell.clone(), "/v1/rollback", change, false, post(rollback));
+    add(tell, "/v1/detach", change, false, post(detach));
     add(ask.clone(), "/v1/history", view, false, get(history));
     add(ask, "/v1/openapi.json", view, false, get(openapi));
     (routes, router)
@@ -300,6 +301,13 @@ async fn propose(context: &Context, proposal: Proposal) -> Response {
 async fn confirm(State(context): State<Context>, Extension(by): Extension<Arc<Named>>) -> Response {
     match asked(&context, |answer| Ask::Confirm { by, answer }).await {
         Ok(changed) => Json(changed).into_response(),
+        Err(refused) => refused,
+    }
+}
+
+async fn detach(State(context): State<Context>, Extension(by): Extension<Arc<Named>>) -> Response {
+    match asked(&context, |answer| Ask::Detach { by, answer }).await {
+        Ok(detached) => Json(detached).into_response(),
         Err(refused) => refused,
     }
 }

@@ -4,6 +4,7 @@ mod apply;
 mod check;
 mod completions;
 mod denials;
+mod detach;
 mod doctor;
 mod explain;
 mod flows;
@@ -84,6 +85,8 @@ enum Verb {
     Rollback(apply::Rollback),
     /// Show what was changed, by whom, and what came of it.
     History(history::Args),
+    /// End enforcement: take the programs off. Says what becomes unprotected, and asks.
+    Detach(detach::Args),
     /// Show denied packets.
     Denials(denials::Args),
     /// Say why a flow is allowed or denied.
@@ -194,6 +197,7 @@ pub fn main(open: Open) -> ExitCode {
         Verb::Confirm(args) => apply::confirm(args, &cli.globals, &mut out),
         Verb::Rollback(args) => apply::rollback(args, &cli.globals, &mut out),
         Verb::History(args) => history::run(args, &cli.globals, &mut out),
+        Verb::Detach(args) => detach::run(args, &cli.globals, &mut out),
         Verb::Denials(args) => denials::run(args, &cli.globals, &mut out),
         Verb::Explain(args) => explain::run(args, &cli.globals, &mut out),
         Verb::Plan(args) => plan::run(args, &cli.globals, &mut out),

@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::sync::oneshot;
 
 use crate::api::{
-    changes::Changed,
+    changes::{Changed, Detached},
     peer::Named,
     types::{RefusalCode, Reloaded},
 };
@@ -55,6 +55,13 @@ pub enum Ask {
         proposal: Box<Proposal>,
         /// Where the answer goes.
         answer: Answer<Changed>,
+    },
+    /// Take the programs off.
+    Detach {
+        /// Who asks.
+        by: Arc<Named>,
+        /// Where the answer goes.
+        answer: Answer<Detached>,
     },
     /// What is on trial is to stay.
     Confirm {

@@ -147,7 +147,12 @@ impl Control {
         Ok(())
     }
 
-    /// Runs until `stop` turns true.
+    /// Whether the programs were taken off at somebody's word.
+    pub fn is_detached(&self) -> bool {
+        self.reloads.is_detached()
+    }
+
+    /// Runs until `stop` turns true, or the programs are taken off.
     ///
     /// # Errors
     /// When the policy's files or the interfaces cannot be watched at the start.
@@ -183,6 +188,9 @@ impl Control {
                 () = stopped(stop) => return Ok(()),
                 Some(ask) = asks.recv() => {
                     self.reloads.ask(ask).await;
+                    if self.reloads.is_detached() {
+                        return Ok(());
+                    }
                     if self.reloads.is_asked() {
                         self.notify.reloading();
                     }

@@ -146,6 +146,9 @@ pub enum RunError {
     },
 }
 
+/// What the last answer takes to be read.
+const ANSWERED: std::time::Duration = std::time::Duration::from_millis(300);
+
 fn system(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
     move |source| RunError::System { what, source }
 }
@@ -283,6 +286,11 @@ pub async fn run(
     let server = supervised("the server of the control socket", &shared, server);
 
     let result = control.run(asks, &mut reload, &mut stop).await;
+    let detached = control.is_detached();
+    if detached {
+        // Whoever asked for it has the answer.
+        tokio::time::sleep(ANSWERED).await;
+    }
     notify.stopping();
     server.abort();
     if let Some(reader) = reader {
@@ -293,7 +301,9 @@ pub async fn run(
     if let Some(unkept) = shared.changes.persist().await {
         tracing::error!("{unkept}");
     }
-    if outlives {
+    if detached {
+        tracing::info!("stopping: nothing is enforced");
+    } else if outlives {
         tracing::info!("stopping: what is in force stays so; to end it: enforcer detach");
     } else {
         tracing::info!("stopping: taking the programs off");

@@ -14,12 +14,12 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::{
     api::{
-        changes::{ChangeKind, Changed, Origin, OriginKind},
+        changes::{ChangeKind, Changed, Detached, Origin, OriginKind},
         peer::Named,
-        types::{Reloaded, Time},
+        types::{InterfaceState, RefusalCode, Reloaded, Time},
     },
     compile::{CompileError, Image, Known},
-    dataplane::{DataplaneError, release_memory},
+    dataplane::{Dataplane as _, DataplaneError, release_memory},
     policy::{
         Severity,
         model::{Environment, Policy},
@@ -30,6 +30,7 @@ use crate::{
 use super::{
     acts::{Answer, Ask, Proposal, Refused, What},
     control::log_warnings,
+    expedite::Expedite,
     files::{self, Sources, Texts},
     load::{self, Loaded, Memory, Rejected},
     progress,
@@ -68,6 +69,7 @@ pub struct Reloads {
     unfit: Option<(Environment, Instant, String)>,
     wanted: Option<Wanted>,
     proposals: VecDeque<(Box<Proposal>, Answer<Changed>)>,
+    detached: bool,
     running: Option<Running>,
     trial: Option<Trial>,
     rest: Rest,
@@ -190,6 +192,7 @@ impl Reloads {
             unfit: None,
             wanted: None,
             proposals: VecDeque::new(),
+            detached: false,
             running: None,
             trial: None,
             rest: Rest::default(),
@@ -211,9 +214,57 @@ impl Reloads {
                 None => self.want("request", Some((by, answer))),
             },
             Ask::Propose { proposal, answer } => self.propose(proposal, answer).await,
+            Ask::Detach { by, answer } => {
+                let _ = answer.send(self.detach(&by).await);
+            }
             Ask::Confirm { by, answer } => {
                 let result = self.confirm(&by).await;
                 let _ = answer.send(result);
+            }
+        }
+    }
+
+    /// Whether the programs were taken off at somebody's word.
+    pub fn is_detached(&self) -> bool {
+        self.detached
+    }
+
+    async fn detach(&mut self, by: &Named) -> Result<Detached, Refused> {
+        let interfaces = self.shared.note(|board| {
+            let enforced = board.interfaces.iter();
+            let enforced = enforced.filter(|i| i.state == InterfaceState::Enforced);
+            enforced.map(|i| i.name.clone()).collect()
+        });
+        let shared = Arc::clone(&self.shared);
+        let taken_off = spawn_blocking(move || {
+            let expedite = Expedite::of_kernel();
+            let _short = expedite.begin();
+            let dataplane = shared.dataplane.lock();
+            let mut dataplane = dataplane.unwrap_or_else(PoisonError::into_inner);
+            dataplane.detach_all()
+        });
+        let taken_off = taken_off.await.map_err(|error| error.to_string());
+        let taken_off = taken_off.and_then(|result| result.map_err(|error| error.to_string()));
+        let mut note = self.note(
+            ChangeKind::Detach,
+            Some(by.clone()),
+            self.shared.live().path.clone(),
+        );
+        match taken_off {
+            Ok(()) => {
+                tracing::warn!(%by, "the programs were taken off: nothing is enforced any more");
+                self.shared.changes.change(|journal| journal.detached(note));
+                self.detached = true;
+                Ok(Detached { interfaces })
+            }
+            // What is off comes back with the next look.
+            Err(error) => {
+                note.error = Some(error.clone());
+                self.shared.changes.change(|journal| journal.refuse(note));
+                Err(Refused {
+                    code: RefusalCode::Internal,
+                    error: format!("not everything could be taken off, and comes back: {error}"),
+                })
             }
         }
     }

@@ -113,7 +113,7 @@ impl KernelDataplane {
             }
         }
         for (ifindex, program, target, others) in last {
-            let repaired = self.to_the_front(ifindex, program);
+            let repaired = self.come_first(ifindex, program);
             let what = format!("was not the first to be asked, programs {others} were before it");
             found.push(Tamper::of(&target, &what, repaired));
         }
@@ -125,7 +125,7 @@ impl KernelDataplane {
 
     /// Takes the first place again. The kernel has no program twice on a hook, so for a moment one
     /// that drops everything stands in.
-    fn to_the_front(&mut self, ifindex: u32, program: &'static str) -> bool {
+    fn come_first(&mut self, ifindex: u32, program: &'static str) -> bool {
         let attempts = self.fought.entry((ifindex, program)).or_default();
         *attempts += 1;
         if *attempts > ATTEMPTS {
@@ -269,15 +269,16 @@ impl KernelDataplane {
     }
 
     fn map_fd(&self, name: &str) -> Option<BorrowedFd<'_>> {
-        match self.map(name)? {
-            Map::Array(map)
-            | Map::ArrayOfMaps(map)
-            | Map::HashMap(map)
-            | Map::LruHashMap(map)
-            | Map::PerCpuArray(map)
-            | Map::RingBuf(map) => Some(map.fd().as_fd()),
-            _ => None,
-        }
+        let (Map::Array(map)
+        | Map::ArrayOfMaps(map)
+        | Map::HashMap(map)
+        | Map::LruHashMap(map)
+        | Map::PerCpuArray(map)
+        | Map::RingBuf(map)) = self.map(name)?
+        else {
+            return None; // The programs share no others.
+        };
+        Some(map.fd().as_fd())
     }
 }
 

@@ -470,14 +470,16 @@ impl Set {
 }
 
 fn cannot_pin(root: &Path, error: &io::Error) -> DataplaneError {
-    let help = match error.kind() {
-        ErrorKind::ReadOnlyFilesystem => "mount it for writing: mount -o remount,rw /sys/fs/bpf",
-        ErrorKind::PermissionDenied => "run as root, or let the directory belong to this user",
-        ErrorKind::StorageFull => "remove what others have pinned there",
-        _ => {
-            "mount one: mount -t bpf bpf /sys/fs/bpf (`ip netns exec` hides it: enter the namespace \
-             with `nsenter --net=…` instead); or name a directory in one with --pins"
-        }
+    let kind = error.kind();
+    let help = if kind == ErrorKind::ReadOnlyFilesystem {
+        "mount it for writing: mount -o remount,rw /sys/fs/bpf"
+    } else if kind == ErrorKind::PermissionDenied {
+        "run as root, or let the directory belong to this user"
+    } else if kind == ErrorKind::StorageFull {
+        "remove what others have pinned there"
+    } else {
+        "mount one: mount -t bpf bpf /sys/fs/bpf (`ip netns exec` hides it: enter the namespace \
+         with `nsenter --net=…` instead); or name a directory in one with --pins"
     };
     DataplaneError::Environment {
         what: format!("cannot pin anything in {}: {error}", root.display()),

@@ -169,10 +169,11 @@ impl KernelDataplane {
             tracing::warn!(%error, "cannot remove what was to take over");
         }
         let over = self.control.deadline == NO_DEADLINE;
-        if over && self.slots.contains_key(&slot::PREVIOUS) {
-            if let Err(error) = self.clear_previous() {
-                tracing::warn!(%error, "cannot forget the image before the one in force");
-            }
+        if over
+            && self.slots.contains_key(&slot::PREVIOUS)
+            && let Err(error) = self.clear_previous()
+        {
+            tracing::warn!(%error, "cannot forget the image before the one in force");
         }
         self.forget_unused();
     }
