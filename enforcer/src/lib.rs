@@ -14,4 +14,5 @@ pub mod events;
 pub mod plan;
 pub mod policy;
 mod poll;
+mod pulse;
 pub mod settings;

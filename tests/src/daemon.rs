@@ -184,14 +184,17 @@ impl<'a> Setup<'a> {
 
     /// Starts, and does not wait.
     pub fn spawn(self) -> Daemon<'a> {
+        self.spawn_with(|_| {})
+    }
+
+    /// Starts after a last change, and does not wait.
+    pub fn spawn_with(self, change: impl FnOnce(&mut Command)) -> Daemon<'a> {
         let path = self.directory.path().join("log");
         let log = fs::File::create(&path).unwrap();
-        let child = self
-            .command()
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap();
+        let mut command = self.command();
+        command.stdout(log.try_clone().unwrap()).stderr(log);
+        change(&mut command);
+        let child = command.spawn().unwrap();
         Daemon {
             process: Process(child),
             setup: self,

@@ -15,6 +15,7 @@ pub mod daemon;
 pub mod frame;
 pub mod fuzz;
 pub mod host;
+pub mod inside;
 pub mod kernel;
 pub mod line_rate;
 pub mod link;

@@ -4,6 +4,7 @@
 //! left behind is known by a PID that is gone.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -102,6 +103,11 @@ impl Netns {
         this
     }
 
+    /// As `ip -n` takes it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// For `setns` in a child.
     pub fn file(&self) -> File {
         self.file.try_clone().unwrap()
@@ -116,6 +122,15 @@ impl Netns {
                 work()
             });
             thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+        })
+    }
+
+    /// Number of each interface inside, by name.
+    pub fn interfaces(&self) -> BTreeMap<String, u32> {
+        self.enter(|| {
+            let all = nix::net::if_::if_nameindex().unwrap();
+            let named = |i: &nix::net::if_::Interface| i.name().to_str().unwrap().to_owned();
+            all.iter().map(|i| (named(i), i.index())).collect()
         })
     }
 

@@ -24,6 +24,8 @@ use serde_json::Value;
 
 const POLICY: &str = "version: 1\nsegments: {a: {members: [{cidr: 10.0.0.0/8}]}}\n";
 
+const XDP_PASS: i32 = 2;
+
 /// Linux 6.6; `/proc/sys/kernel/osrelease` begins with two numbers.
 fn has_tcx() -> bool {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
@@ -158,8 +160,6 @@ fn a_program_in_front_of_the_enforcers_is_found() {
         (program, attached)
     };
     if !has_tcx() {
-        let report = about(&daemon, &pair.host);
-        assert_eq!(checks(&report, "interfaces")[0]["state"], "warn");
         println!("SKIPPED: this kernel has no tcx");
         return;
     }
@@ -191,6 +191,66 @@ fn a_program_in_front_of_the_enforcers_is_found() {
     );
     drop(front);
     assert_eq!(about(&daemon, &pair.host)["ok"], true);
+}
+
+#[test]
+fn filters_and_xdp_programs_of_others_are_found() {
+    let pair = Pair::new();
+    let daemon = Setup::new(&pair.host, "eth0", POLICY)
+        .with_settings("version: 1\n")
+        .start();
+    let tc = |words: &str, last: &str| {
+        let words: Vec<_> = words.split(' ').chain([last]).collect();
+        pair.host.ask("tc", &words).unwrap();
+    };
+    let found = |state: &str, what: &str| {
+        let report = about(&daemon, &pair.host);
+        let found = checks(&report, "interfaces");
+        let is = |check: &&&Value| {
+            let said = check["said"].as_str().unwrap();
+            check["state"] == state && said.starts_with(what)
+        };
+        assert!(found.iter().any(|c| is(&c)), "{state} {what}: {report:#}");
+        found.len()
+    };
+    assert_eq!(found("ok", "eth0: no program of anybody else's"), 1);
+    if has_tcx() {
+        tc("qdisc add dev eth0", "clsact");
+    }
+    tc(
+        "filter add dev eth0 ingress protocol all prio 5 u32 match u32 0 0 flowid",
+        "1:1",
+    );
+    found(
+        "ok",
+        "eth0: asked after the enforcer: tc_ingress 5 (u32 filter)",
+    );
+    // The kernel asks the youngest of a priority first, and all of tcx before that.
+    tc(
+        "filter add dev eth0 egress protocol all prio 1 bpf bytecode",
+        "1,6 0 0 0",
+    );
+    if has_tcx() {
+        found("ok", "eth0: asked after the enforcer: ");
+    } else {
+        found(
+            "fail",
+            "eth0: asked before the enforcer, and can pass what it would deny: tc_egress",
+        );
+    }
+
+    let xdp = "eth0: an XDP program (id ";
+    let program = rival::program(Hook::Xdp, XDP_PASS).unwrap();
+    let link = pair
+        .host
+        .enter(|| rival::on_interface(&program, Hook::Xdp, "eth0", Place::Generic));
+    let link = link.unwrap();
+    assert_eq!(found("warn", xdp), 2);
+    drop(link);
+    assert_eq!(
+        found(if has_tcx() { "ok" } else { "fail" }, "eth0: asked"),
+        1
+    );
 }
 
 #[test]

@@ -97,7 +97,9 @@ fn interfaces_that_appear_are_enforced_within_a_second() {
     // One that the pattern does not mean is left alone.
     net.host.cable("other0", &late, "eth0");
     thread::sleep(Duration::from_millis(1200));
-    assert_eq!(interface(&daemon, "other0"), None);
+    let other = interface(&daemon, "other0").unwrap();
+    assert_eq!(other["state"], "unprotected", "{other}");
+    assert_eq!(other["enforced"], false);
 }
 
 /// tun, WireGuard and PPP devices have none.

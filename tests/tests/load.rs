@@ -34,6 +34,7 @@ use enforcer_tests::{
     },
     netns::Family,
     nft::try_nft,
+    scale,
     seen::skipped,
     traffic::QUIET,
     wire::{self, Packets},
@@ -303,7 +304,7 @@ fn a_flood_is_survived_by_what_speaks_in_time() {
             established: 50,
             idle: &[1],
             real_time: false,
-            handshakes: Duration::from_millis(200),
+            handshakes: scale::within(Duration::from_millis(200)),
         };
         let outcome = flood::run(&options);
         assert_eq!(outcome.alive, [(1, 1.0)]);

@@ -93,7 +93,10 @@ pub fn serve(
         let mut look = interval(LOOK);
         loop {
             tokio::select! {
-                _ = look.tick() => server.look(&sockets, false),
+                _ = look.tick() => {
+                    server.look(&sockets, false);
+                    server.shared.serving.beat();
+                }
                 // Never, but for a panic.
                 Some(_) = accepting.join_next() => return,
             }

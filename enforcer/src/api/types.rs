@@ -88,7 +88,34 @@ pub struct PolicyStatus {
     pub origin: Option<Origin>,
 }
 
-/// An interface that is enforced, or should be.
+/// What becomes of the packets of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum InterfaceState {
+    /// They are judged here.
+    Enforced,
+    /// They need not be judged here, or are not to be: the reason says why.
+    Exempt,
+    /// They pass.
+    Unprotected,
+    /// They are to be judged here, and are not: the error says why.
+    Failed,
+}
+
+impl InterfaceState {
+    /// As in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Enforced => "enforced",
+            Self::Exempt => "exempt",
+            Self::Unprotected => "unprotected",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// An interface of the host, or one that should be there.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct InterfaceStatus {
@@ -98,9 +125,13 @@ pub struct InterfaceStatus {
     pub ifindex: u32,
     /// Programs attached to it.
     pub hooks: Vec<String>,
+    /// What becomes of its packets.
+    pub state: InterfaceState,
+    /// Why it is enforced (what asked for it), exempt, or unprotected.
+    pub reason: Option<String>,
     /// Whether its packets are judged.
     pub enforced: bool,
-    /// Why not.
+    /// Why not, though they should be.
     pub error: Option<String>,
     /// Number by which `interfaces:` in policies and failsafes know it; 0: unknown to them.
     #[serde(default)]
@@ -111,6 +142,16 @@ pub struct InterfaceStatus {
     /// What it is for: `vlan 20 on eth0`, `port of br0`.
     #[serde(default)]
     pub description: Option<String>,
+}
+
+impl InterfaceStatus {
+    /// Whether somebody wants it enforced.
+    pub fn is_asked_for(&self) -> bool {
+        matches!(
+            self.state,
+            InterfaceState::Enforced | InterfaceState::Failed
+        )
+    }
 }
 
 /// What nothing in the policy cuts.
@@ -199,7 +240,8 @@ pub struct Status {
     /// What passes before it is asked.
     #[serde(default)]
     pub settings: SettingsStatus,
-    /// Interfaces that are enforced or should be.
+    /// Every interface: those that are enforced or should be, then the unprotected, then the
+    /// exempt.
     pub interfaces: Vec<InterfaceStatus>,
     /// What the socket hooks do: `refuse`, `observe`, `off`.
     pub socket_hooks: String,

@@ -264,7 +264,7 @@ mod tests {
         let Verb::Run(args) = cli.unwrap().verb else {
             panic!("another verb");
         };
-        let names: Vec<_> = args.interface.iter().map(|p| p.as_str()).collect();
+        let names: Vec<_> = args.interface.iter().map(ToString::to_string).collect();
         assert_eq!(names, ["eth0", "veth*", "br0"]);
     }
 }

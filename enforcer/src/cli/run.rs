@@ -16,15 +16,18 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     api::{DEFAULT_SOCKET, DEFAULT_VIEW_SOCKET},
     daemon::{
-        self, Config, RunError, ViewSocket, files::SettingsPath, guard::Trust, netlink,
+        self, Config, RunError, ViewSocket,
+        files::SettingsPath,
+        guard::Trust,
+        netlink,
         preflight::preflight,
+        selection::{Selection, Selector, exemption},
     },
     dataplane::{
         SocketHooks,
         flows::DEFAULT_FLOWS,
         kernel::{DEFAULT_PINS, Keep},
     },
-    policy::pattern::Pattern,
 };
 
 use super::{
@@ -58,9 +61,13 @@ pub struct Args {
     /// they lead is as safe: Kubernetes mounts ConfigMaps so.
     #[arg(long)]
     follow_links: bool,
-    /// Interfaces to enforce on; `*` and `?` are globs. Those that appear later are enforced, too.
+    /// Interfaces to enforce on: names, with `*` and `?` as globs; `kind:veth` and other kinds;
+    /// `default-route`. Those that appear later are enforced, too.
     #[arg(long, value_name = "IF", required = true, value_delimiter = ',')]
-    pub interface: Vec<Pattern>,
+    pub interface: Vec<Selector>,
+    /// Interfaces to leave alone though --interface means them: names, globs, kinds.
+    #[arg(long, value_name = "IF", value_delimiter = ',', value_parser = exemption)]
+    exempt: Vec<Selector>,
     /// Form of the log, which goes to stderr; ENFORCER_LOG sets its level.
     #[arg(long, value_name = "FORM", default_value = "text")]
     log_format: LogFormat,
@@ -111,7 +118,20 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
         Hooks::Observe => SocketHooks::Observe,
         Hooks::Off => SocketHooks::Off,
     };
-    refuse_loopback(&args.interface)?;
+    let interfaces = Selection {
+        wanted: args.interface.clone(),
+        exempt: args.exempt.clone(),
+    };
+    refuse_loopback(&interfaces)?;
+    if let Some((name, exempt)) = interfaces.contradiction() {
+        return Err(Failure::new(
+            Exit::Usage,
+            format!(
+                "--interface {name} and --exempt {exempt}: is it to be enforced or not?\n  \
+                 help: leave one of them out"
+            ),
+        ));
+    }
     preflight(socket_hooks).map_err(|missing| {
         let all: Vec<_> = missing.iter().map(ToString::to_string).collect();
         Failure::new(Exit::Environment, all.join("\nerror: "))
@@ -125,7 +145,7 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
         trust: Trust::Owner {
             links: args.follow_links,
         },
-        interfaces: args.interface.clone(),
+        interfaces,
         socket: globals.socket.clone(),
         view_socket: view_socket(args, globals),
         socket_hooks,
@@ -193,15 +213,13 @@ fn state_dir(args: &Args, globals: &Globals) -> Option<PathBuf> {
 }
 
 /// A host is not cut off from itself: what it says to itself is not judged.
-fn refuse_loopback(patterns: &[Pattern]) -> Result<(), Failure> {
+fn refuse_loopback(interfaces: &Selection) -> Result<(), Failure> {
     // When links cannot be listed the daemon says so itself.
     let links = netlink::links().unwrap_or_default();
-    let loopback = links.iter().filter(|link| link.loopback).find(|link| {
-        let name = link.name.as_str();
-        patterns
-            .iter()
-            .any(|p| p.is_literal() && p.as_str() == name)
-    });
+    let loopback = links
+        .iter()
+        .filter(|link| link.loopback)
+        .find(|link| interfaces.literals().any(|name| name == link.name));
     match loopback {
         None => Ok(()),
         Some(link) => Err(Failure::new(

@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::api::{
     changes::{Origin, OriginKind},
     client::{Client, ClientError},
-    types::{CounterStatus, SettingsStatus, State, Status, Time},
+    types::{CounterStatus, InterfaceState, InterfaceStatus, SettingsStatus, State, Status, Time},
 };
 
 use super::{
@@ -53,7 +53,8 @@ fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
         State::NotEnforcing => Hue::Bad,
     };
     let word = status.state.name().replace('_', " ").to_uppercase();
-    out.line(out.paint(hue, &word))?;
+    let word = out.paint(hue, &word);
+    out.line(format!("{word}  {}", census(&status.interfaces, out)))?;
     for problem in &status.problems {
         let mark = out.paint(hue, "!");
         out.line(format!("  {mark} {}", clean(problem)))?;
@@ -92,14 +93,8 @@ fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
 
     section(out, "interfaces", "")?;
     for interface in &status.interfaces {
-        let mut state = match &interface.error {
-            Some(error) => out.paint(Hue::Bad, &format!("NOT ENFORCED: {}", clean(error))),
-            None => interface.hooks.join(", "),
-        };
-        if let Some(description) = &interface.description {
-            state.push_str(&format!("  ({})", clean(description)));
-        }
-        field(out, &clean(&interface.name), &state)?;
+        let line = self::interface(interface, out);
+        field(out, &clean(&interface.name), &line)?;
     }
     let mut hooks = status.socket_hooks.clone();
     if let Some(why) = &status.socket_hooks_reason {
@@ -133,6 +128,54 @@ fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
     field(out, "version", &daemon)?;
     field(out, "up since", &when(status.started_at))?;
     Ok(())
+}
+
+/// How many interfaces are what.
+fn census(interfaces: &[InterfaceStatus], out: &Out) -> String {
+    let of = |state: InterfaceState, name: &str, hue: Option<Hue>| {
+        let number = interfaces.iter().filter(|i| i.state == state).count();
+        let text = format!("{number} {name}");
+        match hue {
+            _ if number == 0 => None,
+            Some(hue) => Some(out.paint(hue, &text)),
+            None => Some(text),
+        }
+    };
+    let counts = [
+        of(InterfaceState::Enforced, "enforced", None),
+        of(InterfaceState::Failed, "failed", Some(Hue::Bad)),
+        of(InterfaceState::Unprotected, "unprotected", Some(Hue::Warn)),
+        of(InterfaceState::Exempt, "exempt", None),
+    ];
+    let counts: Vec<String> = counts.into_iter().flatten().collect();
+    format!("interfaces: {}", counts.join(", "))
+}
+
+/// What becomes of its packets, and why.
+fn interface(interface: &InterfaceStatus, out: &Out) -> String {
+    let mut line = match interface.state {
+        InterfaceState::Enforced => "enforced".to_owned(),
+        InterfaceState::Exempt => out.paint(Hue::Dim, "exempt"),
+        InterfaceState::Unprotected => out.paint(Hue::Warn, "UNPROTECTED"),
+        InterfaceState::Failed => out.paint(Hue::Bad, "NOT ENFORCED"),
+    };
+    let why = match interface.state {
+        InterfaceState::Failed => interface.error.as_deref(),
+        InterfaceState::Enforced | InterfaceState::Exempt | InterfaceState::Unprotected => {
+            interface.reason.as_deref()
+        }
+    };
+    if let Some(why) = why {
+        let joint = match interface.state {
+            InterfaceState::Enforced => " by",
+            InterfaceState::Exempt | InterfaceState::Unprotected | InterfaceState::Failed => ":",
+        };
+        line.push_str(&format!("{joint} {}", clean(why)));
+    }
+    if let Some(description) = &interface.description {
+        line.push_str(&format!("  ({})", clean(description)));
+    }
+    line
 }
 
 /// Where the policy in force came from.

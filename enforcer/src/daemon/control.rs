@@ -11,7 +11,12 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use crate::{clock::Steps, policy::Diagnostic};
+use crate::{
+    api::types::{InterfaceState, InterfaceStatus},
+    clock::Steps,
+    policy::Diagnostic,
+    pulse::Pulse,
+};
 
 use super::{
     RunError,
@@ -19,8 +24,9 @@ use super::{
     clock::Clock,
     environment::Host,
     files::Sources,
-    links::Links,
-    netlink::Netlink,
+    links::{Effort, Links},
+    netlink::{Changes, Netlink},
+    notify::Notify,
     reload::{Begun, Reloads},
     state::{Ground, Shared},
     tamper::Watchman,
@@ -30,6 +36,14 @@ use super::{
 /// Interfaces and addresses are looked at this often even if rtnetlink says nothing, and what
 /// failed is tried again.
 const TICK: Duration = Duration::from_secs(1);
+
+/// Where addresses change all the time, they are looked at this often.
+const ADDRESSES: Duration = Duration::from_millis(50);
+
+/// While interfaces come and go within this time of each other, messages tell of them; looking at all
+/// of them, which takes the lock that births need, is put off, but no longer than this.
+const BUSY: Duration = Duration::from_millis(200);
+const PUT_OFF: Duration = Duration::from_secs(3);
 
 /// Expired flows are taken out of the table this often: long before their ages begin anew, and so
 /// that no opener is charged for what has ended.
@@ -46,6 +60,19 @@ pub struct Control {
     hooks_error: Option<String>,
     verify_error: Option<String>,
     swept: Option<Instant>,
+    notify: Arc<Notify>,
+    /// Of the reader of denials.
+    reader: Option<Arc<Pulse>>,
+    /// The start is over.
+    serves: bool,
+    /// Interfaces wait for their turn to be attached.
+    waiting: bool,
+    /// When addresses were looked at last, and when they are to be looked at again.
+    looked: Instant,
+    addresses_due: Option<Instant>,
+    /// When interfaces changed last, and when all of them were looked at on a tick.
+    changed: Option<Instant>,
+    checked: Option<Instant>,
     watchman: Watchman,
 }
 
@@ -69,8 +96,22 @@ impl Control {
             hooks_error: None,
             verify_error: None,
             swept: None,
+            notify: Arc::default(),
+            reader: None,
+            serves: false,
+            waiting: false,
+            looked: Instant::now(),
+            addresses_due: None,
+            changed: None,
+            checked: None,
             watchman: Watchman::default(),
         }
+    }
+
+    /// Tells the service manager how things are; that all goes on only while the reader of denials
+    /// does, too.
+    pub fn tell(&mut self, notify: Arc<Notify>, reader: Option<Arc<Pulse>>) {
+        (self.notify, self.reader) = (notify, reader);
     }
 
     /// Attaches for the first time.
@@ -82,17 +123,21 @@ impl Control {
         // A rule that has expired must not hold for the first packet.
         self.clock.refresh(&self.shared.dataplane);
         let host = self.host.clone();
-        let statuses = self.links.sync(&self.shared.dataplane, &host);
-        if let Some(failed) = statuses.iter().find(|s| !s.enforced && s.ifindex != 0) {
+        let roster = self
+            .links
+            .sync(&self.shared.dataplane, &host, Effort::Whole);
+        let statuses = roster.statuses;
+        let failed = |s: &&InterfaceStatus| s.state == InterfaceState::Failed;
+        if let Some(failed) = statuses.iter().filter(failed).find(|s| s.ifindex != 0) {
             return Err(RunError::Interface {
                 interface: failed.name.clone(),
                 error: failed.error.clone().unwrap_or_default(),
             });
         }
-        for missing in statuses.iter().filter(|s| !s.enforced) {
+        for missing in statuses.iter().filter(failed) {
             tracing::warn!(interface = missing.name, "no such interface yet");
         }
-        if statuses.is_empty() {
+        if !statuses.iter().any(InterfaceStatus::is_asked_for) {
             tracing::warn!("no interface matches --interface: nothing is enforced yet");
         }
         self.links
@@ -113,29 +158,46 @@ impl Control {
         stop: &mut signal::Receiver<bool>,
     ) -> io::Result<()> {
         let mut watch = Watch::new(&self.sources)?;
-        let mut netlink = Netlink::new()?;
+        let mut netlink = Netlink::new(self.links.follow_default_route())?;
+        // What has changed before somebody listened.
+        self.look_at_routes();
         // Without it the tick notices.
         let mut steps = Steps::new()
             .inspect_err(|error| tracing::warn!(%error, "cannot watch the clock"))
             .ok();
+        self.serves = true;
+        self.report();
         // Loading the programs takes a second, in which nobody was watching.
         self.reloads.files_changed();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.reloads.step(&self.host.environment);
+            if !self.reloads.is_asked() {
+                let board = self.shared.note(|board| board.clone());
+                self.notify.reloaded(&board, &self.shared.live());
+            }
+            let due = self.due();
             tokio::select! {
                 // A compiler at work does not hold up the end: nobody wants its image any more.
                 () = stopped(stop) => return Ok(()),
                 Some(ask) = asks.recv() => {
                     self.reloads.ask(ask).await;
+                    if self.reloads.is_asked() {
+                        self.notify.reloading();
+                    }
                     self.report();
                 }
                 () = self.reloads.due() => {
                     self.reloads.look_at_trial().await;
                     self.report();
                 }
-                Some(()) = reload.recv() => self.reloads.want("SIGHUP", None),
+                Some(()) = reload.recv() => {
+                    self.reloads.want("SIGHUP", None);
+                    if self.reloads.is_asked() {
+                        self.notify.reloading();
+                    }
+                }
                 done = self.reloads.done() => {
                     self.reloads.finish(done).await;
                     self.report();
@@ -145,15 +207,10 @@ impl Control {
                     Err(error) => broken("cannot watch the policy's files", &error).await,
                 },
                 changes = netlink.changed() => match changes {
-                    Ok(changes) => {
-                        self.links.removed(&self.shared.dataplane, &changes.removed);
-                        if changes.lost {
-                            self.verify();
-                        }
-                        self.look();
-                    }
+                    Ok(changes) => self.follow(&changes),
                     Err(error) => broken("cannot listen to rtnetlink", &error).await,
                 },
+                () = until(due) => self.catch_up(),
                 () = step(&mut steps) => {
                     self.clock.refresh(&self.shared.dataplane);
                     self.report();
@@ -161,10 +218,9 @@ impl Control {
                 _ = tick.tick() => {
                     self.clock.refresh(&self.shared.dataplane);
                     watch.repair();
-                    self.verify();
-                    self.watchman.look(&self.shared, self.links.restored());
-                    self.look();
+                    self.check();
                     self.sweep();
+                    self.notify.alive(|within| self.not_well(within));
                 }
             }
         }
@@ -183,6 +239,25 @@ impl Control {
         }
     }
 
+    /// Why the watchdog is to hear nothing: what does not go on, but for this task, which is here.
+    fn not_well(&self, within: Duration) -> Option<String> {
+        let ended = self.shared.note(|board| board.ended.first().cloned());
+        if ended.is_some() {
+            return ended;
+        }
+        if self.reader.as_ref().is_some_and(|r| !r.is_within(within)) {
+            return Some("the reader of denials does not go on".to_owned());
+        }
+        if !self.shared.serving.is_within(within) {
+            return Some("the server of the control socket does not go on".to_owned());
+        }
+        let dataplane = self.shared.dataplane.lock();
+        let counters = dataplane.unwrap_or_else(PoisonError::into_inner).counters();
+        counters
+            .err()
+            .map(|error| format!("the kernel's counters cannot be read: {error}"))
+    }
+
     /// Asks the kernel whether what was attached still is.
     fn verify(&mut self) {
         let error = self.links.verify(&self.shared.dataplane).err();
@@ -196,19 +271,97 @@ impl Control {
         self.verify_error = error;
     }
 
+    /// Sees to it that all is as it is believed to be.
+    fn check(&mut self) {
+        let within = |moment: Option<Instant>, limit| moment.is_some_and(|m| m.elapsed() < limit);
+        if within(self.changed, BUSY) && within(self.checked, PUT_OFF) {
+            return;
+        }
+        self.checked = Some(Instant::now());
+        self.verify();
+        self.watchman.look(&self.shared, self.links.restored());
+        self.look();
+    }
+
+    /// Takes over what rtnetlink says: new interfaces get their programs at once.
+    fn follow(&mut self, changes: &Changes) {
+        self.links.removed(&self.shared.dataplane, &changes.removed);
+        if changes.lost {
+            tracing::warn!("messages about interfaces were lost: looking at all of them");
+            self.look_at_routes();
+            self.verify();
+            return self.look();
+        }
+        if changes.routes {
+            self.look_at_routes();
+        }
+        if changes.addresses {
+            let due = self.looked + ADDRESSES;
+            self.addresses_due.get_or_insert(due);
+        }
+        if changes.look {
+            return self.look();
+        }
+        self.host.follow(changes);
+        if !changes.links.is_empty() || !changes.removed.is_empty() {
+            self.changed = Some(Instant::now());
+        }
+        if changes.routes || !changes.links.is_empty() || !changes.removed.is_empty() {
+            self.settle(Effort::Told);
+        }
+    }
+
+    /// When something is to be done even if nothing happens.
+    fn due(&self) -> Option<Instant> {
+        let waiting = self.waiting.then(Instant::now);
+        let due = [waiting, self.addresses_due, self.reloads.rests_until()];
+        due.into_iter().flatten().min()
+    }
+
+    /// Does what is due.
+    fn catch_up(&mut self) {
+        if self.addresses_due.is_some_and(|due| due <= Instant::now()) {
+            if let Err(error) = self.host.look_at_addresses() {
+                tracing::error!(%error, "cannot list addresses");
+            }
+            self.looked = Instant::now();
+            self.addresses_due = None;
+            self.report();
+        }
+        if self.waiting {
+            self.settle(Effort::Told);
+        }
+    }
+
+    fn look_at_routes(&mut self) {
+        if self.links.follow_default_route()
+            && let Err(error) = self.host.look_at_routes()
+        {
+            tracing::error!(%error, "cannot list default routes");
+        }
+    }
+
     /// Looks at interfaces and addresses.
     fn look(&mut self) {
-        let host = match Host::read() {
-            Ok(host) => host,
-            Err(error) => {
-                tracing::error!(%error, "cannot list interfaces");
-                return;
-            }
-        };
-        self.host = host;
+        if let Err(error) = self.host.look() {
+            tracing::error!(%error, "cannot list interfaces");
+            return;
+        }
+        self.looked = Instant::now();
+        self.addresses_due = None;
+        self.settle(Effort::Looked);
+    }
+
+    /// Brings everything in line with the host as it is known.
+    fn settle(&mut self, effort: Effort) {
         let taken = self.reloads.slots();
         self.host.environment.interfaces = self.links.name(&self.host, &taken);
-        let statuses = self.links.sync(&self.shared.dataplane, &self.host);
+        let roster = self.links.sync(&self.shared.dataplane, &self.host, effort);
+        self.waiting = roster.waiting > 0;
+        if roster.failed && effort == Effort::Told {
+            // Gone again, most likely.
+            return self.look();
+        }
         let stale = self.reloads.stale();
         let hooks = self
             .links
@@ -220,7 +373,7 @@ impl Control {
             }
             self.hooks_error = error;
         }
-        self.shared.note(|board| board.interfaces = statuses);
+        self.shared.note(|board| board.interfaces = roster.statuses);
         self.report();
     }
 
@@ -257,6 +410,16 @@ impl Control {
                 }));
             }
         });
+        let board = self.shared.note(|board| board.clone());
+        self.notify.report(&board, &self.shared.live(), self.serves);
+    }
+}
+
+/// Waits for a moment, for ever if there is none.
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::{
     files::{self, FilesError, Sources},
     guard::quoted,
-    load, netlink, preflight,
+    load, netlink, preflight, rivals,
 };
 use crate::{
     api::{
@@ -20,7 +20,7 @@ use crate::{
         types::{State, Status},
     },
     clock::Sample,
-    dataplane::{DataplaneError, cgroup::cgroup2_root, clock_is_kept, hanging},
+    dataplane::{DataplaneError, cgroup::cgroup2_root, clock_is_kept},
     policy::pattern::Pattern,
     settings::{Access, Settings},
 };
@@ -50,7 +50,7 @@ pub struct Check {
     pub mend: Option<String>,
 }
 
-fn ok(name: &'static str, said: impl Into<String>) -> Check {
+pub(super) fn ok(name: &'static str, said: impl Into<String>) -> Check {
     let (state, said) = (Health::Ok, said.into());
     Check {
         name,
@@ -60,7 +60,7 @@ fn ok(name: &'static str, said: impl Into<String>) -> Check {
     }
 }
 
-fn not(state: Health, name: &'static str, said: impl Into<String>, mend: &str) -> Check {
+pub(super) fn not(state: Health, name: &'static str, said: impl Into<String>, mend: &str) -> Check {
     Check {
         name,
         state,
@@ -239,6 +239,7 @@ fn interfaces(patient: &Patient, version: Option<(u32, u32)>) -> Vec<Check> {
     } else if let Ok(status) = &patient.status {
         for interface in &status.interfaces {
             match &interface.error {
+                None if !interface.enforced => {}
                 None => names.push(interface.name.clone()),
                 Some(error) => {
                     let said = format!("{} is not enforced: {error}", interface.name);
@@ -252,68 +253,9 @@ fn interfaces(patient: &Patient, version: Option<(u32, u32)>) -> Vec<Check> {
         checks.push(not(Health::Warn, name, "none to look at", mend));
     }
     for interface in names {
-        checks.push(rivals(&interface, version));
+        checks.extend(rivals::checks(&interface, version >= Some(TCX)));
     }
     checks
-}
-
-fn rivals(interface: &str, version: Option<(u32, u32)>) -> Check {
-    let name = "interfaces";
-    if version < Some(TCX) {
-        let said = format!("{interface}: whether others have programs there cannot be told here");
-        return not(
-            Health::Warn,
-            name,
-            said,
-            "look: tc filter show dev INTERFACE ingress",
-        );
-    }
-    let hanging = match hanging(interface) {
-        Ok(hanging) => hanging,
-        Err(error) => {
-            let said = format!("{interface}: {error}");
-            return not(Health::Warn, name, said, "run it as root");
-        }
-    };
-    let (before, after) = others(&hanging.programs);
-    let list = |programs: &[String]| programs.join(", ");
-    if before.is_empty() && after.is_empty() {
-        return ok(name, format!("{interface}: no program of anybody else's"));
-    }
-    if before.is_empty() {
-        return ok(
-            name,
-            format!("{interface}: asked after the enforcer: {}", list(&after)),
-        );
-    }
-    let said = format!(
-        "{interface}: asked before the enforcer, and can pass what it would deny: {}",
-        list(&before)
-    );
-    let mend = "find whose it is (bpftool net), take it off, or have it attach after the enforcer";
-    not(Health::Fail, name, said, mend)
-}
-
-/// Programs that are not ours, by whether one of ours is asked after them. Where none of ours hangs
-/// they are behind it: it will be put first.
-fn others(programs: &[(&'static str, u32, String)]) -> (Vec<String>, Vec<String>) {
-    let (mut before, mut after) = (Vec::new(), Vec::new());
-    for hook in ["tc_ingress", "tc_egress"] {
-        let chain: Vec<_> = programs.iter().filter(|(at, ..)| *at == hook).collect();
-        let ours = chain.iter().position(|(_, _, name)| name == hook);
-        for (position, (_, id, name)) in chain.iter().enumerate() {
-            if name == hook {
-                continue;
-            }
-            let said = format!("{hook} {id} {name}").trim_end().to_owned();
-            if ours.is_some_and(|ours| position < ours) {
-                before.push(said);
-            } else {
-                after.push(said);
-            }
-        }
-    }
-    (before, after)
 }
 
 /// A clock before this was never set: the first commit of this project is younger.
@@ -448,19 +390,6 @@ mod tests {
         assert_eq!(version("x"), None);
         assert_eq!(kernel("5.10.0", Some((5, 10))).state, Health::Warn);
         assert_eq!(kernel("6.1.0", Some((6, 1))).state, Health::Ok);
-    }
-
-    #[test]
-    fn a_program_in_front_of_ours_is_told_from_one_behind() {
-        let program = |hook, id, name: &str| (hook, id, name.to_owned());
-        let (before, after) = others(&[
-            program("tc_ingress", 7, "cil_from_netdev"),
-            program("tc_ingress", 8, "tc_ingress"),
-            program("tc_ingress", 9, ""),
-            program("tc_egress", 10, "late"),
-        ]);
-        assert_eq!(before, ["tc_ingress 7 cil_from_netdev"]);
-        assert_eq!(after, ["tc_ingress 9", "tc_egress 10 late"]);
     }
 
     #[test]

@@ -1,13 +1,16 @@
 //! What the network namespace looks like: interfaces and addresses.
 
-use std::{collections::BTreeMap, io};
+use std::{collections::BTreeSet, io};
 
 use crate::{
     dataplane::{Interface, LinkType},
     policy::model::Environment,
 };
 
-use super::netlink;
+use super::{
+    netlink::{self, Changes},
+    routes,
+};
 
 /// ARPHRD numbers of links whose frames start with an Ethernet header (linux/if_arp.h).
 const ETHERNET: [u16; 2] = [1, 772];
@@ -91,6 +94,8 @@ impl Link {
 pub struct Host {
     /// Interfaces, by index.
     pub links: Vec<Link>,
+    /// Interfaces that default routes lead to; empty unless somebody asked for them.
+    pub default_routes: BTreeSet<u32>,
     /// What policies depend on.
     pub environment: Environment,
 }
@@ -102,27 +107,92 @@ impl Host {
     /// # Errors
     /// What rtnetlink says.
     pub fn read() -> io::Result<Self> {
+        let mut host = Self::default();
+        host.look()?;
+        Ok(host)
+    }
+
+    /// Looks at links and addresses again.
+    ///
+    /// # Errors
+    /// What rtnetlink says; some of it may be new then.
+    pub fn look(&mut self) -> io::Result<()> {
         // Links first: an address that comes in between belongs to a link of the next look.
-        let links = netlink::links()?;
-        let host_addresses = netlink::addresses()?;
-        Ok(Self {
-            links,
-            environment: Environment {
-                host_addresses,
-                interfaces: BTreeMap::new(),
-            },
-        })
+        let (links, whole) = netlink::all_links()?;
+        let before = std::mem::replace(&mut self.links, links);
+        if !whole {
+            // Where links come and go all the time, one that is not in the list may be there.
+            for link in before {
+                let known = self.position(link.ifindex);
+                if known.is_err() && name_of(link.ifindex).is_some() {
+                    self.put(link);
+                }
+            }
+        }
+        self.look_at_addresses()
+    }
+
+    /// Looks at addresses again.
+    ///
+    /// # Errors
+    /// What rtnetlink says.
+    pub fn look_at_addresses(&mut self) -> io::Result<()> {
+        self.environment.host_addresses = netlink::addresses()?;
+        Ok(())
+    }
+
+    /// Looks at default routes again.
+    ///
+    /// # Errors
+    /// What rtnetlink says.
+    pub fn look_at_routes(&mut self) -> io::Result<()> {
+        self.default_routes = routes::interfaces()?;
+        Ok(())
+    }
+
+    /// Takes over what messages said of links.
+    pub fn follow(&mut self, changes: &Changes) {
+        if !changes.removed.is_empty() {
+            let removed: BTreeSet<u32> = changes.removed.iter().copied().collect();
+            self.links.retain(|link| !removed.contains(&link.ifindex));
+            // No message says that their routes went with them.
+            self.default_routes.retain(|i| !removed.contains(i));
+        }
+        for link in changes.links.values() {
+            self.put(link.clone());
+        }
+    }
+
+    fn position(&self, ifindex: u32) -> Result<usize, usize> {
+        self.links
+            .binary_search_by_key(&ifindex, |link| link.ifindex)
+    }
+
+    fn put(&mut self, link: Link) {
+        match self.position(link.ifindex) {
+            Ok(at) => {
+                if let Some(known) = self.links.get_mut(at) {
+                    *known = link;
+                }
+            }
+            Err(at) => self.links.insert(at, link),
+        }
     }
 
     /// The link with this index.
     pub fn link(&self, ifindex: u32) -> Option<&Link> {
-        self.links.iter().find(|link| link.ifindex == ifindex)
+        self.links.get(self.position(ifindex).ok()?)
     }
 
     /// The bridge or bond that `link` belongs to.
     pub fn master(&self, link: &Link) -> Option<&Link> {
         link.master.and_then(|master| self.link(master))
     }
+}
+
+/// The name of an interface that is there.
+fn name_of(ifindex: u32) -> Option<std::ffi::CString> {
+    nix::net::if_::if_indextoname(ifindex).ok()
 }
 
 #[cfg(test)]
@@ -135,6 +205,35 @@ mod tests {
         let lo = host.links.iter().find(|l| l.name == "lo").unwrap();
         assert!(lo.loopback && lo.ifindex > 0);
         assert_eq!(lo.interface(0).unwrap().link, LinkType::Ethernet);
+    }
+
+    #[test]
+    fn links_follow_what_is_said_of_them() {
+        let link = |ifindex, name: &str| Link {
+            name: name.to_owned(),
+            ifindex,
+            ..Host::read().unwrap().links.remove(0)
+        };
+        let mut host = Host {
+            links: vec![link(2, "a"), link(5, "b"), link(9, "c")],
+            default_routes: [5, 9].into(),
+            ..Host::default()
+        };
+        let new = [link(3, "d"), link(5, "e"), link(9, "f")];
+        host.follow(&Changes {
+            links: new.into_iter().map(|link| (link.ifindex, link)).collect(),
+            removed: vec![2, 5, 77],
+            ..Changes::default()
+        });
+        assert_eq!(host.default_routes, [9].into());
+        let names: Vec<_> = host
+            .links
+            .iter()
+            .map(|l| (l.ifindex, &l.name[..]))
+            .collect();
+        assert_eq!(names, [(3, "d"), (5, "e"), (9, "f")]);
+        assert_eq!(host.link(5).unwrap().name, "e");
+        assert_eq!(host.link(2), None);
     }
 
     #[test]

@@ -44,6 +44,8 @@ pub struct Fake {
     pub detached_all: bool,
     pub refuse_apply: bool,
     pub refuse_attach: bool,
+    /// What each attachment takes.
+    pub slow_attach: std::time::Duration,
     pub counters: Counters,
     pub running: Vec<Event>,
     /// The next record asked for ends the reader.
@@ -265,6 +267,7 @@ impl Dataplane for Handle {
             return Err(refused("attach"));
         }
         if fake.attached.insert(interface.ifindex) {
+            std::thread::sleep(fake.slow_attach);
             fake.log.push(format!("attach {}", interface.ifindex));
         }
         fake.slots.insert(interface.ifindex, interface.slot);

@@ -3,31 +3,72 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::PoisonError,
+    time::{Duration, Instant},
 };
 
 use crate::{
-    api::types::InterfaceStatus,
+    api::types::{InterfaceState, InterfaceStatus},
     dataplane::{Dataplane, DataplaneError, SocketHooks},
     events::reader::SharedDataplane,
 };
 
 use super::{
     environment::{Host, Link},
+    expedite::Expedite,
+    selection::{Judgement, Selection},
     slots::Slots,
     topology::{self, Tags},
 };
-use crate::policy::pattern::Pattern;
 
 const HOOKS: [&str; 2] = ["tc_ingress", "tc_egress"];
 
+/// New interfaces are attached for so long at a time; then others of the control task's events
+/// have their turn.
+const SLICE: Duration = Duration::from_millis(50);
+
+/// How thorough a [`Links::sync`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effort {
+    /// Goes on to the end. At the start, when nothing else is to be done.
+    Whole,
+    /// A slice of time, over a host that was looked at just now.
+    Looked,
+    /// A slice of time, over what messages say: what fails may be gone meanwhile.
+    Told,
+}
+
+/// Why an interface is not enforced.
+struct Failure {
+    error: String,
+    /// The log has it.
+    told: bool,
+}
+
+/// What a [`Links::sync`] found, and what it left.
+#[derive(Debug, Default)]
+pub struct Roster {
+    /// Of every interface; see [`crate::api::types::Status::interfaces`].
+    pub statuses: Vec<InterfaceStatus>,
+    /// Interfaces that wait for the next call, to be attached or let go.
+    pub waiting: usize,
+    /// Something failed that had not failed before. After [`Effort::Told`], look and call again.
+    pub failed: bool,
+}
+
 /// Which interfaces are wanted, and what has been done about it.
 pub struct Links {
-    patterns: Vec<Pattern>,
+    selection: Selection,
+    /// Interfaces that a default route led to.
+    held: BTreeSet<u32>,
+    expedite: Expedite,
     hooks_wanted: SocketHooks,
     hooks_now: Option<SocketHooks>,
     hooks_reason: Option<String>,
     attached: BTreeMap<u32, String>,
-    failed: BTreeMap<u32, String>,
+    /// Gone, with what the dataplane keeps of them not yet let go: the kernel takes the lock that
+    /// births need for each of them.
+    leaving: BTreeMap<u32, String>,
+    failed: BTreeMap<u32, Failure>,
     /// Somebody took the programs off.
     stolen: BTreeSet<u32>,
     /// They have them again.
@@ -40,13 +81,16 @@ pub struct Links {
 
 impl Links {
     /// Nothing is attached yet.
-    pub fn new(patterns: Vec<Pattern>, hooks_wanted: SocketHooks) -> Self {
+    pub fn new(selection: Selection, hooks_wanted: SocketHooks) -> Self {
         Self {
-            patterns,
+            selection,
+            held: BTreeSet::new(),
+            expedite: Expedite::default(),
             hooks_wanted,
             hooks_now: None,
             hooks_reason: None,
             attached: BTreeMap::new(),
+            leaving: BTreeMap::new(),
             failed: BTreeMap::new(),
             stolen: BTreeSet::new(),
             restored: Vec::new(),
@@ -54,6 +98,17 @@ impl Links {
             tags: Tags::new(),
             tags_error: None,
         }
+    }
+
+    /// Has the kernel's grace periods end soon while programs are attached.
+    pub fn expedited(self) -> Self {
+        let expedite = Expedite::of_kernel();
+        Self { expedite, ..self }
+    }
+
+    /// Whether default routes must be known.
+    pub fn follow_default_route(&self) -> bool {
+        self.selection.follows_default_route()
     }
 
     /// An earlier daemon has attached these, by ifindex, and given them these slots. Those that nobody
@@ -74,7 +129,7 @@ impl Links {
         let wanted: BTreeMap<u32, &str> = host
             .links
             .iter()
-            .filter(|link| self.wants(link) && link.interface(0).is_some())
+            .filter(|link| self.wants(host, link).is_some() && link.interface(0).is_some())
             .map(|link| (link.ifindex, link.name.as_str()))
             .collect();
         self.slots.retain(|ifindex| wanted.contains_key(&ifindex));
@@ -90,7 +145,7 @@ impl Links {
     pub fn known(&mut self, host: &Host, interfaces: &BTreeMap<u32, String>) {
         for (slot, name) in interfaces {
             let link = host.links.iter().find(|link| link.name == *name);
-            if let Some(link) = link.filter(|link| self.wants(link)) {
+            if let Some(link) = link.filter(|link| self.wants(host, link).is_some()) {
                 self.slots.give_as(link.ifindex, *slot);
             }
         }
@@ -100,6 +155,9 @@ impl Links {
     pub fn warnings(&self, host: &Host) -> Vec<String> {
         let enforced = |ifindex| self.attached.contains_key(&ifindex);
         let mut warnings = topology::warnings(host, enforced);
+        if self.follow_default_route() && host.default_routes.is_empty() {
+            warnings.push("there is no default route for `default-route` to follow".to_owned());
+        }
         let without = self.attached.keys().filter(|i| self.slots.of(**i) == 0);
         match without.count() {
             0 => {}
@@ -131,23 +189,30 @@ impl Links {
         self.hooks_reason.clone()
     }
 
-    /// Whether `link` is asked for. A glob never means a loopback or a VRF: nobody wants `*` to cut
-    /// a host off from itself; nor a link that carries no IP.
-    fn wants(&self, link: &Link) -> bool {
-        let usual = !link.is_local() && link.carries_ip();
-        self.patterns
-            .iter()
-            .any(|p| p.matches(&link.name) && (p.is_literal() || usual))
+    /// What asks for `link`, if anything does.
+    fn wants(&self, host: &Host, link: &Link) -> Option<String> {
+        match self.selection.judge(host, link, &self.held) {
+            Judgement::Enforce(why) => Some(why),
+            Judgement::Exempt(_) | Judgement::Open => None,
+        }
     }
 
-    /// These interfaces went away, and may have come back without their hooks.
+    /// These interfaces went away, and may have come back without their hooks. The next
+    /// [`Links::sync`] lets go what is left of them.
     pub fn removed(&mut self, dataplane: &SharedDataplane, removed: &[u32]) {
+        if removed.is_empty() {
+            return;
+        }
         let mut dataplane = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
         self.take_tags_back(&mut **dataplane, removed);
         for ifindex in removed {
-            self.detach(&mut **dataplane, *ifindex);
+            let known = self.attached.remove(ifindex);
+            self.leaving.extend(known.map(|name| (*ifindex, name)));
             // What comes back may be another one.
             self.slots.remove(*ifindex);
+            self.held.remove(ifindex);
+            self.failed.remove(ifindex);
+            self.stolen.remove(ifindex);
         }
     }
 
@@ -176,10 +241,17 @@ impl Links {
         self.tags = tags;
     }
 
-    fn detach(&mut self, dataplane: &mut dyn Dataplane, ifindex: u32) {
-        let Some(name) = self.attached.remove(&ifindex) else {
-            return;
-        };
+    /// Lets go what is left of those that went away, as far as there is time; how many stay.
+    fn let_go(&mut self, dataplane: &mut dyn Dataplane, time: impl Fn() -> bool) -> usize {
+        while time()
+            && let Some((ifindex, name)) = self.leaving.pop_first()
+        {
+            Self::detach(dataplane, ifindex, &name);
+        }
+        self.leaving.len()
+    }
+
+    fn detach(dataplane: &mut dyn Dataplane, ifindex: u32, name: &str) {
         match dataplane.detach(ifindex) {
             Ok(()) => tracing::info!(interface = name, "interface gone, detached"),
             Err(error) => tracing::error!(interface = name, %error, "cannot detach"),
@@ -193,6 +265,8 @@ impl Links {
     /// What the dataplane says.
     pub fn verify(&mut self, dataplane: &SharedDataplane) -> Result<(), DataplaneError> {
         let mut dataplane = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
+        // They are not missed.
+        self.let_go(&mut **dataplane, || true);
         let missing = dataplane.missing()?;
         self.take_tags_back(&mut **dataplane, &missing);
         for ifindex in missing {
@@ -208,60 +282,174 @@ impl Links {
 
     /// Brings the hooks in line with `host`. Failures are logged when they are new and tried
     /// again at the next call.
-    pub fn sync(&mut self, dataplane: &SharedDataplane, host: &Host) -> Vec<InterfaceStatus> {
+    pub fn sync(&mut self, dataplane: &SharedDataplane, host: &Host, effort: Effort) -> Roster {
+        self.hold(host);
+        let wanted: BTreeMap<u32, (&Link, String)> = host
+            .links
+            .iter()
+            .filter_map(|link| Some((link.ifindex, (link, self.wants(host, link)?))))
+            .collect();
         let mut guard = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
-        let wanted: Vec<&Link> = host.links.iter().filter(|l| self.wants(l)).collect();
         let gone: Vec<u32> = self
             .attached
             .keys()
             .copied()
-            .filter(|ifindex| !wanted.iter().any(|l| l.ifindex == *ifindex))
+            .filter(|ifindex| !wanted.contains_key(ifindex))
             .collect();
+        let mut new: Vec<&Link> = wanted
+            .values()
+            .map(|(link, _)| *link)
+            .filter(|link| !self.attached.contains_key(&link.ifindex))
+            .collect();
+        // Those that packets can come through already go first, those that failed before last.
+        let failed = |link: &Link| self.failed.contains_key(&link.ifindex);
+        new.sort_by_key(|link| (failed(link), !link.up, link.ifindex));
+        let expedite = std::mem::take(&mut self.expedite);
+        let busy = !gone.is_empty() || !new.is_empty() || !self.leaving.is_empty();
+        let quick = busy.then(|| expedite.begin());
+
         self.take_tags_back(&mut **guard, &gone);
-        for ifindex in gone {
-            self.detach(&mut **guard, ifindex);
-        }
+        let gone: Vec<(u32, String)> = gone
+            .into_iter()
+            .filter_map(|ifindex| Some((ifindex, self.attached.remove(&ifindex)?)))
+            .collect();
         // A VLAN device may have got another parent, and a parent may have joined a bridge.
         let tags = topology::tags(host, |ifindex| self.attached.contains_key(&ifindex));
         self.set_tags(&mut **guard, tags);
-        self.stolen
-            .retain(|ifindex| wanted.iter().any(|l| l.ifindex == *ifindex));
+        self.stolen.retain(|ifindex| wanted.contains_key(ifindex));
         self.failed
-            .retain(|ifindex, _| wanted.iter().any(|l| l.ifindex == *ifindex));
+            .retain(|ifindex, _| wanted.contains_key(ifindex));
+
+        let mut errors: BTreeMap<u32, String> = BTreeMap::new();
+        for ifindex in self.attached.keys().copied().collect::<Vec<_>>() {
+            if let Some((link, _)) = wanted.get(&ifindex)
+                && let Err(error) = self.refresh(&mut **guard, link)
+            {
+                errors.insert(ifindex, error);
+            }
+        }
+        let start = Instant::now();
+        let time = || effort == Effort::Whole || start.elapsed() < SLICE;
+        let (mut waiting, mut newly_failed) = (0, false);
+        for link in new {
+            if let Some(name) = self.leaving.remove(&link.ifindex) {
+                Self::detach(&mut **guard, link.ifindex, &name);
+            }
+            let known = self.failed.get(&link.ifindex).map(|f| f.error.clone());
+            let error = if time() {
+                let error = self.attach(&mut **guard, link, effort).err();
+                newly_failed |= error.is_some() && known.is_none();
+                error
+            } else if known.is_some() {
+                known
+            } else {
+                waiting += 1;
+                Some("it waits for its turn".to_owned())
+            };
+            errors.extend(error.map(|error| (link.ifindex, error)));
+        }
+        let tags = topology::tags(host, |ifindex| self.attached.contains_key(&ifindex));
+        self.set_tags(&mut **guard, tags);
+        // Last: what takes over is enforced before another is let go.
+        for (ifindex, name) in gone {
+            Self::detach(&mut **guard, ifindex, &name);
+        }
+        let leaving = self.let_go(&mut **guard, time);
+        drop(guard);
+        drop(quick);
+        self.expedite = expedite;
+        Roster {
+            waiting: waiting + leaving,
+            failed: newly_failed,
+            statuses: self.statuses(host, &wanted, &errors),
+        }
+    }
+
+    /// Notes who holds a default route.
+    fn hold(&mut self, host: &Host) {
+        let holds = |link: &&Link| {
+            host.default_routes.contains(&link.ifindex) && self.wants(host, link).is_some()
+        };
+        let holders = host.links.iter().filter(holds).map(|link| link.ifindex);
+        let holders: Vec<u32> = holders.collect();
+        self.held.extend(holders);
+        self.held.retain(|ifindex| host.link(*ifindex).is_some());
+    }
+
+    /// Those that are asked for, then those that nobody protects, then the exempt.
+    fn statuses(
+        &self,
+        host: &Host,
+        wanted: &BTreeMap<u32, (&Link, String)>,
+        errors: &BTreeMap<u32, String>,
+    ) -> Vec<InterfaceStatus> {
+        let enforced = |ifindex: u32| self.attached.contains_key(&ifindex);
+        let status = |link: &Link, state, reason, error| InterfaceStatus {
+            slot: self.slots.of(link.ifindex),
+            kind: Some(link.device.clone()).filter(|kind| !kind.is_empty()),
+            description: topology::describe(host, link),
+            ..status(&link.name, link.ifindex, state, reason, error)
+        };
         let mut statuses: Vec<_> = wanted
-            .into_iter()
-            .map(|link| {
-                let error = self.attach(&mut **guard, link).err();
-                InterfaceStatus {
-                    slot: self.slots.of(link.ifindex),
-                    kind: Some(link.device.clone()).filter(|kind| !kind.is_empty()),
-                    description: topology::describe(host, link),
-                    ..status(&link.name, link.ifindex, error)
+            .values()
+            .map(|(link, why)| match errors.get(&link.ifindex) {
+                None => status(link, InterfaceState::Enforced, Some(why.clone()), None),
+                Some(error) => {
+                    let (why, error) = (Some(why.clone()), Some(error.clone()));
+                    status(link, InterfaceState::Failed, why, error)
                 }
             })
             .collect();
-        let tags = topology::tags(host, |ifindex| self.attached.contains_key(&ifindex));
-        self.set_tags(&mut **guard, tags);
-        for pattern in self.patterns.iter().filter(|p| p.is_literal()) {
-            if !host.links.iter().any(|l| l.name == pattern.as_str()) {
-                let error = Some("no such interface; it is enforced when it appears".to_owned());
-                statuses.push(status(pattern.as_str(), 0, error));
+        let names: BTreeSet<&str> = host.links.iter().map(|link| link.name.as_str()).collect();
+        for name in self.selection.literals().filter(|n| !names.contains(n)) {
+            let error = Some("no such interface; it is enforced when it appears".to_owned());
+            let reason = Some(name.to_owned());
+            statuses.push(self::status(name, 0, InterfaceState::Failed, reason, error));
+        }
+        let mut exempt = Vec::new();
+        for link in host
+            .links
+            .iter()
+            .filter(|l| !wanted.contains_key(&l.ifindex))
+        {
+            let reason = match self.selection.judge(host, link, &self.held) {
+                Judgement::Exempt(why) => Some(why),
+                Judgement::Enforce(_) | Judgement::Open => {
+                    topology::judged_elsewhere(host, link, &enforced)
+                }
+            };
+            match reason {
+                Some(why) => exempt.push(status(link, InterfaceState::Exempt, Some(why), None)),
+                None => {
+                    let down = if link.up { "" } else { "; it is down" };
+                    let why = format!("no --interface means it{down}");
+                    let state = InterfaceState::Unprotected;
+                    statuses.push(status(link, state, Some(why), None));
+                }
             }
         }
+        statuses.append(&mut exempt);
         statuses
     }
 
-    fn attach(&mut self, dataplane: &mut dyn Dataplane, link: &Link) -> Result<(), String> {
-        let interface = link.interface(self.slots.of(link.ifindex));
+    /// Of one that is attached: its name, and its slot, should it have got one by now.
+    fn refresh(&mut self, dataplane: &mut dyn Dataplane, link: &Link) -> Result<(), String> {
         if let Some(name) = self.attached.get_mut(&link.ifindex) {
             name.clone_from(&link.name);
-            // Its slot, should it have got one by now.
-            return match interface {
-                Some(interface) => dataplane.attach(&interface).map_err(|e| e.to_string()),
-                None => Ok(()),
-            };
         }
-        let result = match interface {
+        match link.interface(self.slots.of(link.ifindex)) {
+            Some(interface) => dataplane.attach(&interface).map_err(|e| e.to_string()),
+            None => Ok(()),
+        }
+    }
+
+    fn attach(
+        &mut self,
+        dataplane: &mut dyn Dataplane,
+        link: &Link,
+        effort: Effort,
+    ) -> Result<(), String> {
+        let result = match link.interface(self.slots.of(link.ifindex)) {
             None => Err(format!(
                 "packets of links of type {} cannot be read",
                 link.kind
@@ -283,11 +471,21 @@ impl Links {
                 self.attached.insert(link.ifindex, link.name.clone());
                 Ok(())
             }
+            Err(error) if effort == Effort::Told => Err(error),
             Err(error) => {
-                let before = self.failed.insert(link.ifindex, error.clone());
-                if before.as_ref() != Some(&error) {
+                let before = self.failed.remove(&link.ifindex);
+                let before = before.filter(|failure| failure.error == error);
+                let told = before.as_ref().is_some_and(|failure| failure.told);
+                // It may go at this moment: what is worth telling fails twice.
+                let tell = !told && (before.is_some() || effort == Effort::Whole);
+                if tell {
                     tracing::error!(interface = link.name, error, "cannot enforce");
                 }
+                let failure = Failure {
+                    error: error.clone(),
+                    told: told || tell,
+                };
+                self.failed.insert(link.ifindex, failure);
                 Err(error)
             }
         }
@@ -344,13 +542,21 @@ impl Links {
     }
 }
 
-fn status(name: &str, ifindex: u32, error: Option<String>) -> InterfaceStatus {
-    let enforced = error.is_none();
+fn status(
+    name: &str,
+    ifindex: u32,
+    state: InterfaceState,
+    reason: Option<String>,
+    error: Option<String>,
+) -> InterfaceStatus {
+    let enforced = state == InterfaceState::Enforced;
     let hooks = if enforced { &HOOKS[..] } else { &[] };
     InterfaceStatus {
         name: name.to_owned(),
         ifindex,
         hooks: hooks.iter().map(|h| (*h).to_owned()).collect(),
+        state,
+        reason,
         enforced,
         error,
         slot: 0,
@@ -360,234 +566,4 @@ fn status(name: &str, ifindex: u32, error: Option<String>) -> InterfaceStatus {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::{Arc, Mutex};
-
-    use super::*;
-    use crate::daemon::{environment::Vlan, fake::Handle};
-
-    fn link(ifindex: u32, name: &str) -> Link {
-        Link {
-            ifindex,
-            name: name.to_owned(),
-            kind: match name {
-                "lo" => 772,
-                "can0" => 280,
-                _ => 1,
-            },
-            up: true,
-            loopback: name == "lo",
-            device: String::new(),
-            master: None,
-            vlan: None,
-        }
-    }
-
-    fn vlan(ifindex: u32, name: &str, parent: u32, vid: u16) -> Link {
-        Link {
-            device: "vlan".to_owned(),
-            vlan: Some(Vlan {
-                parent: Some(parent),
-                vid,
-                service_tag: false,
-            }),
-            ..link(ifindex, name)
-        }
-    }
-
-    fn host(links: &[(u32, &str)]) -> Host {
-        Host {
-            links: links.iter().map(|(i, name)| link(*i, name)).collect(),
-            ..Host::default()
-        }
-    }
-
-    fn setup(patterns: &[&str]) -> (Handle, SharedDataplane, Links) {
-        let fake = Handle::default();
-        fake.lock().applied.push((1, 1));
-        let dataplane: SharedDataplane = Arc::new(Mutex::new(fake.open(0)));
-        let patterns = patterns.iter().map(|p| p.parse().unwrap()).collect();
-        (fake, dataplane, Links::new(patterns, SocketHooks::Refuse))
-    }
-
-    fn attached(fake: &Handle) -> Vec<u32> {
-        fake.lock().attached.iter().copied().collect()
-    }
-
-    #[test]
-    fn hooks_follow_interfaces_that_come_go_and_change_names() {
-        let (fake, dataplane, mut links) = setup(&["veth*", "eth0"]);
-        links.sync(
-            &dataplane,
-            &host(&[(1, "lo"), (2, "eth0"), (3, "veth1"), (4, "x")]),
-        );
-        assert_eq!(attached(&fake), [2, 3]);
-        links.sync(
-            &dataplane,
-            &host(&[(2, "eth0"), (4, "veth9"), (5, "veth2")]),
-        );
-        assert_eq!(attached(&fake), [2, 4, 5]);
-        // Away and back between two looks: the hooks are gone with the first one.
-        fake.lock().attached.remove(&5);
-        links.removed(&dataplane, &[5, 99]);
-        let statuses = links.sync(&dataplane, &host(&[(4, "veth9"), (5, "veth2")]));
-        assert_eq!(attached(&fake), [4, 5]);
-        let missing = statuses.iter().find(|s| s.name == "eth0").unwrap();
-        assert!(!missing.enforced && missing.ifindex == 0);
-    }
-
-    #[test]
-    fn programs_that_others_took_off_are_attached_again() {
-        let (fake, dataplane, mut links) = setup(&["eth*"]);
-        let host = host(&[(2, "eth0"), (3, "eth1")]);
-        links.sync(&dataplane, &host);
-        fake.lock().stolen = vec![3];
-        fake.lock().attached.remove(&3);
-        links.verify(&dataplane).unwrap();
-        let statuses = links.sync(&dataplane, &host);
-        assert_eq!(attached(&fake), [2, 3]);
-        assert!(statuses.iter().all(|s| s.enforced));
-        // One that went away is not missed.
-        fake.lock().stolen = vec![3];
-        links.verify(&dataplane).unwrap();
-        assert_eq!(links.sync(&dataplane, &self::host(&[(2, "eth0")])).len(), 1);
-        assert!(links.stolen.is_empty());
-    }
-
-    #[test]
-    fn a_failure_is_reported_and_tried_again() {
-        let (fake, dataplane, mut links) = setup(&["eth0"]);
-        fake.lock().refuse_attach = true;
-        let status = links.sync(&dataplane, &host(&[(2, "eth0")])).remove(0);
-        assert!(!status.enforced && status.hooks.is_empty());
-        assert!(status.error.unwrap().contains("attach"));
-        fake.lock().refuse_attach = false;
-        let status = links.sync(&dataplane, &host(&[(2, "eth0")])).remove(0);
-        assert!(status.enforced && status.error.is_none());
-    }
-
-    #[test]
-    fn a_glob_spares_the_loopback_and_a_name_does_not() {
-        let (fake, dataplane, mut links) = setup(&["*"]);
-        let all = host(&[(1, "lo"), (2, "eth0"), (3, "can0")]);
-        assert_eq!(links.sync(&dataplane, &all).len(), 1);
-        assert_eq!(attached(&fake), [2]);
-        links.sync_hooks(&dataplane, &all, false).unwrap();
-        assert_eq!(links.socket_hooks(), Some(SocketHooks::Refuse));
-        let mut vrf = host(&[(2, "eth0"), (4, "red")]);
-        vrf.links[1].device = "vrf".to_owned();
-        assert_eq!(links.sync(&dataplane, &vrf).len(), 1);
-        links.sync_hooks(&dataplane, &vrf, false).unwrap();
-        assert_eq!(links.socket_hooks(), Some(SocketHooks::Refuse));
-        let (fake, dataplane, mut links) = setup(&["lo"]);
-        links.sync(&dataplane, &host(&[(1, "lo")]));
-        assert_eq!(attached(&fake), [1]);
-    }
-
-    #[test]
-    fn socket_hooks_refuse_only_while_every_way_out_is_enforced() {
-        let (fake, dataplane, mut links) = setup(&["eth*"]);
-        let mut mode = |host: &Host, stale| {
-            links.sync(&dataplane, host);
-            links.sync_hooks(&dataplane, host, stale).unwrap();
-            let hooks = fake.lock().hooks;
-            let why = links.hooks_reason();
-            assert_eq!(why.is_some(), hooks == Some(SocketHooks::Observe));
-            hooks
-        };
-        let all = host(&[(1, "lo"), (2, "eth0")]);
-        assert_eq!(mode(&all, false), Some(SocketHooks::Refuse));
-        let mut open = host(&[(1, "lo"), (2, "eth0"), (3, "wg0")]);
-        assert_eq!(mode(&open, false), Some(SocketHooks::Observe));
-        open.links[2].up = false;
-        assert_eq!(mode(&open, false), Some(SocketHooks::Refuse));
-        assert_eq!(mode(&all, true), Some(SocketHooks::Observe));
-        assert_eq!(mode(&all, false), Some(SocketHooks::Refuse));
-    }
-
-    #[test]
-    fn a_tag_goes_to_its_device_after_the_programs_and_back_before() {
-        let (fake, dataplane, mut links) = setup(&["eth*"]);
-        let mut host = host(&[(2, "eth0")]);
-        host.links.push(vlan(3, "eth0.20", 2, 20));
-        links.sync(&dataplane, &host);
-        let log = || std::mem::take(&mut fake.lock().log);
-        assert_eq!(log(), ["attach 2", "attach 3", "vlans {2014}"]);
-        links.sync(&dataplane, &host);
-        assert!(log().is_empty());
-        // Its parent joins a bridge, and leaves it.
-        host.links.push(Link {
-            device: "bridge".to_owned(),
-            ..link(4, "br0")
-        });
-        host.links[0].master = Some(4);
-        links.sync(&dataplane, &host);
-        assert_eq!(log(), ["vlans {}"]);
-        host.links[0].master = None;
-        links.sync(&dataplane, &host);
-        assert_eq!(log(), ["vlans {2014}"]);
-        // Somebody takes the programs off the device; they come back.
-        fake.lock().stolen = vec![3];
-        links.verify(&dataplane).unwrap();
-        assert_eq!(log(), ["vlans {}", "detach 3"]);
-        fake.lock().attached.remove(&3);
-        links.sync(&dataplane, &host);
-        assert_eq!(log(), ["attach 3", "vlans {2014}"]);
-        // Another name, which nobody asked for.
-        host.links[1].name = "guest".to_owned();
-        links.sync(&dataplane, &host);
-        assert_eq!(log(), ["vlans {}", "detach 3"]);
-        host.links[1].name = "eth0.20".to_owned();
-        links.sync(&dataplane, &host);
-        log();
-        links.removed(&dataplane, &[3]);
-        assert_eq!(log(), ["vlans {}", "detach 3"]);
-        // A device that cannot be enforced leaves its tag where it is judged.
-        fake.lock().refuse_attach = true;
-        links.sync(&dataplane, &host);
-        assert!(fake.lock().vlans.is_empty());
-    }
-
-    #[test]
-    fn interfaces_keep_their_slots_and_leave_them_to_images_that_know_them() {
-        let (fake, dataplane, mut links) = setup(&["eth*"]);
-        let none = BTreeSet::new();
-        let both = host(&[(1, "lo"), (2, "eth0"), (3, "eth1")]);
-        let named = links.name(&both, &none);
-        assert_eq!(
-            named,
-            [(1, "eth0".to_owned()), (2, "eth1".to_owned())].into()
-        );
-        let statuses = links.sync(&dataplane, &both);
-        assert_eq!(fake.lock().slots, [(2, 1), (3, 2)].into());
-        assert_eq!(statuses[1].slot, 2);
-        // eth0 is gone, and an image in force knows it as 1.
-        let taken: BTreeSet<u32> = named.into_keys().collect();
-        links.removed(&dataplane, &[2]);
-        let others = host(&[(3, "eth7"), (4, "eth4")]);
-        let named = links.name(&others, &taken);
-        assert_eq!(
-            named,
-            [(2, "eth7".to_owned()), (3, "eth4".to_owned())].into()
-        );
-        links.sync(&dataplane, &others);
-        assert_eq!(fake.lock().slots[&4], 3);
-        let named = links.name(&host(&[(5, "eth5")]), &BTreeSet::from([2, 3]));
-        assert_eq!(named, [(1, "eth5".to_owned())].into());
-    }
-
-    #[test]
-    fn an_interface_beyond_the_last_slot_is_told_and_gets_one_later() {
-        let (fake, dataplane, mut links) = setup(&["eth0"]);
-        let host = host(&[(2, "eth0")]);
-        let all: BTreeSet<u32> = (1..1_024).collect();
-        assert!(links.name(&host, &all).is_empty());
-        links.sync(&dataplane, &host);
-        assert_eq!(fake.lock().slots[&2], 0);
-        assert!(links.warnings(&host)[0].contains("1023"));
-        links.name(&host, &BTreeSet::from([1]));
-        links.sync(&dataplane, &host);
-        assert_eq!(fake.lock().slots[&2], 2);
-        assert!(links.warnings(&host).is_empty());
-    }
-}
+mod tests;

@@ -9,16 +9,22 @@ pub mod clock;
 pub mod control;
 pub mod doctor;
 pub mod environment;
+pub mod expedite;
 pub mod explain;
 pub mod files;
 pub mod guard;
 pub mod links;
 pub mod load;
 pub mod netlink;
+pub mod notify;
 pub mod plan;
 pub mod preflight;
 pub mod progress;
 pub mod reload;
+pub mod rest;
+mod rivals;
+pub mod routes;
+pub mod selection;
 pub mod slots;
 pub mod start;
 pub mod state;
@@ -65,14 +71,15 @@ use crate::{
     },
 };
 
-use crate::policy::pattern::Pattern;
 use adopt::Before;
 use control::Control;
 use environment::Host;
 use files::{SettingsPath, Sources};
 use guard::Trust;
-use links::Links;
+use links::{Effort, Links};
 use load::Rejected;
+use notify::Notify;
+use selection::Selection;
 use start::{Chosen, Started};
 use state::Shared;
 use store::{SavedImage, Store};
@@ -87,7 +94,7 @@ pub struct Config {
     /// What is asked of these files.
     pub trust: Trust,
     /// Where to enforce.
-    pub interfaces: Vec<Pattern>,
+    pub interfaces: Selection,
     /// Where to listen.
     pub socket: PathBuf,
     /// Where to listen for those who only ask.
@@ -155,6 +162,8 @@ pub async fn run(
     mut reload: mpsc::Receiver<()>,
     mut stop: signal::Receiver<bool>,
 ) -> Result<(), RunError> {
+    let notify = Arc::new(Notify::from_env());
+    notify.status("reading the policy");
     share_heaps();
     // Before the kernel is touched: another daemon may be at work.
     let sockets = Arc::new(listen(&config)?);
@@ -163,8 +172,12 @@ pub async fn run(
         None => Before::default(),
     };
     let mut host = Host::read().map_err(system("cannot list interfaces"))?;
-    let mut links = Links::new(config.interfaces.clone(), config.socket_hooks);
+    let mut links = Links::new(config.interfaces.clone(), config.socket_hooks).expedited();
     links.adopt(&before.adopted.slots);
+    if links.follow_default_route() {
+        host.look_at_routes()
+            .map_err(system("cannot list default routes"))?;
+    }
     let changes = Arc::new(Store::open(config.state_dir.as_deref()));
     let mut left = start::trial(&mut before, &changes)?;
     let mut fresh = before.dataplane.is_none();
@@ -190,7 +203,10 @@ pub async fn run(
         });
         let chosen = tokio::select! {
             // A compiler at work does not hold up the end.
-            () = control::stopped(&mut stop) => return Ok(()),
+            () = control::stopped(&mut stop) => {
+                notify.stopping();
+                return Ok(());
+            }
             chosen = loading => chosen,
         };
         match chosen.map_err(|e| system("cannot compile")(io::Error::other(e)))? {
@@ -202,6 +218,7 @@ pub async fn run(
     };
     control::log_warnings(chosen.warnings());
 
+    notify.status("loading the programs");
     let mut dataplane = match before.dataplane.take() {
         Some(dataplane) => dataplane,
         None => {
@@ -232,6 +249,7 @@ pub async fn run(
     // What the parser and the compiler have left behind; nobody waits for it.
     drop(spawn_blocking(release_memory));
 
+    let mut pulse = None;
     let reader = match events {
         Some(source) => {
             let cgroups = Cgroups::new(cgroup2_root().ok());
@@ -240,12 +258,14 @@ pub async fn run(
             let store = Arc::clone(&shared.store);
             let reader = Reader::new(source, dataplane, enricher, store);
             let reader = reader.map_err(system("cannot poll for records"))?;
+            pulse = Some(reader.pulse());
             Some(supervised("the reader of denials", &shared, reader.run()))
         }
         None => None,
     };
 
     let mut control = Control::new(sources, Arc::clone(&shared), begun, links, host);
+    control.tell(Arc::clone(&notify), pulse);
     control.start()?;
     if outlives {
         detach.0 = None;
@@ -263,6 +283,7 @@ pub async fn run(
     let server = supervised("the server of the control socket", &shared, server);
 
     let result = control.run(asks, &mut reload, &mut stop).await;
+    notify.stopping();
     server.abort();
     if let Some(reader) = reader {
         reader.abort();
@@ -300,7 +321,7 @@ fn boot(
     dataplane.apply(&saved.image)?;
     let dataplane: SharedDataplane = Arc::new(Mutex::new(dataplane));
     clock::Clock::default().refresh(&dataplane);
-    links.sync(&dataplane, host);
+    links.sync(&dataplane, host, Effort::Whole);
     let generation = saved.image.generation();
     tracing::info!(
         generation,

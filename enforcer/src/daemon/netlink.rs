@@ -1,5 +1,5 @@
-//! rtnetlink: which links and addresses there are, and when they change. A message about a change
-//! is only the reason to look at once ([`super::environment::Host::read`]).
+//! rtnetlink: which links and addresses there are, and when they change. What a message says of a
+//! link counts at once; for anything else it is the reason to look ([`super::environment::Host`]).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,19 +12,25 @@ use nix::{
     errno::Errno,
     sys::socket::{
         AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, sendto,
-        socket,
+        setsockopt, socket, sockopt::RcvBufForce,
     },
 };
 
-use super::environment::{Link, Vlan};
+use super::{
+    environment::{Link, Vlan},
+    routes,
+};
 use crate::poll::Readable;
 
 /// linux/rtnetlink.h: RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR.
 const GROUPS: u32 = 0x1 | 0x10 | 0x100;
+/// RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE.
+const ROUTE_GROUPS: u32 = 0x40 | 0x400;
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
 const RTM_GETADDR: u16 = 22;
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
@@ -39,6 +45,7 @@ const INFO: usize = 16;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
+const IFLA_WIRELESS: u16 = 11;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_INFO_KIND: u16 = 1;
@@ -61,7 +68,11 @@ const IFA_F_TENTATIVE: u32 = 0x40;
 const IFF_UP: u32 = 0x1;
 const IFF_LOOPBACK: u32 = 0x8;
 /// Dumps that links may disturb before the last one is taken as it is.
-const ATTEMPTS: usize = 8;
+const ATTEMPTS: usize = 3;
+/// Messages that may wait, in bytes: a thousand links that come at once say 4 MB.
+const BACKLOG: usize = 16 << 20;
+/// Messages that are read before anything is done about them.
+const AT_ONCE: usize = 512;
 
 /// A subscription to rtnetlink.
 pub struct Netlink {
@@ -73,26 +84,75 @@ pub struct Netlink {
 /// What is known of changes.
 #[derive(Debug, Default)]
 pub struct Changes {
+    /// Links as they are now, of those that are new or have changed.
+    pub links: BTreeMap<u32, Link>,
     /// Interfaces that were removed, or moved to another namespace: they may be back already,
     /// without their programs.
     pub removed: Vec<u32>,
+    /// Addresses have changed.
+    pub addresses: bool,
+    /// Default routes have changed.
+    pub routes: bool,
+    /// Links may have changed in ways that no message says.
+    pub look: bool,
     /// Messages were lost: anything may have happened.
     pub lost: bool,
 }
 
+impl Changes {
+    fn read(&mut self, bytes: &[u8]) {
+        for message in messages(bytes) {
+            // Bridges report their ports with a family of their own; a port that leaves lives on.
+            let of_link = message.body.first() == Some(&0);
+            match message.kind {
+                RTM_NEWLINK if of_link => match link(message.body) {
+                    Some(link) if whole(message.body) => {
+                        self.links.insert(link.ifindex, link);
+                    }
+                    _ => self.look = true,
+                },
+                RTM_DELLINK if of_link => {
+                    if let Some(ifindex) = word(message.body, 4) {
+                        self.links.remove(&ifindex);
+                        self.removed.push(ifindex);
+                    }
+                }
+                RTM_NEWADDR | RTM_DELADDR => self.addresses = true,
+                kind => self.routes |= routes::is_default(kind, message.body),
+            }
+        }
+    }
+}
+
+/// Whether a message says all about a link: those of wireless extensions do not.
+fn whole(body: &[u8]) -> bool {
+    let mut attributes = attributes(body.get(INFO..).unwrap_or_default());
+    !attributes.any(|(kind, _)| kind == IFLA_WIRELESS)
+}
+
 impl Netlink {
-    /// Must be called on a tokio runtime.
+    /// Must be called on a tokio runtime. Listens for routes only if they matter: there may be a
+    /// million.
     ///
     /// # Errors
     /// What the socket calls say.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(routes: bool) -> io::Result<Self> {
         let socket = socket(
             AddressFamily::Netlink,
             SockType::Raw,
             SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
             SockProtocol::NetlinkRoute,
         )?;
-        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUPS))?;
+        // Room is a help, not a need: what is lost is found by looking.
+        if let Err(error) = setsockopt(&socket, RcvBufForce, &BACKLOG) {
+            tracing::debug!(%error, "no more room for messages of rtnetlink");
+        }
+        let groups = if routes {
+            GROUPS | ROUTE_GROUPS
+        } else {
+            GROUPS
+        };
+        bind(socket.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
         Ok(Self {
             readable: Readable::new(&socket)?,
             socket,
@@ -107,20 +167,19 @@ impl Netlink {
     pub async fn changed(&mut self) -> io::Result<Changes> {
         let mut guard = self.readable.ready().await?;
         let mut changes = Changes::default();
-        loop {
+        for _ in 0..AT_ONCE {
             let fd = self.socket.as_raw_fd();
             match recv(fd, &mut self.buffer, MsgFlags::empty()) {
-                Ok(length) => {
-                    let messages = self.buffer.get(..length).unwrap_or_default();
-                    changes.removed.extend(removed_links(messages));
+                Ok(length) => changes.read(self.buffer.get(..length).unwrap_or_default()),
+                Err(Errno::EAGAIN) => {
+                    guard.clear_ready();
+                    break;
                 }
-                Err(Errno::EAGAIN) => break,
                 Err(Errno::ENOBUFS) => changes.lost = true,
                 Err(Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
-        guard.clear_ready();
         Ok(changes)
     }
 }
@@ -130,7 +189,15 @@ impl Netlink {
 /// # Errors
 /// What the socket calls or the kernel say.
 pub fn links() -> io::Result<Vec<Link>> {
-    let links = undisturbed(|links: &mut BTreeMap<u32, Link>| {
+    all_links().map(|(links, _)| links)
+}
+
+/// The same, and whether those are all: while links come and go the kernel may leave some out.
+///
+/// # Errors
+/// What the socket calls or the kernel say.
+pub fn all_links() -> io::Result<(Vec<Link>, bool)> {
+    let (links, whole) = undisturbed(|links: &mut BTreeMap<u32, Link>| {
         dump(RTM_GETLINK, INFO, |message| {
             if message.kind == RTM_NEWLINK
                 && let Some(link) = link(message.body)
@@ -139,7 +206,7 @@ pub fn links() -> io::Result<Vec<Link>> {
             }
         })
     })?;
-    Ok(links.into_values().collect())
+    Ok((links.into_values().collect(), whole))
 }
 
 /// The addresses of this namespace that are its own: not those that the network may yet refuse, or
@@ -148,22 +215,27 @@ pub fn links() -> io::Result<Vec<Link>> {
 /// # Errors
 /// What the socket calls or the kernel say.
 pub fn addresses() -> io::Result<BTreeSet<IpAddr>> {
-    undisturbed(|addresses: &mut BTreeSet<IpAddr>| {
+    let (addresses, _) = undisturbed(|addresses: &mut BTreeSet<IpAddr>| {
         dump(RTM_GETADDR, ADDRESS, |message| {
             if message.kind == RTM_NEWADDR {
                 addresses.extend(address(message.body));
             }
         })
-    })
+    })?;
+    Ok(addresses)
 }
 
-/// Asks again until nothing changed meanwhile, as `read` says, or the attempts are used up.
-fn undisturbed<T: Default>(mut read: impl FnMut(&mut T) -> io::Result<bool>) -> io::Result<T> {
+/// Asks again until nothing changed meanwhile, as `read` says, or the attempts are used up; and
+/// which.
+pub(super) fn undisturbed<T: Default>(
+    mut read: impl FnMut(&mut T) -> io::Result<bool>,
+) -> io::Result<(T, bool)> {
     let mut attempt = 1;
     loop {
         let mut found = T::default();
-        if read(&mut found)? || attempt == ATTEMPTS {
-            return Ok(found);
+        let whole = read(&mut found)?;
+        if whole || attempt == ATTEMPTS {
+            return Ok((found, whole));
         }
         attempt += 1;
     }
@@ -171,18 +243,32 @@ fn undisturbed<T: Default>(mut read: impl FnMut(&mut T) -> io::Result<bool>) -> 
 
 /// All of a kind, and whether they were left alone meanwhile. The request's body of `length` bytes
 /// is zero: any family.
-fn dump(kind: u16, length: usize, mut take: impl FnMut(&Message<'_>)) -> io::Result<bool> {
+pub(super) fn dump(
+    kind: u16,
+    length: usize,
+    mut take: impl FnMut(&Message<'_>),
+) -> io::Result<bool> {
+    dump_of(kind, &vec![0; length], &mut take)
+}
+
+/// All of a kind that `body` asks for, as above.
+pub(super) fn dump_of(
+    kind: u16,
+    body: &[u8],
+    take: &mut dyn FnMut(&Message<'_>),
+) -> io::Result<bool> {
     let socket = socket(
         AddressFamily::Netlink,
         SockType::Raw,
         SockFlag::SOCK_CLOEXEC,
         SockProtocol::NetlinkRoute,
     )?;
-    let mut request = Vec::with_capacity(HEADER + length);
-    request.extend(((HEADER + length) as u32).to_ne_bytes());
+    let mut request = Vec::with_capacity(HEADER + body.len());
+    request.extend(((HEADER + body.len()) as u32).to_ne_bytes());
     request.extend(kind.to_ne_bytes());
     request.extend(DUMP.to_ne_bytes());
-    request.resize(HEADER + length, 0);
+    request.resize(HEADER, 0);
+    request.extend(body);
     let kernel = NetlinkAddr::new(0, 0);
     sendto(socket.as_raw_fd(), &request, &kernel, MsgFlags::empty())?;
     let mut buffer = vec![0; 65_536];
@@ -300,13 +386,13 @@ fn ip(bytes: &[u8]) -> Option<IpAddr> {
     <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from)
 }
 
-fn text(value: &[u8]) -> String {
+pub(super) fn text(value: &[u8]) -> String {
     let text = value.split(|b| *b == 0).next().unwrap_or_default();
     String::from_utf8_lossy(text).into_owned()
 }
 
 /// Type and value of each attribute. Cut off where the bytes end.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let length = usize::from(half(bytes, 0)?).max(4);
         let kind = half(bytes, 2)? & TYPE;
@@ -316,17 +402,19 @@ fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-fn removed_links(bytes: &[u8]) -> impl Iterator<Item = u32> {
-    // Bridges report ports that leave them with a family of their own; those links live on.
-    messages(bytes)
-        .filter(|m| m.kind == RTM_DELLINK && m.body.first() == Some(&0))
-        .filter_map(|m| word(m.body, 4))
+/// A message of rtnetlink.
+pub(super) struct Message<'a> {
+    pub kind: u16,
+    flags: u16,
+    pub body: &'a [u8],
 }
 
-struct Message<'a> {
-    kind: u16,
-    flags: u16,
-    body: &'a [u8],
+#[cfg(test)]
+impl<'a> Message<'a> {
+    pub fn new(kind: u16, body: &'a [u8]) -> Self {
+        let flags = 0;
+        Self { kind, flags, body }
+    }
 }
 
 /// Cut off where the bytes end.
@@ -343,7 +431,7 @@ fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Message<'_>> {
     })
 }
 
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
+pub(super) fn word(bytes: &[u8], at: usize) -> Option<u32> {
     let bytes = bytes.get(at..at + 4)?;
     Some(u32::from_ne_bytes(bytes.try_into().ok()?))
 }
@@ -367,19 +455,44 @@ mod tests {
     }
 
     #[test]
-    fn removed_links_are_read_and_nothing_else() {
+    fn removed_links_are_read_and_what_came_after() {
+        let named = |index: u32, more: &[Vec<u8>]| {
+            let name = attribute(IFLA_IFNAME, b"eth0\0");
+            let mut bytes = message(RTM_NEWLINK, 0, index);
+            bytes.extend([name, more.concat()].concat());
+            let length = (bytes.len() as u32).to_ne_bytes();
+            bytes[..4].copy_from_slice(&length);
+            bytes
+        };
         let all = [
-            message(16, 0, 5),
+            named(5, &[]),
             message(RTM_DELLINK, 0, 6),
             message(RTM_DELLINK, 7, 8),
             message(RTM_DELLINK, 0, 9),
+            // The number of one that went is given again; another one comes and goes.
+            named(6, &[]),
+            named(7, &[]),
+            message(RTM_DELLINK, 0, 7),
         ]
         .concat();
-        let removed = |bytes: &[u8]| removed_links(bytes).collect::<Vec<_>>();
-        assert_eq!(removed(&all), [6, 9]);
-        assert_eq!(removed(&all[..60]), [6; 1]);
-        assert!(removed(&[]).is_empty());
-        assert!(removed(&[0; 40]).is_empty());
+        let read = |bytes: &[u8]| {
+            let mut changes = Changes::default();
+            changes.read(bytes);
+            assert!(!changes.addresses && !changes.routes && !changes.lost);
+            let links: Vec<u32> = changes.links.into_keys().collect();
+            (changes.removed, links, changes.look)
+        };
+        assert_eq!(read(&all), (vec![6, 9, 7], vec![5, 6], false));
+        assert_eq!(read(&all[..44 + 60]), (vec![6], vec![5], false));
+        assert_eq!(read(&[]), (vec![], vec![], false));
+        assert_eq!(read(&[0; 40]), (vec![], vec![], false));
+        // It says that there is such a link, and not what it is.
+        let partial = named(5, &[attribute(IFLA_WIRELESS, &[0; 8])]);
+        assert_eq!(read(&partial), (vec![], vec![], true));
+        assert_eq!(read(&message(RTM_NEWLINK, 0, 5)), (vec![], vec![], true));
+        let mut changes = Changes::default();
+        changes.read(&message(RTM_DELADDR, 2, 5));
+        assert!(changes.addresses);
     }
 
     fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {

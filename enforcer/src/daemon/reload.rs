@@ -33,6 +33,7 @@ use super::{
     files::{self, Sources, Texts},
     load::{self, Loaded, Memory, Rejected},
     progress,
+    rest::Rest,
     state::{Live, Shared},
     store::{Content, Material, Measure, Note},
 };
@@ -69,6 +70,7 @@ pub struct Reloads {
     proposals: VecDeque<(Box<Proposal>, Answer<Changed>)>,
     running: Option<Running>,
     trial: Option<Trial>,
+    rest: Rest,
 }
 
 /// What the daemon begins with.
@@ -101,9 +103,12 @@ type Reload = (Arc<Named>, Answer<Reloaded>);
 
 struct Running {
     cause: &'static str,
+    /// Somebody asked for it.
+    asked: bool,
     asks: Vec<Reload>,
     proposal: Option<(Box<Proposal>, Answer<Changed>)>,
     environment: Environment,
+    since: Instant,
     task: JoinHandle<Output>,
 }
 
@@ -187,6 +192,7 @@ impl Reloads {
             proposals: VecDeque::new(),
             running: None,
             trial: None,
+            rest: Rest::default(),
         };
         this.trial = begun
             .previous
@@ -222,6 +228,14 @@ impl Reloads {
         });
         (wanted.cause, wanted.always) = (cause, true);
         wanted.asks.extend(ask);
+    }
+
+    /// Whether a reload that somebody asked for is not done yet.
+    pub fn is_asked(&self) -> bool {
+        // During a trial it waits, and nobody waits for it.
+        let wanted = self.wanted.as_ref().filter(|_| self.trial.is_none());
+        wanted.is_some_and(|wanted| wanted.always)
+            || self.running.as_ref().is_some_and(|running| running.asked)
     }
 
     /// The files may have changed.
@@ -260,6 +274,12 @@ impl Reloads {
             .collect()
     }
 
+    /// When [`Reloads::step`] has something to do even if nothing happens.
+    pub fn rests_until(&self) -> Option<Instant> {
+        let end = self.rest.end().filter(|_| self.rest.awaited);
+        end.filter(|_| self.running.is_none())
+    }
+
     /// Starts the next work unless some is running. `now` is the host as it is. During a trial only
     /// the host's changes are followed.
     pub fn step(&mut self, now: &Environment) {
@@ -292,7 +312,9 @@ impl Reloads {
         };
         // Of a policy that nobody could read there is the image alone.
         let known = self.shared.live().known && self.trial.as_ref().is_none_or(Trial::is_known);
-        if known && !fits && !self.unfit.as_ref().is_some_and(tried_for) {
+        let wanted = known && !fits && !self.unfit.as_ref().is_some_and(tried_for);
+        self.rest.awaited = false;
+        if wanted && self.rest.over(Instant::now()) {
             let cause = if self.stale.is_some() {
                 ADDRESSES
             } else {
@@ -332,6 +354,7 @@ impl Reloads {
                 ))
             });
             if let Some(running) = &mut self.running {
+                running.asked = true;
                 running.proposal = Some((proposal, answer));
             }
             return true;
@@ -347,6 +370,7 @@ impl Reloads {
             from_files(&sources, tried.as_ref(), applied, &environment, &memory)
         });
         if let Some(running) = &mut self.running {
+            running.asked = wanted.always;
             running.asks = wanted.asks;
         }
         true
@@ -360,9 +384,11 @@ impl Reloads {
     ) {
         self.running = Some(Running {
             cause,
+            asked: false,
             asks: Vec::new(),
             proposal: None,
             environment: environment.clone(),
+            since: Instant::now(),
             task: spawn_blocking(work),
         });
     }

@@ -13,13 +13,15 @@ use crate::{
         changes::{Origin, TrialStatus},
         types::{
             CounterStatus, EventStatus, ExplainRequest, Explanation, FailsafeStatus,
-            InterfaceStatus, PolicyStatus, RecordStatus, SettingsStatus, State, Status, Time,
+            InterfaceState, InterfaceStatus, PolicyStatus, RecordStatus, SettingsStatus, State,
+            Status, Time,
         },
     },
     compile::Image,
     dataplane::{Counters, SocketHooks},
     events::{Generations, Store, enrich::Local, reader::SharedDataplane},
     policy::model::{Environment, Policy},
+    pulse::Pulse,
     settings::{Settings, essentials_off, ethertype_name},
 };
 
@@ -64,7 +66,7 @@ pub struct Ground {
 pub struct Board {
     /// Why the policy on disk is not the one that runs.
     pub last_error: Option<String>,
-    /// Interfaces that are enforced or should be.
+    /// Every interface, and those that should be there.
     pub interfaces: Vec<InterfaceStatus>,
     /// What the socket hooks do.
     pub socket_hooks: Option<SocketHooks>,
@@ -100,6 +102,8 @@ pub struct Shared {
     pub store: Arc<Store>,
     /// The history, and what can come back.
     pub changes: Arc<Changes>,
+    /// Of the server of the control socket.
+    pub serving: Pulse,
     live: RwLock<Arc<Live>>,
     board: Mutex<Board>,
     started_at: Time,
@@ -118,6 +122,7 @@ impl Shared {
             generations,
             store: Arc::default(),
             changes,
+            serving: Pulse::default(),
             live: RwLock::new(Arc::new(live)),
             board: Mutex::default(),
             started_at: Time::now(),
@@ -233,17 +238,19 @@ pub fn hooks_name(hooks: Option<SocketHooks>) -> &'static str {
     }
 }
 
-fn problems(board: &Board) -> Vec<String> {
+/// What is wrong, in words.
+pub(super) fn problems(board: &Board) -> Vec<String> {
     let mut problems = Vec::new();
     if let Some(error) = &board.last_error {
         problems.push(format!(
             "what is on disk was refused, what was in force before stays: {error}"
         ));
     }
-    if board.interfaces.is_empty() {
+    if !board.interfaces.iter().any(InterfaceStatus::is_asked_for) {
         problems.push("no interface matches --interface".to_owned());
     }
-    for interface in board.interfaces.iter().filter(|i| !i.enforced) {
+    let failed = |i: &&InterfaceStatus| i.state == InterfaceState::Failed;
+    for interface in board.interfaces.iter().filter(failed) {
         let why = interface.error.as_deref().unwrap_or("no hook is attached");
         problems.push(format!("{} is not enforced: {why}", interface.name));
     }

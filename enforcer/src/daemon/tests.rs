@@ -62,7 +62,10 @@ fn config(dir: &Path) -> Config {
         segments: dir.join("segments"),
         settings: None,
         trust: Trust::Owner { links: false },
-        interfaces: vec!["lo".parse().unwrap()],
+        interfaces: super::Selection {
+            wanted: vec!["lo".parse().unwrap()],
+            exempt: Vec::new(),
+        },
         socket: dir.join("run/control.sock"),
         view_socket: Some(ViewSocket {
             path: dir.join("view/view.sock"),
@@ -515,7 +518,7 @@ async fn a_failed_start_takes_everything_off_and_a_stale_socket_is_replaced() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_missing_interface_degrades() {
     let daemon = Daemon::start_with(POLICY, |mut config| {
-        config.interfaces.push("nosuchif0".parse().unwrap());
+        config.interfaces.wanted.push("nosuchif0".parse().unwrap());
         config
     })
     .await;
@@ -525,7 +528,7 @@ async fn a_missing_interface_degrades() {
     daemon.stop().await.unwrap();
 
     let daemon = Daemon::start_with(POLICY, |mut config| {
-        config.interfaces = vec!["nosuch*".parse().unwrap()];
+        config.interfaces.wanted = vec!["nosuch*".parse().unwrap()];
         config
     })
     .await;

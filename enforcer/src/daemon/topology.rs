@@ -51,10 +51,82 @@ pub fn describe(host: &Host, link: &Link) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
+/// Why the packets of an interface that is not enforced are judged all the same, or are none that a
+/// policy judges; `None` when they pass unjudged.
+pub fn judged_elsewhere(
+    host: &Host,
+    link: &Link,
+    enforced: &impl Fn(u32) -> bool,
+) -> Option<String> {
+    if link.loopback {
+        return Some("loopback: what a host says to itself is not judged".to_owned());
+    }
+    if link.is_local() {
+        return Some("vrf: its packets are judged on its members".to_owned());
+    }
+    if !link.carries_ip() {
+        return Some("carries no IP".to_owned());
+    }
+    if let Some(below) = on_members(host, link, enforced) {
+        return Some(below);
+    }
+    if let Some(master) = host.master(link)
+        && BUNDLES.contains(&master.device.as_str())
+        && enforced(master.ifindex)
+    {
+        return Some(format!("its packets are judged on {}", master.name));
+    }
+    let parent = host.link(link.vlan?.parent?)?;
+    if enforced(parent.ifindex) {
+        return Some(format!("its packets are judged on {}", parent.name));
+    }
+    on_members(host, parent, enforced).map(|_| {
+        let (name, ports) = (&parent.name, "are judged on the ports of");
+        format!("its packets {ports} {name}")
+    })
+}
+
+/// Kinds of devices whose packets all go through their members, and come from them.
+const BUNDLES: [&str; 2] = ["bond", "team"];
+
+/// For a bridge or a bond all of whose members are enforced.
+fn on_members(host: &Host, link: &Link, enforced: &impl Fn(u32) -> bool) -> Option<String> {
+    if !link.is_bridge() && !BUNDLES.contains(&link.device.as_str()) {
+        return None;
+    }
+    let members = host
+        .links
+        .iter()
+        .filter(|port| port.master == Some(link.ifindex));
+    let members: Vec<&Link> = members.collect();
+    if members.is_empty() {
+        return Some(format!("a {} without members", link.device));
+    }
+    let all = members.iter().all(|member| enforced(member.ifindex));
+    let names = || {
+        members
+            .iter()
+            .take(NAMED)
+            .map(|member| member.name.as_str())
+    };
+    all.then(|| {
+        let more = match members.len().saturating_sub(NAMED) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let names: Vec<&str> = names().collect();
+        format!("judged on its members: {}{more}", names.join(", "))
+    })
+}
+
+/// Members that a sentence names.
+const NAMED: usize = 8;
+
 /// Where enforcing is without effect, or happens twice.
 pub fn warnings(host: &Host, enforced: impl Fn(u32) -> bool) -> Vec<String> {
     let mut warnings = Vec::new();
-    for master in &host.links {
+    let masters = |link: &&Link| link.is_bridge() || link.device == "bond";
+    for master in host.links.iter().filter(masters) {
         let ports = host
             .links
             .iter()
@@ -166,6 +238,58 @@ mod tests {
         assert_eq!(text(4).as_deref(), Some("slave of bond0"));
         assert_eq!(text(5).as_deref(), Some("bridge"));
         assert_eq!(text(2), None);
+    }
+
+    #[test]
+    fn what_is_not_enforced_may_be_judged_elsewhere() {
+        let mut host = host(vec![
+            link(2, "eth0", "", Some(5)),
+            link(3, "eth1", "", Some(5)),
+            link(4, "eth2", "", Some(6)),
+            link(5, "br0", "bridge", None),
+            link(6, "bond0", "bond", None),
+            link(7, "docker0", "bridge", None),
+            link(8, "red", "vrf", None),
+            link(9, "eth9", "", Some(8)),
+            vlan(10, "br0.20", Some(5), 20, false),
+            vlan(11, "eth9.7", Some(9), 7, false),
+            vlan(12, "away", None, 7, false),
+            link(13, "can0", "", None),
+        ]);
+        host.links[11].kind = 280;
+        let why = |i: u32, on: &[u32]| {
+            let enforced = |ifindex: u32| on.contains(&ifindex);
+            judged_elsewhere(&host, host.link(i).unwrap(), &enforced).unwrap_or_default()
+        };
+        assert_eq!(why(5, &[2, 3]), "judged on its members: eth0, eth1");
+        // Between an open port and the host nothing is judged.
+        assert_eq!(why(5, &[2]), "");
+        assert_eq!(why(10, &[2]), "");
+        assert_eq!(
+            why(10, &[2, 3]),
+            "its packets are judged on the ports of br0"
+        );
+        assert_eq!(why(10, &[5]), "its packets are judged on br0");
+        // A bridge that is enforced judges nothing between its ports.
+        assert_eq!(why(2, &[5]), "");
+        assert_eq!(why(4, &[6]), "its packets are judged on bond0");
+        assert_eq!(why(4, &[]), "");
+        assert_eq!(why(6, &[4]), "judged on its members: eth2");
+        assert_eq!(why(7, &[]), "a bridge without members");
+        assert!(why(8, &[]).contains("vrf"));
+        // A VRF judges nothing for its members.
+        assert_eq!(why(9, &[8]), "");
+        assert_eq!(why(11, &[9]), "its packets are judged on eth9");
+        assert_eq!(why(12, &[9]), "");
+        assert_eq!(why(13, &[]), "carries no IP");
+        let many: Vec<u32> = (2..20).collect();
+        let ports = many
+            .iter()
+            .map(|i| link(*i, &format!("p{i}"), "veth", Some(20)));
+        let bridge = link(20, "br1", "bridge", None);
+        let host = self::host(ports.chain([bridge]).collect());
+        let why = judged_elsewhere(&host, &host.links[18], &|_| true).unwrap();
+        assert!(why.ends_with("p9 and 10 more"), "{why}");
     }
 
     #[test]

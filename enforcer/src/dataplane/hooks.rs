@@ -93,6 +93,8 @@ impl KernelDataplane {
                 Err(error) => {
                     // Half an interface is worse than none: take the first hook off again.
                     let _ = self.unhook(ifindex, attached);
+                    // Nor may its number mean anything to the next one that gets it.
+                    self.forget_interface(ifindex)?;
                     return Err(error);
                 }
             }

@@ -17,6 +17,7 @@ use crate::{
     api::types::{Lost, LostCause, LostVerdict, Record, Time},
     dataplane::{Counters, Dataplane, DataplaneError, EventSource},
     poll::Readable,
+    pulse::Pulse,
 };
 
 /// How often running counts and losses are picked up.
@@ -44,6 +45,7 @@ pub struct Reader {
     tally: Tally,
     lost: u64,
     complained: bool,
+    pulse: Arc<Pulse>,
 }
 
 impl Reader {
@@ -66,7 +68,13 @@ impl Reader {
             tally: Tally::default(),
             lost: 0,
             complained: false,
+            pulse: Arc::default(),
         })
+    }
+
+    /// Beats after each scan, once a second.
+    pub fn pulse(&self) -> Arc<Pulse> {
+        Arc::clone(&self.pulse)
     }
 
     /// Runs until it is dropped.
@@ -97,6 +105,7 @@ impl Reader {
             self.record(&mut batch);
             if due {
                 self.scan(&mut batch).await;
+                self.pulse.beat();
             }
         }
     }

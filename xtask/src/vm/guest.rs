@@ -43,11 +43,13 @@ pub struct Test {
 pub enum News {
     /// The guest is up; its release.
     Booted(String),
+    /// It asks what to run next.
+    Asks,
     /// A test binary was started.
     Started(String),
     /// A test binary ended with this exit status.
     Ended(String, i32),
-    /// All binaries of the plan have run.
+    /// It was told that there is no more to do.
     Done,
 }
 
@@ -73,7 +75,7 @@ pub struct Transcript {
     /// Test binaries that ended badly without a failed test to show for it.
     pub crashes: Vec<String>,
     pub costs: Vec<Cost>,
-    /// The whole plan was run.
+    /// It ended because there was no more to do.
     pub done: bool,
     binary: Option<String>,
     running: Vec<String>,
@@ -107,6 +109,7 @@ impl Transcript {
                 self.release = Some(rest.to_owned());
                 Some(News::Booted(rest.to_owned()))
             }
+            "next" => Some(News::Asks),
             "run" => {
                 self.binary = Some(rest.to_owned());
                 self.running.clear();
@@ -145,6 +148,14 @@ impl Transcript {
             self.crashes.push(self.describe(name, &how));
         }
         self.running.clear();
+    }
+
+    /// Adds what another guest of the same kernel has said.
+    pub fn join(&mut self, other: Self) {
+        self.release = self.release.take().or(other.release);
+        self.tests.extend(other.tests);
+        self.crashes.extend(other.crashes);
+        self.costs.extend(other.costs);
     }
 
     /// Says that the guest itself ended, or was ended, before its plan did.
@@ -254,6 +265,7 @@ mod tests {
 
     const GOOD: &str = r#"
 @vm boot 6.1.0-56-cloud-amd64
+@vm next
 @vm run flow
 { "type": "suite", "event": "started", "test_count": 3 }
 { "type": "test", "event": "started", "name": "a" }
@@ -265,6 +277,7 @@ Cannot find device "x"{ "type": "test", "name": "a", "event": "ok", "exec_time":
 { "type": "suite", "event": "ok", "passed": 2 }
 
 @vm end flow 0
+@vm next
 @vm done
 "#;
 
@@ -292,6 +305,18 @@ Cannot find device "x"{ "type": "test", "name": "a", "event": "ok", "exec_time":
         ];
         assert_eq!(outcomes, want);
         assert!(got.done && got.crashes.is_empty(), "{got:?}");
+    }
+
+    #[test]
+    fn guests_of_a_kernel_are_told_of_together() {
+        let mut all = Transcript::default();
+        all.join(read(GOOD));
+        let mut broken = read("@vm boot 6.1\n@vm run x\n");
+        broken.broke_off("the guest stopped");
+        all.join(broken);
+        assert_eq!(all.release.as_deref(), Some("6.1.0-56-cloud-amd64"));
+        assert_eq!(all.tests.len(), 3);
+        assert_eq!(all.crashes, ["x: the guest stopped"]);
     }
 
     #[test]

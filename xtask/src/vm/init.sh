@@ -1,7 +1,7 @@
 #!/bin/busybox sh
-# The only process of the guest besides the tests: mounts what they need, runs each binary of
-# /suite/plan ("NAME SECONDS ARGUMENTS...") and says on the second serial port what happened.
-# Lines that start with "@vm " are ours; the others are the test runner's.
+# The only process of the guest besides the tests: mounts what they need, asks for one binary of
+# /suite/plan ("NAME SECONDS ARGUMENTS...") after the other, runs it, and says on the second serial
+# port what happened. Lines that start with "@vm " are ours; the others are the test runner's.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
@@ -18,19 +18,23 @@ mount -t devpts pts /dev/pts
 [ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
 ip link set lo up
 stty -F /dev/ttyS1 raw -echo
-exec >/dev/ttyS1
+exec 3</dev/ttyS1 >/dev/ttyS1
 . /suite/environment
 echo "@vm boot $(uname -r)"
-while read -r name seconds arguments; do
+# The answer: a name, or nothing when there is no more to do.
+while echo "@vm next" && read -r wanted <&3 && [ -n "$wanted" ]; do
+    while read -r name seconds arguments; do
+        [ "$name" != "$wanted" ] || break
+    done </suite/plan
     echo "@vm run $name"
     # Unquoted on purpose: test names have no spaces.
-    timeout -k 5 "$seconds" "/suite/$name" $arguments 2>/tmp/stderr </dev/null
+    timeout -k 5 "$seconds" "/suite/$name" $arguments 2>/tmp/stderr </dev/null 3<&-
     code=$?
     echo
     # What the runner itself or a child said; the tests' own output is in the runner's lines.
     [ "$code" = 0 ] || tail -n 40 /tmp/stderr | sed 's/^/@vm stderr /'
     echo "@vm end $name $code"
-done </suite/plan
+done
 echo "@vm done"
 # Let the port run dry before the power goes.
 stty -F /dev/ttyS1 >/dev/null

@@ -9,21 +9,22 @@ mod guest;
 mod initramfs;
 mod kernels;
 mod qemu;
+mod queue;
 mod suite;
+mod workers;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use self::cost::Table;
-use self::guest::{Cost, News, Outcome, Transcript};
+use self::guest::{Cost, Outcome, Transcript};
 use self::kernels::Kernel;
-use self::qemu::{Accel, Guest};
+use self::qemu::Accel;
 use self::suite::Suite;
 pub use self::suite::bench;
 use crate::{env, setup, ui};
@@ -37,6 +38,9 @@ pub struct Options {
     /// Only tests whose `binary::name` contains this
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
+    /// Of the newer kernel only what depends on the kernel, as `cargo xtask test` has it
+    #[arg(long, conflicts_with = "filter")]
+    quick: bool,
     /// Write every test's outcome here
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -46,36 +50,6 @@ pub struct Options {
     /// Write what the verifier went through, here and there, to docs/verifier-cost.md
     #[arg(long)]
     record: bool,
-}
-
-/// Two: per-CPU maps must not hide behind a single processor.
-const CPUS: usize = 2;
-const MEMORY_MIB: u32 = 3072;
-
-/// How long things may take.
-struct Limits {
-    /// A test binary.
-    binary: Duration,
-    /// A guest.
-    total: Duration,
-}
-
-impl Limits {
-    fn of(accel: Accel) -> Self {
-        let minutes = |count: u64| Duration::from_secs(60 * count);
-        match accel {
-            Accel::Kvm => Self {
-                binary: minutes(5),
-                total: minutes(15),
-            },
-            Accel::Tcg => Self {
-                // Of the longest, each start of the daemon takes the verifier ten seconds.
-                binary: minutes(20),
-                // Ten minutes on two idle processors; others may be at work here.
-                total: minutes(60),
-            },
-        }
-    }
 }
 
 /// True where guests can run: their tests are built for x86-64, with this machine's tools.
@@ -111,13 +85,14 @@ pub fn installed() -> Result<Vec<String>> {
     Ok(releases)
 }
 
-/// One guest's run.
+/// What came of a kernel, in all of its guests.
 struct Run {
     kernel: Kernel,
     accel: Accel,
     transcript: Transcript,
-    /// Tests that the host knows of and the guest did not run.
+    /// Tests that the host knows of and no guest ran.
     missing: Vec<String>,
+    /// From the first guest's start to the last one's end.
     took: Duration,
 }
 
@@ -218,7 +193,12 @@ pub fn run_all(filter: Option<String>) -> Result<()> {
     if suite.count() == 0 {
         return Ok(());
     }
-    run_suite(&Options::default(), &suite)
+    let options = Options {
+        // Who asks for a test wants it everywhere.
+        quick: filter.is_none(),
+        ..Options::default()
+    };
+    run_suite(&options, &suite)
 }
 
 /// The `vm` verb.
@@ -233,7 +213,7 @@ pub fn run(options: &Options) -> Result<()> {
     run_suite(options, &suite)
 }
 
-/// Boots the kernels, side by side, and runs the suite on each.
+/// Boots the kernels, some guests at a time, and runs the suite on each.
 fn run_suite(options: &Options, suite: &Suite) -> Result<()> {
     let kernels: Vec<Kernel> = match options.kernel {
         Some(kernel) => vec![kernel],
@@ -243,23 +223,20 @@ fn run_suite(options: &Options, suite: &Suite) -> Result<()> {
         Some(accel) => accel,
         None => Accel::best(&kernels::get(kernels[0])?.image),
     };
-    let names: Vec<_> = kernels.iter().map(|kernel| kernel.name()).collect();
+    let suites: Vec<(Kernel, Suite)> = kernels
+        .iter()
+        .map(|kernel| (*kernel, suite.on(*kernel, options.quick)))
+        .collect();
+    let all: Vec<_> = suites
+        .iter()
+        .map(|(kernel, suite)| format!("{} ({} tests)", kernel.name(), suite.count()))
+        .collect();
     ui::step(&format!(
         "Kernel tests on Linux {}, under {}",
-        names.join(" and "),
+        all.join(" and "),
         accel.name()
     ));
-    let runs: Vec<Run> = thread::scope(|scope| {
-        let threads: Vec<_> = kernels
-            .iter()
-            .map(|kernel| scope.spawn(|| run_guest(*kernel, accel, suite)))
-            .collect();
-        let joined = threads.into_iter().map(|thread| match thread.join() {
-            Ok(run) => run,
-            Err(panic) => std::panic::resume_unwind(panic),
-        });
-        joined.collect::<Result<_>>()
-    })?;
+    let runs = workers::run(&suites, accel)?;
     for run in &runs {
         run.report();
     }
@@ -274,88 +251,6 @@ fn run_suite(options: &Options, suite: &Suite) -> Result<()> {
         bail!("{problems} problems on stock kernels");
     }
     Ok(())
-}
-
-fn run_guest(kernel: Kernel, accel: Accel, suite: &Suite) -> Result<Run> {
-    let found = kernels::get(kernel)?;
-    let directory = env::target_dir()?.join("vm/guests");
-    fs::create_dir_all(&directory)?;
-    // Somebody else may be at it, too.
-    let own = format!("{}-{}", kernel.name(), std::process::id());
-    let initramfs = directory.join(format!("{own}.cpio"));
-    let console = directory.join(format!("{own}.console"));
-    let limits = Limits::of(accel);
-    let mut environment = vec![
-        ("NO_COLOR", "1".to_owned()),
-        ("INSTA_UPDATE", "no".to_owned()),
-        // libtest's JSON is not stable; the runner is the toolchain's that built it.
-        ("RUSTC_BOOTSTRAP", "1".to_owned()),
-    ];
-    if accel == Accel::Tcg {
-        environment.push(("ENFORCER_TEST_SCALE", "small".to_owned()));
-    }
-    let plan = initramfs::Plan {
-        environment: &environment,
-        seconds: limits.binary.as_secs(),
-    };
-    initramfs::write(&initramfs, &found, suite, &plan)?;
-    let guest = Guest {
-        accel,
-        kernel: found.image,
-        initramfs: initramfs.clone(),
-        console: console.clone(),
-        cpus: CPUS,
-        memory_mib: MEMORY_MIB,
-        silence: limits.binary + Duration::from_secs(60),
-        total: limits.total,
-    };
-    let start = Instant::now();
-    let mut before = start;
-    let mut tests = 0;
-    let transcript = guest.run(|news, transcript| match news {
-        News::Booted(release) => {
-            ui::note(&format!(
-                "{}: {release} is up ({})",
-                kernel.name(),
-                ui::took(start)
-            ));
-            before = Instant::now();
-        }
-        News::Ended(name, code) => {
-            ui::note(&format!(
-                "{}: {name}: {} tests{} ({})",
-                kernel.name(),
-                transcript.tests.len() - tests,
-                if *code == 0 { "" } else { ", FAILED" },
-                ui::took(before)
-            ));
-            for test in &transcript.tests[tests..] {
-                if let Outcome::Failed(output) = &test.outcome {
-                    println!(
-                        "\n---- {}: {} FAILED ----\n{output}",
-                        kernel.name(),
-                        test.name
-                    );
-                }
-            }
-            tests = transcript.tests.len();
-            before = Instant::now();
-        }
-        News::Started(_) | News::Done => {}
-    })?;
-    // Large, and made anew each time. The console's last words stay under a name that is known.
-    let _ = fs::remove_file(&initramfs);
-    let _ = fs::rename(
-        &console,
-        directory.join(format!("{}.console", kernel.name())),
-    );
-    Ok(Run {
-        kernel,
-        accel,
-        missing: missing(suite.names(), &transcript),
-        transcript,
-        took: start.elapsed(),
-    })
 }
 
 /// Compares what the verifier did with what is recorded, or records it.

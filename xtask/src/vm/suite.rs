@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use super::kernels::Kernel;
 use crate::{bench, build, env, ui};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -17,6 +18,49 @@ const PACKAGE: &str = "enforcer-tests";
 
 /// Test binaries that stay out of the guests, and why.
 const NOT_IN_GUESTS: [(&str, &str); 0] = [];
+
+/// Test binaries that `cargo xtask test` runs on the oldest kernel alone, beside the host's, and why.
+/// What is not here runs on each; with `cargo xtask vm` everything does.
+const ON_THE_OLDEST: [(&str, &str); 24] = [
+    ("conformance", FORMS),
+    ("conformance_table", HOST),
+    ("control_socket", USERSPACE),
+    ("disguise", DEVICES),
+    ("flow", HOST),
+    ("flow_keys", HOST),
+    ("flows_on_the_wire", FORMS),
+    ("forwarding", DEVICES),
+    ("fuzz_corpus", HOST),
+    ("fuzz_in_kernel", FORMS),
+    ("hostile", HOST),
+    ("keep_working", FORMS),
+    ("kubernetes", FORMS),
+    ("load", "what a measurement rests on"),
+    ("multipoint", DEVICES),
+    ("opposite_rules", HOST),
+    ("path_mtu", DEVICES),
+    ("policy_files", USERSPACE),
+    ("receiver_oracle", FORMS),
+    ("stacked", DEVICES),
+    ("state", FORMS),
+    ("tcp_on_the_wire", FORMS),
+    ("timed_on_the_wire", FORMS),
+    ("tunnels", DEVICES),
+];
+const HOST: &str = "nothing of a kernel is in it";
+const USERSPACE: &str = "files and sockets, which the kernels have long had";
+const FORMS: &str = "what the programs make of packets: that they run alike on each kernel is \
+    three_way's, tables' and host_equals_kernel's to show";
+const DEVICES: &str = "the kernel's devices and routing, on the oldest and the host's";
+
+/// The longest, begun first, so that no guest is at one of them when the others have ended.
+const LONGEST: [&str; 5] = [
+    "keep_working",
+    "conformance",
+    "kubernetes",
+    "receiver_oracle",
+    "state",
+];
 
 /// A test binary and those of its tests that are to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +92,40 @@ impl Suite {
         self.binaries
             .iter()
             .flat_map(|binary| binary.tests.iter().map(|t| format!("{}::{t}", binary.name)))
+    }
+}
+
+impl Suite {
+    /// What of it a kernel runs: all, or of a newer one, if it is to be `quick`, not what is on the
+    /// oldest alone.
+    pub fn on(&self, kernel: Kernel, quick: bool) -> Self {
+        let stays = |name: &str| {
+            !quick
+                || kernel == Kernel::ALL[0]
+                || !ON_THE_OLDEST.iter().any(|(only, _)| *only == name)
+        };
+        Self {
+            binaries: self
+                .binaries
+                .iter()
+                .filter(|binary| stays(&binary.name))
+                .cloned()
+                .collect(),
+            enforcer: self.enforcer.clone(),
+        }
+    }
+
+    /// Names of the binaries in the order in which they are to run.
+    pub fn order(&self) -> Vec<String> {
+        let mut names: Vec<_> = self.binaries.iter().map(|b| b.name.clone()).collect();
+        // Stable: the others stay as they are.
+        names.sort_by_key(|name| {
+            LONGEST
+                .iter()
+                .position(|long| long == name)
+                .unwrap_or(LONGEST.len())
+        });
+        names
     }
 }
 
@@ -202,11 +280,57 @@ mod tests {
     }
 
     #[test]
-    fn what_stays_out_of_the_guests_exists() {
-        for (name, why) in NOT_IN_GUESTS {
-            let file = env::root().join(format!("tests/tests/{name}.rs"));
-            assert!(file.is_file(), "{name}");
+    fn what_is_said_of_binaries_is_said_of_those_that_exist() {
+        let tables = NOT_IN_GUESTS.iter().chain(&ON_THE_OLDEST);
+        for (name, why) in tables {
             assert!(!why.is_empty(), "{name}");
         }
+        let tables = NOT_IN_GUESTS
+            .iter()
+            .chain(&ON_THE_OLDEST)
+            .map(|(name, _)| name);
+        for name in tables.chain(&LONGEST) {
+            let tests = env::root().join("tests/tests");
+            let is_there = [format!("{name}.rs"), format!("{name}/main.rs")]
+                .iter()
+                .any(|file| tests.join(file).is_file());
+            assert!(is_there, "{name}");
+        }
+    }
+
+    fn suite(names: &[&str]) -> Suite {
+        let binary = |name: &&str| Binary {
+            name: (*name).to_owned(),
+            path: PathBuf::new(),
+            tests: vec!["a".to_owned()],
+            partial: false,
+        };
+        Suite {
+            binaries: names.iter().map(binary).collect(),
+            enforcer: PathBuf::new(),
+        }
+    }
+
+    #[test]
+    fn the_oldest_kernel_runs_everything_and_so_do_all_when_asked() {
+        let (only, _) = ON_THE_OLDEST[0];
+        let all = suite(&["new", only]);
+        for (kernel, quick, count) in [
+            (Kernel::V6_1, true, 2),
+            (Kernel::V6_1, false, 2),
+            (Kernel::V6_12, true, 1),
+            (Kernel::V6_12, false, 2),
+        ] {
+            let names: Vec<_> = all.on(kernel, quick).names().collect();
+            assert_eq!(names.len(), count, "{kernel:?} {quick}");
+            assert_eq!(names[0], "new::a");
+        }
+    }
+
+    #[test]
+    fn the_longest_come_first_and_the_others_stay_in_order() {
+        let last = LONGEST[LONGEST.len() - 1];
+        let order = suite(&["b", "a", last, LONGEST[0]]).order();
+        assert_eq!(order, [LONGEST[0], last, "b", "a"]);
     }
 }

@@ -37,6 +37,7 @@ impl Reloads {
                     Ok(image) => self.swap(running.cause, meaning, image).await,
                     Err(error) => Err(Failure::Rejected(Rejected::Compile(error))),
                 };
+                self.rest.begin(Instant::now(), running.since.elapsed());
                 self.fitted(running.environment, result.map(drop));
                 return;
             }
@@ -47,6 +48,7 @@ impl Reloads {
                     Ok(images) => self.swap_both(images, &running.environment).await,
                     Err(error) => Err(Failure::Rejected(Rejected::Compile(error))),
                 };
+                self.rest.begin(Instant::now(), running.since.elapsed());
                 self.fitted(running.environment, result);
                 return;
             }

@@ -68,6 +68,11 @@ fn host(interfaces: &[(u32, &str)], addresses: &[&str]) -> Environment {
 /// Whether the host as it is makes work; it is done then.
 async fn works(reloads: &mut Reloads, now: &Environment) -> bool {
     reloads.step(now);
+    if let Some(due) = reloads.rests_until() {
+        assert!(reloads.running.is_none());
+        tokio::time::sleep_until(due.into()).await;
+        reloads.step(now);
+    }
     let works = reloads.running.is_some();
     if works {
         let done = reloads.done().await;
@@ -95,6 +100,7 @@ async fn interfaces_matter_to_those_who_name_them() {
     // Another name, and a slot less.
     assert!(works(&mut named, &host(&[(1, "eth1")], &[])).await);
     // The slot is taken while an image may come that means it.
+    named.rest = Rest::default();
     named.step(&host(&[(2, "eth0")], &[]));
     assert_eq!(named.slots(), BTreeSet::from([1, 2]));
     let done = named.done().await;
