@@ -48,7 +48,10 @@ pub fn run(args: &Args, globals: &Globals, out: &mut Out) -> Result<Exit, Failur
             let names: Vec<_> = enforced.map(|i| clean(&i.name)).collect();
             format!("unprotected from then on: {}", list(&names))
         }
-        None => format!("no daemon answers; what is pinned in {}", args.pins.display()),
+        None => format!(
+            "no daemon answers; what is pinned in {}",
+            args.pins.display()
+        ),
     };
     if !args.yes && !agreed(&what)? {
         return Err(Failure::new(Exit::Policy, "nothing was changed"));

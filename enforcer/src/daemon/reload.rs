@@ -19,7 +19,7 @@ use crate::{
         types::{InterfaceState, RefusalCode, Reloaded, Time},
     },
     compile::{CompileError, Image, Known},
-    dataplane::{Dataplane as _, DataplaneError, release_memory},
+    dataplane::{DataplaneError, release_memory},
     policy::{
         Severity,
         model::{Environment, Policy},
