@@ -81,8 +81,12 @@ fn a_killed_daemon_changes_no_verdict_and_the_next_adopts_what_is_there() {
     let to = (Family::V4.address(2, 2), FORBIDDEN);
     traffic::udp_echo(&net.b, to);
     assert!(!traffic::udp_answers(&net.a, None, to));
+    // Filters of clsact hold without pins.
+    let pinned = !pins.links().is_empty();
     drop(pins);
-    assert!(traffic::udp_answers_soon(&net.a, to), "the pins held it");
+    if pinned {
+        assert!(traffic::udp_answers_soon(&net.a, to), "the pins held it");
+    }
 }
 
 #[test]
