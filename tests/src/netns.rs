@@ -16,6 +16,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use nix::sched::{CloneFlags, setns};
@@ -165,6 +166,24 @@ impl Netns {
             other.name
         ));
         other.ip(&format!("link set {peer} up\n"));
+        // The kernel gives both ends an address soon: one that comes later would be a change.
+        self.settled(interface);
+        other.settled(peer);
+    }
+
+    /// Waits for an interface's own IPv6 address, a second at most: it may be meant to have none.
+    fn settled(&self, interface: &str) {
+        let has = || {
+            let all = fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default();
+            let mut own = all.lines().filter(|line| line.starts_with("fe80"));
+            own.any(|line| line.split_whitespace().next_back() == Some(interface))
+        };
+        self.enter(|| {
+            let start = Instant::now();
+            while !has() && start.elapsed() < Duration::from_secs(1) {
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
     }
 
     /// Moves an interface from here into another namespace.

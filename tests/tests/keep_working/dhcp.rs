@@ -126,6 +126,17 @@ impl<'a> Lease<'a> {
     }
 }
 
+/// Switches the essential off. The generation says nothing: this host's addresses change it, too.
+fn without_dhcp(daemon: &Daemon<'_>) {
+    daemon
+        .setup
+        .write_settings("version: 1\nessentials: {off: [dhcp]}\n");
+    wait_for("the settings", LONG, || {
+        let off = &daemon.status()["settings"]["essentials_off"];
+        (off.as_array()?.len() == 1).then_some(())
+    });
+}
+
 fn essentials_alone(daemon: &Daemon<'_>, work: impl FnOnce()) {
     let [denied, out, back] = moved(
         daemon,
@@ -169,11 +180,7 @@ fn a_host_takes_and_renews_a_lease_under_a_policy_that_allows_nothing() {
     essentials_alone(&daemon, || lease.take(5, false));
 
     // Switched off, it is judged like anything else.
-    let before = daemon.generation();
-    daemon
-        .setup
-        .write_settings("version: 1\nessentials: {off: [dhcp]}\n");
-    daemon.wait_swapped(before);
+    without_dhcp(&daemon);
     lease.server.set_read_timeout(Some(QUIET)).unwrap();
     let [denied] = moved(&daemon, [("tc_egress", "denied", "default_deny")], || {
         lease.asks(lease.message(1, 6));
@@ -313,11 +320,7 @@ fn a_host_takes_and_renews_ipv6_addresses_under_a_policy_that_allows_nothing() {
         }
     });
 
-    let before = daemon.generation();
-    daemon
-        .setup
-        .write_settings("version: 1\nessentials: {off: [dhcp]}\n");
-    daemon.wait_swapped(before);
+    without_dhcp(&daemon);
     server.set_read_timeout(Some(QUIET)).unwrap();
     let [denied] = moved(&daemon, [("tc_egress", "denied", "default_deny")], || {
         let _ = ask(&[1, 1, 2, 3]);

@@ -256,12 +256,14 @@ fn fifty_thousand_prefixes_are_in_force_as_a_whole_or_refused_with_numbers() {
     daemon.setup.write(&scattered_prefixes());
     let said = wait_for("the refusal", LONG * 2, || {
         let status = daemon.status();
-        assert_eq!(status["generation"], before["generation"]);
+        // The generation may be another one: the host's own addresses settle for a while.
+        for what in ["segments", "rules", "path"] {
+            assert_eq!(status["policy"][what], before["policy"][what]);
+        }
         status["policy"]["last_error"].as_str().map(str::to_owned)
     });
     let numbers = said.split(|c: char| !c.is_ascii_digit());
     assert!(numbers.filter(|n| !n.is_empty()).count() >= 2, "{said}");
-    assert_eq!(daemon.status()["policy"]["hash"], before["policy"]["hash"]);
     assert!(traffic::udp_answers(&net.peer, None, to), "the old policy");
 
     // As many hosts.
