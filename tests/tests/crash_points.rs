@@ -309,6 +309,20 @@ fn a_step_that_the_kernel_refuses_changes_nothing_or_is_made_up_for() {
 }
 
 #[test]
+fn a_trial_of_images_of_two_sizes_grows_before_it_writes_either() {
+    let pins = Pins::default();
+    let mut dataplane = open(pins.path(), false);
+    dataplane.apply(&image(FIRST, 1, false)).unwrap();
+    let before = image(FIRST, 2, true);
+    let begun = dataplane.trial(&image(SECOND, 3, false), Some(&before), LATER);
+    begun.unwrap();
+    assert_eq!(judging(&pins), SECOND);
+    dataplane.revert().unwrap();
+    assert_eq!(judging(&pins), FIRST);
+    assert_eq!(dataplane.inspect().unwrap(), []);
+}
+
+#[test]
 fn an_image_to_go_back_to_that_somebody_unpinned_is_left_where_it_is() {
     let pins = Pins::default();
     let mut dataplane = open(pins.path(), false);
