@@ -268,6 +268,7 @@ pub async fn run(
     };
 
     let mut control = Control::new(sources, Arc::clone(&shared), begun, links, host);
+    control.adopt_clock(before.adopted.clock);
     control.tell(Arc::clone(&notify), pulse);
     control.start()?;
     if outlives {
