@@ -20,7 +20,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Config, RunError, ViewSocket, fake::Handle, guard::Trust, run};
+use super::{Config, Ended, RunError, ViewSocket, fake::Handle, guard::Trust, run};
 use crate::{
     api::{
         changes::RollbackRequest,
@@ -54,7 +54,7 @@ struct Daemon {
     client: Client,
     hangup: mpsc::Sender<()>,
     stop: watch::Sender<bool>,
-    task: JoinHandle<Result<(), RunError>>,
+    task: JoinHandle<Result<Ended, RunError>>,
 }
 
 fn config(dir: &Path) -> Config {
@@ -90,7 +90,7 @@ fn spawn(
 ) -> (
     mpsc::Sender<()>,
     watch::Sender<bool>,
-    JoinHandle<Result<(), RunError>>,
+    JoinHandle<Result<Ended, RunError>>,
 ) {
     let (hangup, hangups) = mpsc::channel(1);
     let (stop, stops) = watch::channel(false);
@@ -144,7 +144,7 @@ impl Daemon {
         }
     }
 
-    async fn stop(self) -> Result<(), RunError> {
+    async fn stop(self) -> Result<Ended, RunError> {
         self.stop.send_replace(true);
         let result = timeout(Duration::from_secs(5), self.task).await;
         assert!(self.fake.lock().detached_all);
@@ -676,5 +676,5 @@ async fn a_clock_that_was_set_back_while_no_daemon_lived_raises_the_floor() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     stop.send_replace(true);
-    task.await.unwrap().unwrap();
+    assert_eq!(task.await.unwrap().unwrap(), Ended::Stopped);
 }

@@ -71,3 +71,20 @@ fn a_directory_that_others_own_or_write_holds_no_pins() {
     assert!(pins.list().contains(&"current/meta".to_owned()));
     drop(daemon);
 }
+
+#[test]
+fn what_is_taken_off_at_somebodys_word_is_not_put_on_again_by_the_service_manager() {
+    let (net, pins) = (Routed::new(), Pins::default());
+    let mut daemon = gateway(&net, &pins).start();
+    let answer = daemon.ask("detach", &["--yes"]);
+    assert!(answer.status.success(), "{answer:?}");
+    let code = daemon.wait().code().unwrap();
+    assert_eq!(code, 5, "{}", daemon.log());
+    let unit = include_str!("../../../deploy/enforcer.service");
+    let prevented = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("RestartPreventExitStatus="));
+    let prevented = prevented.unwrap().split(' ');
+    assert!(prevented.map(str::parse).any(|status| status == Ok(code)));
+    assert!(!pins.path().exists());
+}
