@@ -35,6 +35,9 @@ impl KernelDataplane {
         self.look_at_images(&mut found)?;
         self.look_at_hooks(&mut found)?;
         self.look_at_socket_hooks(&mut found)?;
+        if let Err(error) = self.pins.restore() {
+            tracing::debug!(%error, "what is not pinned stays so");
+        }
         self.look_at_pins(&mut found);
         Ok(found)
     }

@@ -227,6 +227,18 @@ impl Pins {
         })
     }
 
+    /// Makes directories anew that somebody removed.
+    ///
+    /// # Errors
+    /// As [`Pins::open`].
+    pub(super) fn restore(&mut self) -> Result<(), DataplaneError> {
+        if self.kept && !self.root.exists() {
+            *self = Self::pinned(&self.root.clone())?;
+        }
+        let links = self.root.join("links");
+        directory(&links).map_err(|error| cannot_pin(&links, &error))
+    }
+
     /// Whether what is pinned outlives this process.
     pub(super) fn kept(&self) -> bool {
         self.kept
