@@ -28,7 +28,7 @@ use enforcer::{
     policy::{SourceFile, model::Environment, parse},
 };
 use enforcer_common::image::SIZE_CLASSES;
-use enforcer_tests::{frame, kernel, pins::Pins, scale};
+use enforcer_tests::{daemon::wait_for, frame, kernel, pins::Pins, scale};
 
 /// Allowed by both policies, by the first, by the second.
 const BOTH: u16 = 7001;
@@ -306,4 +306,36 @@ fn a_step_that_the_kernel_refuses_changes_nothing_or_is_made_up_for() {
             every_step(which, "refuse");
         }
     }
+}
+
+#[test]
+fn a_trial_of_images_of_two_sizes_grows_before_it_writes_either() {
+    let pins = Pins::default();
+    let mut dataplane = open(pins.path(), false);
+    dataplane.apply(&image(FIRST, 1, false)).unwrap();
+    let before = image(FIRST, 2, true);
+    let begun = dataplane.trial(&image(SECOND, 3, false), Some(&before), LATER);
+    begun.unwrap();
+    assert_eq!(judging(&pins), SECOND);
+    dataplane.revert().unwrap();
+    assert_eq!(judging(&pins), FIRST);
+    assert_eq!(dataplane.inspect().unwrap(), []);
+}
+
+#[test]
+fn an_image_to_go_back_to_that_somebody_unpinned_is_left_where_it_is() {
+    let pins = Pins::default();
+    let mut dataplane = open(pins.path(), false);
+    dataplane.apply(&image(FIRST, 1, false)).unwrap();
+    let soon = Duration::from_secs(5);
+    dataplane
+        .trial(&image(SECOND, 2, false), None, soon)
+        .unwrap();
+    drop(dataplane);
+    std::fs::remove_file(pins.path().join("current/images/1")).unwrap();
+    let mut dataplane = open(pins.path(), false);
+    dataplane.inspect().unwrap();
+    wait_for("the programs to go back", soon * 2, || {
+        (judging(&pins) == FIRST).then_some(())
+    });
 }

@@ -16,7 +16,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     api::{DEFAULT_SOCKET, DEFAULT_VIEW_SOCKET},
     daemon::{
-        self, Config, RunError, ViewSocket,
+        self, Config, Ended, RunError, ViewSocket,
         files::SettingsPath,
         guard::Trust,
         netlink,
@@ -177,7 +177,9 @@ pub fn run(args: &Args, globals: &Globals, open: Open) -> Result<Exit, Failure> 
     // Not `drop`, which would wait for a compiler at work.
     runtime.shutdown_background();
     match result {
-        Ok(()) => Ok(Exit::Fine),
+        Ok(Ended::Stopped) => Ok(Exit::Fine),
+        // Not an end like others: a service manager must not start it again.
+        Ok(Ended::Detached) => Ok(Exit::NotEnforcing),
         Err(RunError::Policy(rejected)) => {
             let _ = io::stderr().write_all(rejected.render(color).as_bytes());
             Err(Failure::new(

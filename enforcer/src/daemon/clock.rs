@@ -21,6 +21,11 @@ pub struct Clock {
 }
 
 impl Clock {
+    /// An earlier daemon has told the kernel this.
+    pub fn adopted(told: Option<WallClock>) -> Self {
+        Self { told, error: false }
+    }
+
     /// What to tell the kernel at `now`, if anything.
     fn next(&self, now: Sample) -> Option<WallClock> {
         let boot_unix_ns = u64::try_from(now.boot_unix).unwrap_or(0);
@@ -210,6 +215,18 @@ mod tests {
             None
         );
         assert_eq!(setup.after(&[sample(200.0, 1_000.0)]), (2_100, 1_000.0));
+    }
+
+    #[test]
+    fn time_does_not_go_back_over_a_restart() {
+        let mut setup = Setup::new();
+        setup.clock = Clock::adopted(Some(WallClock {
+            unix_floor: 7,
+            boot_unix_ns: 1_000_000_000_000,
+        }));
+        // It was set back while no daemon lived: rules went on by the old time.
+        assert_eq!(setup.after(&[sample(60.0, 500.0)]), (1_060, 500.0));
+        assert_eq!(setup.clock.floor(), 1_060);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use tokio::{
 use crate::{
     api::types::{InterfaceState, InterfaceStatus},
     clock::Steps,
+    dataplane::WallClock,
     policy::Diagnostic,
     pulse::Pulse,
 };
@@ -112,6 +113,11 @@ impl Control {
     /// does, too.
     pub fn tell(&mut self, notify: Arc<Notify>, reader: Option<Arc<Pulse>>) {
         (self.notify, self.reader) = (notify, reader);
+    }
+
+    /// An earlier daemon has told the programs the time.
+    pub fn adopt_clock(&mut self, told: Option<WallClock>) {
+        self.clock = Clock::adopted(told);
     }
 
     /// Attaches for the first time.

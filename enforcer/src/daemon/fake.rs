@@ -234,6 +234,7 @@ impl Dataplane for Handle {
             live: Some(live),
             generation: newest.unwrap_or(0),
             slots,
+            clock: fake.clock,
         }))
     }
 

@@ -116,6 +116,15 @@ pub struct ViewSocket {
     pub required: bool,
 }
 
+/// Why the daemon ended, if nothing is wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It was told to stop.
+    Stopped,
+    /// The programs were taken off at somebody's word, and are to stay off.
+    Detached,
+}
+
 /// Why the daemon did not start, or stopped. Nothing is enforced then.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -164,7 +173,7 @@ pub async fn run(
     mut open: impl FnMut(Option<u32>) -> Result<Option<Box<dyn Dataplane>>, DataplaneError>,
     mut reload: mpsc::Receiver<()>,
     mut stop: signal::Receiver<bool>,
-) -> Result<(), RunError> {
+) -> Result<Ended, RunError> {
     let notify = Arc::new(Notify::from_env());
     notify.status("reading the policy");
     share_heaps();
@@ -208,7 +217,7 @@ pub async fn run(
             // A compiler at work does not hold up the end.
             () = control::stopped(&mut stop) => {
                 notify.stopping();
-                return Ok(());
+                return Ok(Ended::Stopped);
             }
             chosen = loading => chosen,
         };
@@ -277,6 +286,7 @@ pub async fn run(
     };
 
     let mut control = Control::new(sources, Arc::clone(&shared), begun, links, host);
+    control.adopt_clock(before.adopted.clock);
     control.tell(Arc::clone(&notify), pulse);
     control.start()?;
     if outlives {
@@ -318,7 +328,12 @@ pub async fn run(
         tracing::info!("stopping: taking the programs off");
     }
     detach.now()?;
-    result.map_err(system("the daemon cannot go on"))
+    result.map_err(system("the daemon cannot go on"))?;
+    Ok(if detached {
+        Ended::Detached
+    } else {
+        Ended::Stopped
+    })
 }
 
 fn loaded(opened: Option<Box<dyn Dataplane>>) -> Result<Box<dyn Dataplane>, RunError> {

@@ -20,7 +20,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Config, RunError, ViewSocket, fake::Handle, guard::Trust, run};
+use super::{Config, Ended, RunError, ViewSocket, fake::Handle, guard::Trust, run};
 use crate::{
     api::{
         changes::RollbackRequest,
@@ -30,7 +30,7 @@ use crate::{
             Denial, ExplainRequest, FlowsRequest, LostCause, PlanRequest, Record, State, Status,
         },
     },
-    dataplane::{Counters, PacketCount, RecordCount, SocketHooks},
+    dataplane::{Adopted, Counters, PacketCount, RecordCount, SocketHooks, WallClock},
     events::enrich::tests::event,
 };
 
@@ -54,7 +54,7 @@ struct Daemon {
     client: Client,
     hangup: mpsc::Sender<()>,
     stop: watch::Sender<bool>,
-    task: JoinHandle<Result<(), RunError>>,
+    task: JoinHandle<Result<Ended, RunError>>,
 }
 
 fn config(dir: &Path) -> Config {
@@ -90,7 +90,7 @@ fn spawn(
 ) -> (
     mpsc::Sender<()>,
     watch::Sender<bool>,
-    JoinHandle<Result<(), RunError>>,
+    JoinHandle<Result<Ended, RunError>>,
 ) {
     let (hangup, hangups) = mpsc::channel(1);
     let (stop, stops) = watch::channel(false);
@@ -144,7 +144,7 @@ impl Daemon {
         }
     }
 
-    async fn stop(self) -> Result<(), RunError> {
+    async fn stop(self) -> Result<Ended, RunError> {
         self.stop.send_replace(true);
         let result = timeout(Duration::from_secs(5), self.task).await;
         assert!(self.fake.lock().detached_all);
@@ -652,4 +652,29 @@ async fn plans_are_made_one_at_a_time_and_hold_up_nobody() {
     let own = daemon.client.plan(&PlanRequest::default()).await.unwrap();
     assert!(!own.changed, "{own:?}");
     daemon.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_clock_that_was_set_back_while_no_daemon_lived_raises_the_floor() {
+    const HOUR: u64 = 3_600;
+    let (dir, fake) = (policy_dir(POLICY), Handle::default());
+    let now = crate::clock::Sample::now().unwrap();
+    let boot = u64::try_from(now.boot_unix).unwrap();
+    let told = WallClock {
+        unix_floor: 5,
+        boot_unix_ns: boot + HOUR * 1_000_000_000,
+    };
+    fake.lock().adopted = Some(Adopted {
+        clock: Some(told),
+        ..Adopted::default()
+    });
+    let (_hangup, stop, task) = spawn(config(dir.path()), &fake);
+    let reached = (boot + now.boottime) / 1_000_000_000 + HOUR;
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !fake.lock().clock.is_some_and(|c| c.unix_floor >= reached) {
+        assert!(Instant::now() < deadline, "{:?}", fake.lock().clock);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    stop.send_replace(true);
+    assert_eq!(task.await.unwrap().unwrap(), Ended::Stopped);
 }

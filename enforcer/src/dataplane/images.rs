@@ -36,10 +36,20 @@ impl KernelDataplane {
     /// # Errors
     /// When the image does not fit, or the kernel says no.
     pub fn write_image(&mut self, image: &Image) -> Result<WrittenImage, DataplaneError> {
-        if image.words().len() > self.meta.image_words as usize {
-            self.grow(image.words().len())?;
-        }
+        self.make_room([image].into_iter())?;
         self.write_words(image.words(), image.generation())
+    }
+
+    /// Sees to it that the programs can take each of these.
+    pub(super) fn make_room<'a>(
+        &mut self,
+        images: impl Iterator<Item = &'a Image>,
+    ) -> Result<(), DataplaneError> {
+        let words = images.map(|image| image.words().len()).max().unwrap_or(0);
+        if words > self.meta.image_words as usize {
+            self.grow(words)?;
+        }
+        Ok(())
     }
 
     fn write_words(

@@ -10,7 +10,7 @@ use std::{
 };
 
 use aya::maps::{Array, Map};
-use enforcer_common::wire::{Control, slot};
+use enforcer_common::wire::{Control, NO_DEADLINE, slot};
 
 use super::{
     DataplaneError, Tamper, clsact,
@@ -35,6 +35,9 @@ impl KernelDataplane {
         self.look_at_images(&mut found)?;
         self.look_at_hooks(&mut found)?;
         self.look_at_socket_hooks(&mut found)?;
+        if let Err(error) = self.pins.restore() {
+            tracing::debug!(%error, "what is not pinned stays so");
+        }
         self.look_at_pins(&mut found);
         Ok(found)
     }
@@ -66,6 +69,12 @@ impl KernelDataplane {
                 None => None,
             };
             if inside == ours {
+                continue;
+            }
+            // One that was found there and is pinned no more: what judges by it, or will, would have
+            // nothing instead.
+            let judges = slot == slot::LIVE || self.control.deadline != NO_DEADLINE;
+            if ours.is_none() && judges {
                 continue;
             }
             let repaired = match self.slots.get(&slot) {

@@ -341,10 +341,15 @@ impl Dataplane for KernelDataplane {
         if !self.adopted {
             return Ok(None);
         }
+        let clock = WallClock {
+            unix_floor: self.control.unix_floor,
+            boot_unix_ns: self.control.boot_unix_ns,
+        };
         Ok(Some(Adopted {
             live: self.live_image()?,
             generation: self.meta.generation,
             slots: self.interfaces()?,
+            clock: Some(clock).filter(|clock| clock.boot_unix_ns != 0),
         }))
     }
 

@@ -142,6 +142,8 @@ pub struct Adopted {
     pub generation: u32,
     /// Slots of interfaces, by ifindex.
     pub slots: BTreeMap<u32, u32>,
+    /// What the programs were told of the time; `None`: nothing yet.
+    pub clock: Option<WallClock>,
 }
 
 /// What was not as it had been left.

@@ -14,11 +14,11 @@
 //! names a program of `next` is led back, an image in no slot is forgotten.
 
 use std::{
-    fs::{self, DirBuilder, File},
+    fs::{self, DirBuilder, File, Metadata},
     io::{self, ErrorKind},
     os::{
         fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
-        unix::fs::DirBuilderExt as _,
+        unix::fs::{DirBuilderExt as _, MetadataExt as _},
     },
     path::{Path, PathBuf},
 };
@@ -27,6 +27,7 @@ use enforcer_common::{ABI_VERSION, table::SECRETS};
 use nix::{
     fcntl::{Flock, FlockArg},
     sys::statfs::{BPF_FS_MAGIC, statfs},
+    unistd::geteuid,
 };
 
 use super::{
@@ -205,6 +206,7 @@ impl Pins {
             return Err(cannot_pin(root, &error));
         }
         let opened = File::open(root).map_err(|error| cannot_pin(root, &error))?;
+        nobody_elses(root, &opened)?;
         let lock = Flock::lock(opened, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
             DataplaneError::Environment {
                 what: format!(
@@ -223,6 +225,18 @@ impl Pins {
             _lock: Some(lock),
             kept: true,
         })
+    }
+
+    /// Makes directories anew that somebody removed.
+    ///
+    /// # Errors
+    /// As [`Pins::open`].
+    pub(super) fn restore(&mut self) -> Result<(), DataplaneError> {
+        if self.kept && !self.root.exists() {
+            *self = Self::pinned(&self.root.clone())?;
+        }
+        let links = self.root.join("links");
+        directory(&links).map_err(|error| cannot_pin(&links, &error))
     }
 
     /// Whether what is pinned outlives this process.
@@ -493,6 +507,27 @@ fn directory(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
         made => made,
     }
+}
+
+/// The kernel lets everybody make directories where BPF file systems are mounted: who owns one can
+/// take links away, and others' programs with them.
+fn nobody_elses(root: &Path, opened: &File) -> Result<(), DataplaneError> {
+    let failed = |error: io::Error| cannot_pin(root, &error);
+    let (name, directory) = (
+        fs::symlink_metadata(root).map_err(failed)?,
+        opened.metadata().map_err(failed)?,
+    );
+    let ours = |metadata: &Metadata| [0, geteuid().as_raw()].contains(&metadata.uid());
+    if ours(&name) && ours(&directory) && directory.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    let root = root.display();
+    Err(DataplaneError::Environment {
+        what: format!("others than root can change what is pinned in {root}"),
+        help: format!(
+            "find out who made it, then remove it, or: chown root {root}; chmod 0700 {root}"
+        ),
+    })
 }
 
 fn repin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {

@@ -37,6 +37,8 @@ impl KernelDataplane {
         previous: Option<&Image>,
         within: Duration,
     ) -> Result<(), DataplaneError> {
+        // To grow between the two would leave the first behind, with too few words.
+        self.make_room([Some(image), previous].into_iter().flatten())?;
         let written = self.write_image(image)?;
         let previous = match previous {
             Some(previous) => {
@@ -141,6 +143,7 @@ impl KernelDataplane {
         if self.control.deadline == NO_DEADLINE {
             return Err(DataplaneError::Trial("no trial is running"));
         }
+        self.make_room([live, previous].into_iter())?;
         let live = self.write_image(live)?;
         let previous = self.write_image(previous)?;
         self.announce(&previous)?;

@@ -1,4 +1,7 @@
-use std::fs;
+use std::{
+    fs::{self, Permissions},
+    os::unix::fs::{PermissionsExt as _, chown},
+};
 
 use enforcer_tests::{
     daemon::{Daemon, LONG, wait_for},
@@ -49,4 +52,39 @@ fn a_restart_with_a_broken_policy_keeps_what_was_in_force_and_says_so() {
         std::thread::sleep(QUIET);
         drop(daemon);
     });
+}
+
+#[test]
+fn a_directory_that_others_own_or_write_holds_no_pins() {
+    let (net, pins) = (Routed::new(), Pins::default());
+    fs::create_dir(pins.path()).unwrap();
+    for (owner, mode) in [(65_534, 0o700), (0, 0o777)] {
+        chown(pins.path(), Some(owner), None).unwrap();
+        fs::set_permissions(pins.path(), Permissions::from_mode(mode)).unwrap();
+        let mut daemon = gateway(&net, &pins).spawn();
+        assert_eq!(daemon.wait().code(), Some(3), "{}", daemon.log());
+        let log = daemon.log();
+        assert!(log.contains("others than root can change"), "{log}");
+    }
+    fs::set_permissions(pins.path(), Permissions::from_mode(0o755)).unwrap();
+    let daemon = gateway(&net, &pins).start();
+    assert!(pins.list().contains(&"current/meta".to_owned()));
+    drop(daemon);
+}
+
+#[test]
+fn what_is_taken_off_at_somebodys_word_is_not_put_on_again_by_the_service_manager() {
+    let (net, pins) = (Routed::new(), Pins::default());
+    let mut daemon = gateway(&net, &pins).start();
+    let answer = daemon.ask("detach", &["--yes"]);
+    assert!(answer.status.success(), "{answer:?}");
+    let code = daemon.wait().code().unwrap();
+    assert_eq!(code, 5, "{}", daemon.log());
+    let unit = include_str!("../../../deploy/enforcer.service");
+    let prevented = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("RestartPreventExitStatus="));
+    let prevented = prevented.unwrap().split(' ');
+    assert!(prevented.map(str::parse).any(|status| status == Ok(code)));
+    assert!(!pins.path().exists());
 }

@@ -56,6 +56,25 @@ fn what_somebody_changes_is_told_and_put_right() {
     wait_for("all pins", LONG, || (pins.list() == before).then_some(()));
     in_order("pins removed");
 
+    for name in &before {
+        fs::remove_file(pins.path().join(name)).unwrap();
+    }
+    for name in [
+        "links",
+        "current/maps",
+        "current/programs",
+        "current/images",
+        "current",
+        "",
+    ] {
+        // There are no links before tcx.
+        let _ = fs::remove_dir(pins.path().join(name));
+    }
+    wait_for("the directory and all pins", LONG, || {
+        (pins.list() == before).then_some(())
+    });
+    in_order("the directory removed");
+
     let settings = Map::from_map_data(map(&pins, "bss-control")).unwrap();
     let mut settings: Array<_, Control> = settings.try_into().unwrap();
     let control = settings.get(&0, 0).unwrap();
