@@ -282,6 +282,12 @@ impl<'a> Daemon<'a> {
         self.setup
     }
 
+    /// Waits for its end. Its files stay.
+    pub fn ended(mut self) -> Setup<'a> {
+        assert!(self.wait().success());
+        self.setup
+    }
+
     /// The process.
     pub fn pid(&self) -> u32 {
         self.process.0.id()

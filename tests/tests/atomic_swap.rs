@@ -32,6 +32,8 @@ use enforcer_tests::{
 };
 
 const FLIPS: usize = 1000;
+/// Where there is time.
+const MOST: usize = 5000;
 /// Where every instruction is emulated.
 const FEWER: usize = 200;
 
@@ -79,7 +81,8 @@ fn revoked(programs: &Programs) -> u64 {
 
 #[test]
 fn swap_under_load() {
-    let flips = scale::rounds(FLIPS, FEWER) as u32;
+    let full = if scale::thorough() { MOST } else { FLIPS };
+    let flips = scale::rounds(full, FEWER) as u32;
     let net = Routed::new();
     let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
     let images = [

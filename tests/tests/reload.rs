@@ -144,15 +144,29 @@ fn edits_and_sighup_swap_the_policy() {
 fn an_edit_during_the_start_is_seen() {
     let net = net();
     let daemon = Setup::new(&net.gateway, "gw-*", &policy(7001)).spawn();
-    // The socket's file is there once the policy was read, before the programs are loaded.
+    // The socket's file is there before the policy is read. A start takes seconds, nearly all of them
+    // after that.
     wait_for("the socket", LONG, || {
         daemon.setup.socket().exists().then_some(())
     });
+    thread::sleep(scale::within(Duration::from_millis(300)));
     daemon.setup.write(&policy(7002));
     wait_for("the second policy", LONG, || {
-        let output = daemon.ask("status", &["-o", "json"]).stdout;
-        let status: Value = serde_json::from_slice(&output).ok()?;
-        (status["generation"] == 2).then_some(())
+        let answer = daemon.ask(
+            "explain",
+            &[
+                "--from",
+                "10.1.0.2",
+                "--to",
+                "10.2.0.2",
+                "--service",
+                "udp/7002",
+                "-o",
+                "json",
+            ],
+        );
+        let answer: Value = serde_json::from_slice(&answer.stdout).ok()?;
+        (answer["verdict"] == "ALLOWED").then_some(())
     });
     only(&net, 7002);
 }

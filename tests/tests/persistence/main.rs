@@ -7,6 +7,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod detaching;
 mod refusals;
 mod restarts;
 mod tamper;

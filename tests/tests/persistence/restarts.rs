@@ -81,15 +81,20 @@ fn a_killed_daemon_changes_no_verdict_and_the_next_adopts_what_is_there() {
     let to = (Family::V4.address(2, 2), FORBIDDEN);
     traffic::udp_echo(&net.b, to);
     assert!(!traffic::udp_answers(&net.a, None, to));
+    // Filters of clsact hold without pins.
+    let pinned = !pins.links().is_empty();
     drop(pins);
-    assert!(traffic::udp_answers_soon(&net.a, to), "the pins held it");
+    if pinned {
+        assert!(traffic::udp_answers_soon(&net.a, to), "the pins held it");
+    }
 }
 
 #[test]
 fn programs_of_another_build_take_over_without_a_packet_in_between() {
     let (net, pins) = (Routed::new(), Pins::default());
     let mut daemon = gateway(&net, &pins).start();
-    let rounds = scale::rounds(20, 2);
+    let full = if scale::thorough() { 100 } else { 20 };
+    let rounds = scale::rounds(full, 2);
     let daemon = under_load(&net, || {
         for round in 0..rounds {
             let mut setup = daemon.stop().0;
