@@ -17,7 +17,7 @@ use std::{
 };
 
 use enforcer_tests::{
-    daemon::{Daemon, Setup},
+    daemon::{Daemon, LONG, Setup, wait_for},
     netns::{Family, Routed, directory},
     numbers::{ALLOWED, FORBIDDEN, Load, under_measured_load},
     pins::Pins,
@@ -35,11 +35,14 @@ type Figure = fn(&Sample) -> u64;
 
 /// How many policies take turns.
 const VARIANTS: usize = 4;
-/// Memory may be this much more at the end than after the first minute, in KiB: history and the
-/// store of denials fill up to their bounds, and allocators have their ways.
+/// More changes and more denials than the daemon remembers.
+const CHANGES: usize = 520;
+const DENIALS: u64 = 11_000;
+/// Memory may be this much more at the end than after the first minute, in KiB: allocators have
+/// their ways.
 const GROWTH: [(&str, u64); 2] = [
-    ("memory of the daemon", 4096),
-    ("of its cgroup's kernel", 2048),
+    ("memory of the daemon", 2048),
+    ("of its cgroup's kernel", 1024),
 ];
 
 /// Each has segments and rules that the others have not, and the same right for the load.
@@ -69,6 +72,24 @@ fn policy(variant: usize) -> String {
         .unwrap();
     }
     text
+}
+
+/// Fills what is bounded: history, and the store of denials. What is there after that stays.
+fn fill(net: &Routed, daemon: &Daemon<'_>) {
+    for change in 0..CHANGES {
+        daemon.setup.write(&policy(change % VARIANTS));
+        let (code, answer) = daemon.reload();
+        assert_eq!(code, 200, "{}", answer["code"]);
+    }
+    let to = (Family::V4.address(2, 2), FORBIDDEN);
+    wait_for("a full store of denials", 2 * LONG, || {
+        for _ in 0..500 {
+            // Each from another port.
+            let socket = traffic::udp(&net.a, traffic::any(0), LONG);
+            socket.send_to(b"none", to).unwrap();
+        }
+        (daemon.status()["events"]["emitted"].as_u64()? > DENIALS).then_some(())
+    });
 }
 
 /// A second's worth: another policy is in force, a connection that may be is made, and one that may
@@ -151,9 +172,10 @@ fn what_a_daemon_holds_does_not_grow() {
         .with(&["--state-dir", state.path().to_str().unwrap()])
         .pinned(pins.path());
     let daemon = group.start(setup);
-    let begin = daemon.generation();
-    println!("{}", Sample::HEAD);
-    let ((samples, turns), load) = under_measured_load(&net, || {
+    let ((samples, turns, swaps), load) = under_measured_load(&net, || {
+        fill(&net, &daemon);
+        let begin = daemon.generation();
+        println!("{}", Sample::HEAD);
         let (start, mut samples, mut turns) = (Instant::now(), Vec::new(), 0);
         let mut second = 0;
         while (samples.len() as u64) < minutes {
@@ -168,9 +190,8 @@ fn what_a_daemon_holds_does_not_grow() {
             let due = Duration::from_secs(second);
             thread::sleep(due.saturating_sub(start.elapsed()));
         }
-        (samples, turns)
+        (samples, turns, daemon.generation() - begin)
     });
-    let swaps = daemon.generation() - begin;
     assert!(swaps >= turns, "{turns} edits made {swaps} generations");
     let status = daemon.status();
     assert_eq!(status["state"], "enforcing", "{status}");
@@ -197,9 +218,9 @@ fn what_grows_is_found() {
         )
     };
     assert_eq!(later(|_| ()), [""; 0]);
-    assert_eq!(later(|s| s.anonymous += 4096), [""; 0]);
-    assert_eq!(later(|s| s.anonymous += 4097).len(), 1);
-    assert_eq!(later(|s| s.kernel = Some(7_049)).len(), 1);
+    assert_eq!(later(|s| s.anonymous += 2048), [""; 0]);
+    assert_eq!(later(|s| s.anonymous += 2049).len(), 1);
+    assert_eq!(later(|s| s.kernel = Some(6_025)).len(), 1);
     assert_eq!(later(|s| s.descriptors += 1).len(), 1);
     assert_eq!(later(|s| s.pins += 1), ["pins: 20 to 21"]);
 }

@@ -19,11 +19,26 @@ use std::os::unix::process::CommandExt as _;
 /// take, whoever holds them.
 pub struct Group(Option<PathBuf>);
 
+const PREFIX: &str = "enforcer-soak-";
+/// Of the first version and of the second, which has the figures only where the controller is on.
+const ROOTS: [&str; 2] = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"];
+
+/// Removes groups of processes that are no more.
+fn sweep(root: &str) {
+    for entry in fs::read_dir(root).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let process = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+        if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
+}
+
 impl Group {
     pub fn new() -> Self {
-        let name = format!("enforcer-soak-{}", std::process::id());
-        // The second version has the file only where the controller is on.
-        let made = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"]
+        ROOTS.iter().for_each(|root| sweep(root));
+        let name = format!("{PREFIX}{}", std::process::id());
+        let made = ROOTS
             .map(|root| Path::new(root).join(&name))
             .into_iter()
             .find(|path| {
