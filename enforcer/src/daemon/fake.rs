@@ -66,6 +66,7 @@ pub struct Fake {
     pub adopted: Option<Adopted>,
     pub outlives: bool,
     pub tampered: Vec<Tamper>,
+    pub recorded: Vec<Event>,
     events: VecDeque<Event>,
     wake: Option<UnixStream>,
 }
@@ -313,6 +314,10 @@ impl Dataplane for Handle {
 
     fn running_counts(&self) -> Result<Vec<Event>, DataplaneError> {
         Ok(self.lock().running.clone())
+    }
+
+    fn recorded_counts(&self) -> Result<Vec<Event>, DataplaneError> {
+        Ok(self.lock().recorded.clone())
     }
 
     fn take_events(&mut self) -> Option<Box<dyn EventSource>> {

@@ -67,7 +67,7 @@ use crate::{
         Generations,
         cgroups::Cgroups,
         enrich::Enricher,
-        reader::{Reader, SharedDataplane},
+        reader::{Reader, SharedDataplane, Told},
     },
 };
 
@@ -242,6 +242,14 @@ pub async fn run(
     .await?;
     changes.forget_saved_image();
     let outlives = dataplane.outlives();
+    let told = if fresh {
+        Told::default()
+    } else {
+        Told {
+            counts: dataplane.recorded_counts()?,
+            counters: dataplane.counters()?,
+        }
+    };
     let events = dataplane.take_events();
     let dataplane = Arc::new(Mutex::new(dataplane));
     let shared = Shared::new(dataplane, Arc::clone(&generations), changes, live);
@@ -261,6 +269,7 @@ pub async fn run(
             let store = Arc::clone(&shared.store);
             let reader = Reader::new(source, dataplane, enricher, store);
             let reader = reader.map_err(system("cannot poll for records"))?;
+            let reader = reader.after(told);
             pulse = Some(reader.pulse());
             Some(supervised("the reader of denials", &shared, reader.run()))
         }

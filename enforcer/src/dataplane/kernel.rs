@@ -503,6 +503,22 @@ impl Dataplane for KernelDataplane {
         Ok(events)
     }
 
+    fn recorded_counts(&self) -> Result<Vec<Event>, DataplaneError> {
+        let map: PerCpuArray<_, DeniedSlot> = self.typed("DENIED")?;
+        let mut events = Vec::new();
+        for slots in map.iter() {
+            let slots = slots.map_err(map_error("read DENIED"))?;
+            let used = slots
+                .iter()
+                .filter(|s| s.epoch == s.epoch_end && s.epoch != 0);
+            events.extend(used.map(|slot| Event {
+                total: slot.event.total.saturating_sub(u64::from(slot.pending)),
+                ..slot.event
+            }));
+        }
+        Ok(events)
+    }
+
     fn take_events(&mut self) -> Option<Box<dyn EventSource>> {
         self.events
             .take()

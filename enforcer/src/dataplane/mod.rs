@@ -371,6 +371,12 @@ pub trait Dataplane: Send {
     /// [`DataplaneError::Syscall`].
     fn running_counts(&self) -> Result<Vec<Event>, DataplaneError>;
 
+    /// Counts of denied flows as of their last records in the ring: what a reader of the ring knows.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn recorded_counts(&self) -> Result<Vec<Event>, DataplaneError>;
+
     /// The stream of records; `None` when it was taken before.
     fn take_events(&mut self) -> Option<Box<dyn EventSource>>;
 

@@ -32,8 +32,20 @@ const BATCHES: usize = 64;
 /// that comes when a look has found nothing is the first one of its tick.
 const LINGER: Duration = Duration::from_millis(25);
 
+/// More than the ring holds.
+const UNREAD: usize = 1 << 14;
+
 /// The dataplane as the daemon's tasks share it.
 pub type SharedDataplane = Arc<Mutex<Box<dyn Dataplane>>>;
+
+/// What an earlier daemon has told already.
+#[derive(Clone, Debug, Default)]
+pub struct Told {
+    /// Totals of slots as of their last records.
+    pub counts: Vec<Event>,
+    /// All counters.
+    pub counters: Counters,
+}
 
 /// Carries records from the kernel to a store.
 pub struct Reader {
@@ -43,6 +55,7 @@ pub struct Reader {
     enricher: Enricher,
     store: Arc<Store>,
     tally: Tally,
+    told: Told,
     lost: u64,
     complained: bool,
     pulse: Arc<Pulse>,
@@ -66,6 +79,7 @@ impl Reader {
             enricher,
             store,
             tally: Tally::default(),
+            told: Told::default(),
             lost: 0,
             complained: false,
             pulse: Arc::default(),
@@ -77,8 +91,41 @@ impl Reader {
         Arc::clone(&self.pulse)
     }
 
+    /// Goes on where an earlier daemon has ended.
+    #[must_use]
+    pub fn after(mut self, told: Told) -> Self {
+        self.lost = lost(&told.counters);
+        self.told = told;
+        self
+    }
+
+    /// Takes what nobody has read, and notes of the rest that it was told. Of a slot with records that
+    /// nobody has read it is not known where they began: all of them are told, rather than none.
+    fn resume(&mut self) {
+        let told = std::mem::take(&mut self.told);
+        let mut unread = Vec::new();
+        while unread.len() < UNREAD
+            && let Some(event) = self.source.next()
+        {
+            unread.push(event);
+        }
+        let older: std::collections::HashMap<_, u64> = unread
+            .iter()
+            .rev()
+            .map(|event| ((event.cpu, event.slot, event.epoch), event.total))
+            .collect();
+        for slot in &told.counts {
+            let first = older.get(&(slot.cpu, slot.slot, slot.epoch));
+            if first.is_none_or(|first| *first > slot.total) {
+                self.tally.begin(slot);
+            }
+        }
+        self.record(&mut unread);
+    }
+
     /// Runs until it is dropped.
     pub async fn run(mut self) {
+        self.resume();
         let mut scan = interval_at(Instant::now() + SCAN_EVERY, SCAN_EVERY);
         scan.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH);
@@ -165,7 +212,7 @@ impl Reader {
 
     fn losses(&mut self, counters: &Counters) {
         // Later records may make good for the first; the second are gone. Rather one too many.
-        let lost: u64 = counters.records.iter().map(|r| r.lost + r.displaced).sum();
+        let lost = lost(counters);
         let more = lost.saturating_sub(self.lost);
         self.lost = lost;
         if more > 0 {
@@ -178,6 +225,10 @@ impl Reader {
             }));
         }
     }
+}
+
+fn lost(counters: &Counters) -> u64 {
+    counters.records.iter().map(|r| r.lost + r.displaced).sum()
 }
 
 /// Moves up to [`BATCH`] records into `batch`; `true` when there are no more.

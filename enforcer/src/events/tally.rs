@@ -71,6 +71,18 @@ impl Tally {
     }
 }
 
+impl Tally {
+    /// An earlier daemon was told of this many packets of a slot.
+    pub fn begin(&mut self, told: &Event) {
+        let seen = Seen {
+            epoch: told.epoch,
+            total: told.total,
+            previous: None,
+        };
+        self.seen.insert((told.cpu, told.slot), seen);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

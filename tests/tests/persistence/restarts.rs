@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use enforcer::dataplane::hanging;
 use enforcer_tests::{
-    daemon::{Daemon, LONG},
+    daemon::{Daemon, LONG, wait_for},
     netns::{Family, Routed},
     numbers::{ALLOWED, FORBIDDEN, under_load},
     pins::Pins,
@@ -184,4 +184,36 @@ fn a_table_of_another_size_has_the_same_flows() {
     });
     assert_eq!(counted, 1);
     assert!(daemon.denials(&[]).iter().any(denied));
+}
+
+#[test]
+fn what_was_told_before_a_restart_is_not_told_again_and_the_rest_is() {
+    let (net, pins) = (Routed::new(), Pins::default());
+    let daemon = gateway(&net, &pins).start();
+    let to = (Family::V4.address(2, 2), FORBIDDEN);
+    let client = traffic::udp(&net.a, (Family::V4.address(1, 2), 0), LONG);
+    let port = client.local_addr().unwrap().port();
+    let told = |daemon: &Daemon<'_>| -> u64 {
+        let mine = daemon.denials(&[]).into_iter();
+        let mine = mine.filter(|record| record["src_port"] == port);
+        mine.map(|record| record["packets"].as_u64().unwrap()).sum()
+    };
+    let send = |packets: u32| {
+        for _ in 0..packets {
+            client.send_to(b"no", to).unwrap();
+        }
+    };
+    send(10);
+    wait_for("ten", LONG, || (told(&daemon) == 10).then_some(()));
+    // A second later the next one makes a record, which says of all of them.
+    std::thread::sleep(Duration::from_millis(1200));
+    send(1);
+    wait_for("eleven", LONG, || (told(&daemon) == 11).then_some(()));
+    let setup = daemon.kill();
+    send(3);
+    let daemon = setup.start();
+    send(4);
+    wait_for("seven more", LONG, || (told(&daemon) >= 7).then_some(()));
+    std::thread::sleep(Duration::from_millis(1200));
+    assert_eq!(told(&daemon), 7);
 }

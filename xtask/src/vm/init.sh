@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # The only process of the guest besides the tests: mounts what they need, asks for one binary of
-# /suite/plan ("NAME SECONDS ARGUMENTS...") after the other, runs it, and says on the second serial
+# /etc/suite/plan ("NAME SECONDS ARGUMENTS...") after the other, runs it, and says on the second serial
 # port what happened. Lines that start with "@vm " are ours; the others are the test runner's.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb
 /bin/busybox --install -s /bin
@@ -19,13 +19,19 @@ mount -t devpts pts /dev/pts
 ip link set lo up
 stty -F /dev/ttyS1 raw -echo
 exec 3</dev/ttyS1 >/dev/ttyS1
-. /suite/environment
+. /etc/suite/environment
 echo "@vm boot $(uname -r)"
 # The answer: a name, or nothing when there is no more to do.
 while echo "@vm next" && read -r wanted <&3 && [ -n "$wanted" ]; do
     while read -r name seconds arguments; do
         [ "$name" != "$wanted" ] || break
-    done </suite/plan
+    done </etc/suite/plan
+    if [ -z "$name" ]; then
+        echo "@vm run $wanted"
+        echo "@vm stderr there is no such test binary here"
+        echo "@vm end $wanted 127"
+        continue
+    fi
     echo "@vm run $name"
     # Unquoted on purpose: test names have no spaces.
     timeout -k 5 "$seconds" "/suite/$name" $arguments 2>/tmp/stderr </dev/null 3<&-

@@ -103,7 +103,7 @@ pub fn write(path: &Path, kernel: &Unpacked, suite: &Suite, plan: &Plan<'_>) -> 
     for (name, value) in plan.environment {
         environment += &format!("export {name}={value}\n");
     }
-    archive.contents("/suite/environment", environment.as_bytes(), 0o644)?;
+    archive.contents("/etc/suite/environment", environment.as_bytes(), 0o644)?;
     let mut lines = String::new();
     for binary in &suite.binaries {
         archive.file(&format!("/suite/{}", binary.name), &binary.path)?;
@@ -116,7 +116,7 @@ pub fn write(path: &Path, kernel: &Unpacked, suite: &Suite, plan: &Plan<'_>) -> 
         }
         lines += "\n";
     }
-    archive.contents("/suite/plan", lines.as_bytes(), 0o644)?;
+    archive.contents("/etc/suite/plan", lines.as_bytes(), 0o644)?;
     archive.finish()?;
     Ok(())
 }

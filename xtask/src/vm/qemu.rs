@@ -134,7 +134,7 @@ impl Guest {
             // A sick kernel ends the run. The host may be slow: no watchdogs.
             .args([
                 "-append",
-                "console=ttyS0 loglevel=5 panic=-1 oops=panic nowatchdog \
+                "console=ttyS0 loglevel=5 panic=-1 oops=panic nowatchdog no_timer_check \
                  rcupdate.rcu_cpu_stall_suppress=1 random.trust_cpu=on rdinit=/init",
             ]);
         command

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::kernels::Kernel;
 
-/// Guests of a kernel that may break off before it is given up: each may have hung for as long as a
+/// Guests of a kernel that may break off, or not come up, before it is given up: each may have hung for as long as a
 /// test binary may take.
 const BROKEN: usize = 3;
 
@@ -64,16 +64,16 @@ impl Queue {
         })
     }
 
-    /// A guest has ended. One that never asked for work ends the work on its kernel, and so do some
-    /// that broke off; false then. What is left is missing in the end, and said to be.
+    /// A guest has ended. Some that broke off, or never came up, end the work on their kernel; false
+    /// then. What is left is missing in the end, and said to be.
     pub fn ended(&self, kernel: Kernel, how: End) -> bool {
         self.with(|kernels| {
             let Some(left) = kernels.get_mut(&kernel) else {
                 return true;
             };
             left.guests = left.guests.saturating_sub(1);
-            left.broken += usize::from(how == End::BrokeOff);
-            let goes_on = how != End::NeverUp && left.broken < BROKEN;
+            left.broken += usize::from(how != End::Done);
+            let goes_on = left.broken < BROKEN;
             if !goes_on {
                 left.binaries.clear();
             }
@@ -145,6 +145,9 @@ mod tests {
     #[test]
     fn a_kernel_that_does_not_boot_or_keeps_breaking_is_given_up() {
         let queue = queue();
+        for _ in 1..BROKEN {
+            assert!(queue.ended(Kernel::V6_1, End::NeverUp));
+        }
         assert!(!queue.ended(Kernel::V6_1, End::NeverUp));
         assert_eq!(queue.kernel(), Some(Kernel::V6_12), "the other goes on");
         let queue = Queue::new([(Kernel::V6_1, names(&["a", "b", "c", "d"]))]);
