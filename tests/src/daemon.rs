@@ -288,6 +288,13 @@ impl<'a> Daemon<'a> {
         self.setup
     }
 
+    /// Waits for its end with this code: its files, and what it said.
+    pub fn refused(mut self, code: i32) -> (Setup<'a>, String) {
+        let (status, log) = (self.wait(), self.log());
+        assert_eq!(status.code(), Some(code), "{log}");
+        (self.setup, log)
+    }
+
     /// The process.
     pub fn pid(&self) -> u32 {
         self.process.0.id()

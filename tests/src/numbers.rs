@@ -71,10 +71,26 @@ pub fn receive_numbers(socket: &UdpSocket, stop: &AtomicBool) -> Vec<u32> {
     }
 }
 
+/// How much a load was.
+#[derive(Debug, Clone, Copy)]
+pub struct Load {
+    /// Datagrams that had to arrive, and did.
+    pub delivered: u64,
+    /// Datagrams that had not to, and did not.
+    pub in_vain: u64,
+    /// Questions and answers of the TCP session.
+    pub rounds: u64,
+}
+
+/// Does `work` [`under_measured_load`].
+pub fn under_load<T>(net: &Routed, work: impl FnOnce() -> T) -> T {
+    under_measured_load(net, work).0
+}
+
 /// Does `work` while datagrams and a TCP session go from one network to the other that the policy
 /// allows at port [`ALLOWED`], and some that it denies at [`FORBIDDEN`]. Not one of the former may be
 /// lost, not one of the latter delivered.
-pub fn under_load<T>(net: &Routed, work: impl FnOnce() -> T) -> T {
+pub fn under_measured_load<T>(net: &Routed, work: impl FnOnce() -> T) -> (T, Load) {
     let at = |family: Family, port| SocketAddr::new(family.address(2, 2), port);
     traffic::tcp_echo(&net.b, ALLOWED);
     let sockets = |port| Family::BOTH.map(|family| receiver(&net.b, at(family, port)));
@@ -111,18 +127,27 @@ pub fn under_load<T>(net: &Routed, work: impl FnOnce() -> T) -> T {
         ended.store(true, Ordering::Relaxed);
         let [delivered, leaked] = got.map(|family| family.map(|thread| thread.join()));
         let done = done.unwrap_or_else(|panic| resume_unwind(panic));
-        assert!(rounds.unwrap() > 0, "the TCP session went on");
+        let rounds = rounds.unwrap();
+        assert!(rounds > 0, "the TCP session went on");
+        let mut load = Load {
+            delivered: 0,
+            in_vain: 0,
+            rounds: rounds.into(),
+        };
         let [sent, in_vain] = sent;
         for (sent, got) in sent.into_iter().zip(delivered) {
             let got: BTreeSet<u32> = got.unwrap().into_iter().collect();
             let sent = sent.unwrap();
             let lost: Vec<u32> = (0..sent).filter(|n| !got.contains(n)).collect();
             assert!(lost.is_empty(), "of {sent} these were lost: {lost:?}");
+            load.delivered += u64::from(sent);
         }
         for (sent, got) in in_vain.into_iter().zip(leaked) {
-            assert!(sent.unwrap() > 0);
+            let sent = sent.unwrap();
+            assert!(sent > 0);
             assert_eq!(got.unwrap(), [0; 0], "passed");
+            load.in_vain += u64::from(sent);
         }
-        done
+        (done, load)
     })
 }

@@ -177,6 +177,18 @@ fn root_and_groups_may_what_they_may_and_strangers_nothing() {
     }
     let (code, said) = changer.ask(&sockets.control, PLAN).unwrap();
     assert_eq!((code, &said["changed"]), (200, &false.into()), "{said}");
+    // Diagnostics quote lines of files, and the daemon reads what only root may.
+    let secret = daemon.setup.segments().join("secret");
+    fs::write(&secret, "password: hunter2\n").unwrap();
+    mode(&secret, 0o600);
+    for (verb, refused) in [("plan", 400), ("apply", 422)] {
+        let request = format!("POST /v1/{verb}\n{{\"path\": \"{}\"}}", secret.display());
+        let (code, said) = changer.ask(&sockets.control, &request).unwrap();
+        let error = said["error"].as_str().unwrap();
+        assert_eq!(code, refused, "{verb}: {said}");
+        assert!(error.contains("*.yaml or *.yml"), "{verb}: {said}");
+        assert!(!said.to_string().contains("hunter2"), "{verb}: {said}");
+    }
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod env;
 mod fuzz;
 mod lint;
 mod setup;
+mod soak;
 mod stamp;
 mod test;
 mod tidy;
@@ -62,6 +63,8 @@ enum Verb {
     Bench(bench::Options),
     /// Fuzz packets, policies and records on this machine
     Fuzz(fuzz::Options),
+    /// Reload every second under load for minutes, and see that nothing grows, as root
+    Soak(soak::Options),
     /// From a bare machine to a running hospital: enforce, try, deny, revoke
     Demo(demo::Options),
     /// Build the static binary into dist/
@@ -79,6 +82,7 @@ fn main() -> ExitCode {
         Verb::Test { quick, filter } => test::run(&test::Options { quick, filter }),
         Verb::Bench(options) => bench::run(&options),
         Verb::Fuzz(options) => fuzz::run(&options),
+        Verb::Soak(options) => soak::run(&options),
         Verb::Demo(options) => demo::run(&options),
         Verb::Dist => dist::run(),
         Verb::Vm(options) => vm::run(&options),

@@ -48,20 +48,9 @@ pub fn run(options: &Options) -> Result<()> {
     mount_bpffs()?;
     let mut cargo = env::cargo();
     cargo.args(["test", "--package", "enforcer-tests", "--no-fail-fast"]);
-    cargo.args(&options.filter).env("ENFORCER_BIN", &binary);
-    let mut sudo = env::root_prefix("running the kernel tests")?;
-    if !sudo.is_empty() {
-        let mut pair = OsString::from("ENFORCER_BIN=");
-        pair.push(&binary);
-        sudo.push(pair);
-        // Cargo itself stays with the user, so nothing in the target directory becomes root's.
-        let words: Vec<String> = sudo
-            .iter()
-            .map(|word| word.to_string_lossy().into_owned())
-            .collect();
-        let value = toml_array(&words);
-        cargo.args(["--config", &format!("target.'cfg(unix)'.runner={value}")]);
-    }
+    cargo.args(&options.filter);
+    let told = [("ENFORCER_BIN", binary.into())];
+    as_root(&mut cargo, "running the kernel tests", &told)?;
     let (kernel, more) = counted(&mut cargo)?;
     totals.add(&more);
 
@@ -82,6 +71,29 @@ pub fn run(options: &Options) -> Result<()> {
         ("fuzzing", fuzzed),
     ];
     verdict(&parts, &totals)
+}
+
+/// Has the tests of this cargo run as root, with these variables. Cargo itself stays with the user,
+/// so nothing in the target directory becomes root's.
+pub fn as_root(cargo: &mut Command, why: &str, variables: &[(&str, OsString)]) -> Result<()> {
+    cargo.envs(variables.iter().map(|(name, value)| (name, value)));
+    let mut sudo = env::root_prefix(why)?;
+    if sudo.is_empty() {
+        return Ok(());
+    }
+    for (name, value) in variables {
+        let mut pair = OsString::from(name);
+        pair.push("=");
+        pair.push(value);
+        sudo.push(pair);
+    }
+    let words: Vec<String> = sudo
+        .iter()
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    let value = toml_array(&words);
+    cargo.args(["--config", &format!("target.'cfg(unix)'.runner={value}")]);
+    Ok(())
 }
 
 /// What the test runners counted.

@@ -238,6 +238,13 @@ pub fn load(path: &Path, trust: Trust) -> Result<Vec<SourceFile>, FilesError> {
     }
 }
 
+/// What is wrong with a path that a client names. Others than root may ask, and diagnostics quote
+/// what they are about: what is no policy by its name is not read.
+pub(super) fn no_policy(path: &Path) -> Option<&'static str> {
+    let named = path.is_dir() || is_policy_name(path);
+    (!named).then_some("a policy is a directory, or a file *.yaml or *.yml")
+}
+
 /// Hidden files are left out: editors keep their swap files under such names.
 pub(super) fn is_policy_name(path: &Path) -> bool {
     let hidden = path

@@ -81,6 +81,9 @@ fn sources(ground: &Ground, request: &PlanRequest) -> Result<Sources, PlanError>
         let error = format!("{path:?} is not a whole path: it must begin with /");
         return Err(PlanError::Bad(error));
     }
+    if let Some(error) = files::no_policy(Path::new(path)) {
+        return Err(PlanError::Bad(format!("{path}: {error}")));
+    }
     sources.segments = PathBuf::from(path);
     if sources.trust == Trust::Anyone {
         sources.trust = Trust::Owner { links: false };

@@ -520,12 +520,10 @@ fn proposed(
     memory: &Mutex<Memory>,
 ) -> Result<Box<(Loaded, Option<u64>)>, Refused> {
     let (texts, state) = match what {
-        // Others than root may ask, and diagnostics quote what they are about.
-        What::Path(path) if !path.is_dir() && !files::is_policy_name(&path) => {
-            let error = "error: a policy is a directory, or a file *.yaml or *.yml";
-            return Err(Refused::rejected(error));
-        }
         What::Path(segments) => {
+            if let Some(error) = files::no_policy(&segments) {
+                return Err(Refused::rejected(format!("error: {error}")));
+            }
             let sources = Sources {
                 segments,
                 settings,

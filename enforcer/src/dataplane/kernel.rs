@@ -388,8 +388,7 @@ impl Dataplane for KernelDataplane {
     }
 
     fn set_clock(&mut self, clock: WallClock) -> Result<(), DataplaneError> {
-        // An adopted floor may be higher: time does not go back behind it.
-        self.control.unix_floor = clock.unix_floor.max(self.control.unix_floor);
+        self.control.unix_floor = clock.unix_floor;
         self.control.boot_unix_ns = clock.boot_unix_ns;
         self.write_control()
     }

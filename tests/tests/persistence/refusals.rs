@@ -1,16 +1,26 @@
 use std::{
     fs::{self, Permissions},
-    os::unix::fs::{PermissionsExt as _, chown},
+    io,
+    os::unix::{
+        fs::{PermissionsExt as _, chown},
+        process::CommandExt as _,
+    },
+    path::Path,
 };
 
+use aya::maps::{Array, Map, MapData};
+use enforcer_common::table::SECRETS;
 use enforcer_tests::{
     daemon::{Daemon, LONG, wait_for},
-    netns::Routed,
-    numbers::under_load,
+    netns::{Family, Routed, directory},
+    numbers::{FORBIDDEN, under_load},
     pins::Pins,
-    traffic::QUIET,
+    traffic::{self, QUIET},
 };
-
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
 use serde_json::Value;
 
 use crate::gateway;
@@ -87,4 +97,120 @@ fn what_is_taken_off_at_somebodys_word_is_not_put_on_again_by_the_service_manage
     let prevented = prevented.unwrap().split(' ');
     assert!(prevented.map(str::parse).any(|status| status == Ok(code)));
     assert!(!pins.path().exists());
+}
+
+/// Mounts this for the calling process alone.
+fn alone(kind: &str, at: &str, flags: MsFlags) -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+    Ok(mount(Some(kind), at, Some(kind), flags, None::<&str>)?)
+}
+
+/// From now on, and after exec, without this capability.
+fn without(capability: i32) -> io::Result<()> {
+    // SAFETY: takes numbers only.
+    match unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[test]
+fn where_nothing_can_be_kept_it_does_not_start_and_says_why() {
+    const CAP_SYS_ADMIN: i32 = 21;
+    const BPFFS: &str = "/sys/fs/bpf";
+    let (net, pins, place) = (Routed::new(), Pins::default(), directory());
+    let to = (Family::V4.address(2, 2), FORBIDDEN);
+    traffic::udp_echo(&net.b, to);
+    let elsewhere = place.path().join("pins");
+    let within = pins.path().join("a/b");
+    type Change = fn() -> io::Result<()>;
+    let cases: [(&Path, Change, [&str; 2]); 5] = [
+        (
+            &elsewhere,
+            || Ok(()),
+            ["not in a BPF file system", "mount -t bpf bpf /sys/fs/bpf"],
+        ),
+        (&within, || Ok(()), ["No such file", "--pins"]),
+        (
+            pins.path(),
+            || alone("bpf", BPFFS, MsFlags::MS_RDONLY),
+            ["Read-only", "remount,rw"],
+        ),
+        (
+            pins.path(),
+            || {
+                alone("tmpfs", BPFFS, MsFlags::empty())?;
+                without(CAP_SYS_ADMIN)
+            },
+            ["bpffs is not mounted", "mount -t bpf bpf /sys/fs/bpf"],
+        ),
+        (
+            pins.path(),
+            || alone("tmpfs", "/sys/kernel/btf", MsFlags::empty()),
+            ["no BTF", "CONFIG_DEBUG_INFO_BTF"],
+        ),
+    ];
+    let mut setup = gateway(&net, &pins);
+    for (at, change, words) in cases {
+        let daemon = setup.pinned(at).spawn_with(|command| {
+            // SAFETY: between fork and exec only system calls.
+            unsafe {
+                command.pre_exec(change);
+            }
+        });
+        let state = wait_for("an answer", LONG, || daemon.try_status());
+        assert_eq!(state["state"], "not_enforcing", "{words:?}: {state}");
+        let log;
+        (setup, log) = daemon.refused(3);
+        for word in words {
+            assert!(log.contains(word), "{word}: {log}");
+        }
+        assert!(!at.exists(), "{words:?}");
+        assert!(traffic::udp_answers_soon(&net.a, to), "{words:?}");
+    }
+    // Maps are charged to the cgroup; what may be locked is no bound.
+    let daemon = setup.pinned(pins.path()).spawn_with(|command| {
+        let locked = || {
+            let none = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: 0,
+            };
+            // SAFETY: reads what is on the stack.
+            match unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const none) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        };
+        // SAFETY: between fork and exec only a system call.
+        unsafe {
+            command.pre_exec(locked);
+        }
+    });
+    wait_for("the daemon to enforce", LONG * 2, || {
+        (daemon.try_status()?["state"] == "enforcing").then_some(())
+    });
+    assert!(!traffic::udp_answers(&net.a, None, to));
+
+    // What an enforcer with other maps has left goes on, and is not misread.
+    setup = daemon.kill();
+    let pinned = MapData::from_pin(pins.path().join("current/meta")).unwrap();
+    let mut meta: Array<_, [u32; 12 + 2 * SECRETS]> =
+        Map::from_map_data(pinned).unwrap().try_into().unwrap();
+    let own = meta.get(&0, 0).unwrap();
+    for (layout, maker) in [(own[2] + 1, "a newer"), (own[2] - 1, "an older")] {
+        let mut other = own;
+        other[2] = layout;
+        meta.set(0, other, 0).unwrap();
+        let log;
+        (setup, log) = setup.spawn().refused(3);
+        let said = format!("was made by {maker} enforcer");
+        assert!(log.contains(&said), "{log}");
+        assert!(log.contains("enforcer detach"), "{log}");
+        assert!(!traffic::udp_answers(&net.a, None, to), "{maker}");
+    }
+    meta.set(0, own, 0).unwrap();
+    drop(setup.start());
+    assert!(!traffic::udp_answers(&net.a, None, to));
 }
