@@ -282,12 +282,6 @@ impl<'a> Daemon<'a> {
         self.setup
     }
 
-    /// Waits for its end. Its files stay.
-    pub fn ended(mut self) -> Setup<'a> {
-        assert!(self.wait().success());
-        self.setup
-    }
-
     /// Waits for its end with this code: its files, and what it said.
     pub fn refused(mut self, code: i32) -> (Setup<'a>, String) {
         let (status, log) = (self.wait(), self.log());

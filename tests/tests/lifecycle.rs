@@ -243,7 +243,15 @@ fn programs_that_somebody_removes_are_attached_again() {
     assert!(!traffic::pings(&net.peer, me, QUIET));
     assert_eq!(net.host.enter(|| detach_links("eth0")), 2);
     wait_for("the programs", Duration::from_secs(5), || {
-        daemon.log().contains("attached again").then_some(())
+        let log = daemon.log();
+        ["tc_ingress", "tc_egress"]
+            .iter()
+            .all(|hook| {
+                log.contains(&format!(
+                    "{hook} on eth0 was taken off; it is as it was again"
+                ))
+            })
+            .then_some(())
     });
     assert!(!traffic::pings(&net.peer, me, QUIET));
     assert_eq!(net.host.enter(|| detach_links("eth0")), 2);

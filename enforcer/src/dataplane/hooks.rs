@@ -269,11 +269,11 @@ impl KernelDataplane {
     }
 
     pub(super) fn missing_hooks(&mut self) -> Result<Vec<u32>, DataplaneError> {
-        let mut missing = Vec::new();
-        // Filters of clsact have no query that aya offers: there the kernel is taken at its word.
+        // Filters of clsact are written anew at each look, see `inspect`.
         if !tcx() {
-            return Ok(missing);
+            return Ok(Vec::new());
         }
+        let mut lost = Vec::new();
         for (ifindex, attached) in &self.attached {
             for (program, _, attach_type) in TC_PROGRAMS {
                 let ours = self.id_of(program)?;
@@ -291,12 +291,41 @@ impl KernelDataplane {
                     || !(programs.contains(&ours)
                         || link.is_some_and(|l| programs.contains(&l.program)))
                 {
-                    missing.push(*ifindex);
-                    break;
+                    lost.push((*ifindex, program, attach_type));
+                }
+            }
+        }
+        let mut missing = Vec::new();
+        for (ifindex, program, attach_type) in lost {
+            // This hook alone: the other one is not taken off for it.
+            match self.hook_again(ifindex, program, attach_type) {
+                Ok(name) => self.restored.push(format!("{program} on {name}")),
+                // Its interface is gone, or it cannot be.
+                Err(error) => {
+                    tracing::debug!(ifindex, program, %error, "cannot attach again at once");
+                    if missing.last() != Some(&ifindex) {
+                        missing.push(ifindex);
+                    }
                 }
             }
         }
         Ok(missing)
+    }
+
+    fn hook_again(
+        &mut self,
+        ifindex: u32,
+        program: &'static str,
+        attach_type: AttachType,
+    ) -> io::Result<String> {
+        let ours = self.program(program).ok_or(io::ErrorKind::NotFound)?;
+        let fd = ours.fd().map_err(io::Error::other)?;
+        let link = objects::link_interface(fd.as_fd(), ifindex, attach_type)?;
+        self.pins.pin_link(program, Some(ifindex), link.as_fd())?;
+        let attached = self.attached.get_mut(&ifindex);
+        let attached = attached.ok_or(io::ErrorKind::NotFound)?;
+        attached.hooks.insert(program, Hook::Tcx(link));
+        Ok(attached.name.clone())
     }
 
     pub(super) fn attach_socket_hooks(&mut self) -> Result<(), DataplaneError> {

@@ -30,7 +30,10 @@ const ATTEMPTS: u32 = 3;
 impl KernelDataplane {
     /// See [`super::Dataplane::inspect`].
     pub(super) fn look_for_tampering(&mut self) -> Result<Vec<Tamper>, DataplaneError> {
-        let mut found = Vec::new();
+        let restored = std::mem::take(&mut self.restored).into_iter();
+        let mut found: Vec<_> = restored
+            .map(|target| Tamper::of(&target, "was taken off", true))
+            .collect();
         self.look_at_settings(&mut found)?;
         self.look_at_images(&mut found)?;
         self.look_at_hooks(&mut found)?;

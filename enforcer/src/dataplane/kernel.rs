@@ -49,6 +49,8 @@ pub struct KernelDataplane {
     /// What is in the slots of `POLICY`.
     pub(super) slots: BTreeMap<u32, Kept>,
     events: Option<RingBuf<MapData>>,
+    /// Hooks that had lost their programs, and have them again.
+    pub(super) restored: Vec<String>,
     /// How often the first place on a hook was taken again.
     pub(super) fought: BTreeMap<(u32, &'static str), u32>,
     /// What was there before this process.
@@ -168,6 +170,7 @@ impl KernelDataplane {
             socket_links: BTreeMap::new(),
             slots: BTreeMap::new(),
             events: Some(events),
+            restored: Vec::new(),
             fought: BTreeMap::new(),
             adopted: false,
             extra: &[],

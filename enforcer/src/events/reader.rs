@@ -99,8 +99,7 @@ impl Reader {
         self
     }
 
-    /// Takes what nobody has read, and notes of the rest that it was told. Of a slot with records that
-    /// nobody has read it is not known where they began: all of them are told, rather than none.
+    /// Takes what nobody has read, and notes of the rest that it was told.
     fn resume(&mut self) {
         let told = std::mem::take(&mut self.told);
         let mut unread = Vec::new();
@@ -115,10 +114,10 @@ impl Reader {
             .map(|event| ((event.cpu, event.slot, event.epoch), event.total))
             .collect();
         for slot in &told.counts {
+            // Of what a record that nobody has read adds, one packet is certain.
             let first = older.get(&(slot.cpu, slot.slot, slot.epoch));
-            if first.is_none_or(|first| *first > slot.total) {
-                self.tally.begin(slot);
-            }
+            let total = first.map_or(slot.total, |first| slot.total.min(first.saturating_sub(1)));
+            self.tally.begin(&Event { total, ..*slot });
         }
         self.record(&mut unread);
     }

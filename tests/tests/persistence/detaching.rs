@@ -44,7 +44,7 @@ fn programs_go_at_somebodys_word_alone_and_it_is_remembered() {
     let (code, said, _) = detach(&daemon, &["--yes"]);
     assert_eq!(code, 0);
     assert!(said.contains("gw-a, gw-b"), "{said}");
-    let setup = daemon.ended();
+    let (setup, _) = daemon.refused(5);
     taken_off(&net, &pins);
 
     // The next start enforces again, and knows.
