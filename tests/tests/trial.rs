@@ -16,7 +16,7 @@ use std::{
 
 use enforcer::api::types::Time;
 use enforcer_tests::{
-    daemon::{Daemon, LONG, Setup, wait_for},
+    daemon::{Daemon, LONG, Setup, enforcer, wait_for},
     netns::{Family, Routed},
     pins::Pins,
     scale, traffic,
@@ -271,7 +271,17 @@ fn the_last_image_is_in_force_before_the_files_are_read() {
     let hash = daemon.status()["policy"]["hash"].clone();
     told(&daemon, "history", &[]);
     let (files, _) = daemon.stop();
-    drop(pins);
+    let (pinned, socket) = (pins.path().to_str().unwrap(), files.socket());
+    let arguments = [
+        "detach",
+        "--yes",
+        "--pins",
+        pinned,
+        "--socket",
+        socket.to_str().unwrap(),
+    ];
+    let output = net.gateway.enter(|| enforcer(&arguments));
+    assert!(output.status.success(), "{output:?}");
     assert!(traffic::udp_answers_soon(&net.a, port_of_b(7002)), "gone");
     files.write("version: 1\nsegmnts: {}\n");
     let pins = Pins::default();
