@@ -15,7 +15,7 @@ use std::{
 };
 
 use enforcer_tests::{
-    daemon::{Daemon, Setup, binary},
+    daemon::{Daemon, LONG, Setup, binary, wait_for},
     netns::{Netns, Pair, directory},
     rival::{self, Hook, Place},
     user::User,
@@ -176,8 +176,27 @@ fn a_program_in_front_of_the_enforcers_is_found() {
     );
     drop(behind);
 
+    // Three times the enforcer takes the first place again.
+    let mut others = Vec::new();
+    for times in 1..=3 {
+        others.push(attach(Place::First).1.unwrap());
+        wait_for("the first place again", LONG, || {
+            let records = daemon.denials(&[]);
+            let first = records
+                .iter()
+                .filter(|r| r["target"] == "tc_ingress on eth0");
+            (first.count() == times).then_some(())
+        });
+    }
+    drop(others);
     let (_program, front) = attach(Place::First);
     let front = front.unwrap();
+    wait_for("the enforcer to say so", LONG, || {
+        let status = daemon.status();
+        let problems = status["problems"].as_array()?;
+        let not_first = |p: &Value| p.as_str().is_some_and(|p| p.contains("was not the first"));
+        problems.iter().any(not_first).then_some(())
+    });
     let report = about(&daemon, &pair.host);
     let found = checks(&report, "interfaces")[0];
     assert_eq!(
