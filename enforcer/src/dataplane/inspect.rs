@@ -151,14 +151,23 @@ impl KernelDataplane {
             let fd = program.fd().map_err(io::Error::other)?;
             objects::link_interface(fd.as_fd(), ifindex, *attach_type)
         };
+        // What is pinned and kept is the stand-in until ours is there: whatever fails or dies in
+        // between leaves a hook that drops, and the next look, or start, puts ours behind its link.
         let moved = || -> io::Result<std::os::fd::OwnedFd> {
             let shut = link_before("shut")?;
+            self.pins.pin_link(program, Some(ifindex), shut.as_fd())?;
             let hooks = self.attached.get(&ifindex).map(|attached| &attached.hooks);
             if let Some(Hook::Tcx(old)) = hooks.and_then(|hooks| hooks.get(program)) {
                 objects::detach_link(old.as_fd())?;
             }
-            let new = link_before(program)?;
-            self.pins.pin_link(program, Some(ifindex), new.as_fd())?;
+            let Ok(new) = link_before(program) else {
+                return Ok(shut);
+            };
+            // Not pinned, it is at the next look.
+            let pinned = self.pins.pin_link(program, Some(ifindex), new.as_fd());
+            if let Err(error) = pinned {
+                tracing::warn!(ifindex, program, %error, "cannot pin the link");
+            }
             drop(shut);
             Ok(new)
         };
