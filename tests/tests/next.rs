@@ -41,13 +41,10 @@ fn traffic(net: &Routed) {
     }
 }
 
-/// UDP packets that a program judged at ingress: it allows all, so each is there once.
-fn seen(programs: &Programs) -> u64 {
+/// UDP packets that a program judged at this hook: it allows all, so each is there once.
+fn seen(programs: &Programs, hook: Hook) -> u64 {
     let counters = programs.counters();
-    let mut reasons = counters
-        .packets
-        .iter()
-        .filter(|c| c.hook == Hook::TcIngress);
+    let mut reasons = counters.packets.iter().filter(|c| c.hook == hook);
     let udp = |name: &str| matches!(name, "unsegmented" | "established");
     reasons
         .by_ref()
@@ -85,11 +82,13 @@ fn what_is_behind_sees_what_is_permitted_only() {
     // The daemon's programs go before those that are there.
     let behind = witness(&net.gateway, "gw-a");
     let _daemon = Setup::new(&net.gateway, "gw-*", POLICY).start();
-    let before = witness(&net.gateway, "gw-a");
+    // On the cable's other end: in front of its own programs the enforcer lets nobody be.
+    let before = witness(&net.a, "eth0");
     let mirrored_before = mirrored.as_ref().map(|packets| packets());
     traffic(&net);
-    assert_eq!(seen(&before), 20, "the control: in front of the enforcer");
-    assert_eq!(seen(&behind), 10);
+    let sent = seen(&before, Hook::TcEgress);
+    assert_eq!(sent, 20, "the control: in front of the enforcer");
+    assert_eq!(seen(&behind, Hook::TcIngress), 10);
     if let (Some(packets), Some(before)) = (mirrored, mirrored_before) {
         assert_eq!(packets() - before, 5, "the IPv4 half of what is permitted");
     }

@@ -241,7 +241,8 @@ pub fn load(path: &Path, trust: Trust) -> Result<Vec<SourceFile>, FilesError> {
 /// What is wrong with a path that a client names. Others than root may ask, and diagnostics quote
 /// what they are about: what is no policy by its name is not read.
 pub(super) fn no_policy(path: &Path) -> Option<&'static str> {
-    let named = path.is_dir() || is_policy_name(path);
+    // What is not there is said by who tries to read it.
+    let named = path.is_dir() || is_policy_name(path) || path.symlink_metadata().is_err();
     (!named).then_some("a policy is a directory, or a file *.yaml or *.yml")
 }
 
