@@ -379,7 +379,15 @@ async fn begin_shadow(
         drop(turn);
         begun
     };
-    rehearsed(work(context, begin).await, &by, "a shadow begins", &path)
+    let shared = Arc::clone(&context.shared);
+    let mut begun = work(context, begin).await;
+    if let Ok(Ok(shadowing)) = &mut begun
+        && let Some(unkept) = shared.changes.persist().await
+        && let Some(rehearsal) = &mut shadowing.shadow
+    {
+        rehearsal.problem.get_or_insert(unkept);
+    }
+    rehearsed(begun, &by, "a shadow begins", &path)
 }
 
 async fn end_shadow(

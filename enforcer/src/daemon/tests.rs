@@ -1,6 +1,8 @@
 //! The whole daemon on a fake dataplane, through its real socket.
 
 mod settings;
+mod shadow;
+mod site;
 mod trial;
 
 use std::{
