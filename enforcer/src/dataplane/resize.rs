@@ -159,6 +159,10 @@ impl<'a> Memory for &'a Table {
         tags.map_or(0, Cell::get)
     }
 
+    fn index_after(&self, index: u32, _: u64) -> u32 {
+        index
+    }
+
     fn set_tag(&self, v6: bool, index: u32, slot: u32, tag: u32) {
         if let Some(tags) = self.tags[usize::from(v6)].get(index as usize) {
             let others = tags.get() & !(0xffff << (16 * slot));
