@@ -13,8 +13,8 @@ use crate::{
         changes::{Origin, TrialStatus},
         types::{
             CounterStatus, EventStatus, ExplainRequest, Explanation, FailsafeStatus,
-            InterfaceState, InterfaceStatus, PolicyStatus, RecordStatus, SettingsStatus, State,
-            Status, Time,
+            FlowTableStatus, InterfaceState, InterfaceStatus, PolicyStatus, RecordStatus,
+            SettingsStatus, State, Status, Time,
         },
     },
     compile::Image,
@@ -189,6 +189,8 @@ impl Shared {
         };
         let mut warnings = board.warnings;
         warnings.extend(board.notice);
+        let flows = flow_table(&counters);
+        warnings.extend(crowded(flows));
         Status {
             state,
             problems,
@@ -211,6 +213,7 @@ impl Shared {
             counters: counters.packets.iter().map(counter).collect(),
             events: events(&counters),
             records: counters.records.iter().map(record).collect(),
+            flows,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             started_at: self.started_at,
@@ -300,6 +303,25 @@ fn record(count: &crate::dataplane::RecordCount) -> RecordStatus {
             lost: count.lost,
         },
     }
+}
+
+fn flow_table(counters: &Counters) -> FlowTableStatus {
+    let refused = counters.records.iter().map(|hook| hook.flow_insert_failed);
+    FlowTableStatus {
+        capacity: counters.flows,
+        refused: refused.sum(),
+    }
+}
+
+/// What to do where flows find no room.
+fn crowded(flows: FlowTableStatus) -> Option<String> {
+    let FlowTableStatus { capacity, refused } = flows;
+    (refused != 0).then(|| {
+        format!(
+            "packets that found no room for their flow in the flow table (--flows {capacity}): \
+             {refused}; answers to them may be denied: start with a larger --flows"
+        )
+    })
 }
 
 fn counter(count: &crate::dataplane::PacketCount) -> CounterStatus {

@@ -1,8 +1,8 @@
 //! A flow table of another size: what is in the old one is entered into words of the daemon's, by the
 //! programs' own rules, and written into the new maps before any program uses them.
 //!
-//! What opens while this goes on is in the old table alone: its next packet is judged anew, as after
-//! an eviction.
+//! What opens while this goes on is in the old table alone, and what moves in it may be missed: its
+//! next packet is judged anew, as after an eviction.
 
 use std::{cell::Cell, os::fd::BorrowedFd};
 
