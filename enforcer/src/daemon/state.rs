@@ -14,7 +14,7 @@ use crate::{
         types::{
             CounterStatus, EventStatus, ExplainRequest, Explanation, FailsafeStatus,
             FlowTableStatus, InterfaceState, InterfaceStatus, PolicyStatus, RecordStatus,
-            SettingsStatus, State, Status, Time,
+            SettingsStatus, ShadowStatus, State, Status, Time,
         },
     },
     compile::Image,
@@ -29,7 +29,7 @@ use super::{
     explain::{explain, now},
     files::Sources,
     load::Memory,
-    reload,
+    reload, shadow,
     store::Store as Changes,
 };
 
@@ -105,6 +105,8 @@ pub struct Shared {
     pub store: Arc<Store>,
     /// The history, and what can come back.
     pub changes: Arc<Changes>,
+    /// A candidate policy that is asked beside the one in force.
+    pub shadow: shadow::Desk,
     /// Of the server of the control socket.
     pub serving: Pulse,
     live: RwLock<Arc<Live>>,
@@ -125,6 +127,7 @@ impl Shared {
             generations,
             store: Arc::default(),
             changes,
+            shadow: shadow::Desk::default(),
             serving: Pulse::default(),
             live: RwLock::new(Arc::new(live)),
             board: Mutex::default(),
@@ -191,6 +194,10 @@ impl Shared {
         warnings.extend(board.notice);
         let flows = flow_table(&counters);
         warnings.extend(crowded(flows));
+        let shadow = self.shadow.in_short();
+        if let Some((path, _, Some(problem))) = &shadow {
+            warnings.push(format!("the shadow of {}: {problem}", path.display()));
+        }
         Status {
             state,
             problems,
@@ -206,6 +213,11 @@ impl Shared {
                 origin: board.origin,
             },
             trial: board.trial.as_ref().map(reload::remaining),
+            shadow: shadow.map(|(path, differing, problem)| ShadowStatus {
+                path: path.display().to_string(),
+                differing,
+                problem,
+            }),
             settings: settings(&live),
             interfaces: board.interfaces,
             socket_hooks: hooks_name(board.socket_hooks).to_owned(),
