@@ -13,7 +13,7 @@ use aya_ebpf::{
 };
 use enforcer_common::{
     flow::{Change, FlowSlot, FlowTable},
-    table::{self, Bucket, Found, Look, Memory, SECRETS, SLOTS, STRIPES, WORDS4, WORDS6},
+    table::{self, Bucket, Found, Look, Memory, SECRETS, SLOTS, STRIPES, Taken, WORDS4, WORDS6},
     wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
 
@@ -187,6 +187,18 @@ impl Memory for Maps {
     }
 
     #[inline(always)]
+    fn index_after(&self, index: u32, seen: u64) -> u32 {
+        // See `Words::after`; by way of the stack, where the map's key is.
+        if cfg!(feature = "tso") {
+            return index;
+        }
+        let mut none = seen;
+        // SAFETY: one instruction on a register.
+        unsafe { asm!("{none} &= 0", none = inout(reg) none, options(pure, nomem)) };
+        index.wrapping_add(none as u32)
+    }
+
+    #[inline(always)]
     fn set_tag(&self, v6: bool, index: u32, slot: u32, tag: u32) {
         if let Some(tags) = tags(v6, index) {
             let slot = (slot & (SLOTS - 1)) as usize;
@@ -283,6 +295,17 @@ pub extern "C" fn flow_best(key: *const FlowKey, look: *const Look) -> u32 {
     }
 }
 
+/// See [`table::room`]. Not called by [`flow_insert`]: their stacks would be too large together.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn flow_room(key: *const FlowKey, now: u64, hz: u32) -> u32 {
+    // SAFETY: as in `flow_find`.
+    match unsafe { key.as_ref() } {
+        Some(key) => u32::from(table::room(&Maps, key, now, hz)),
+        None => 0,
+    }
+}
+
 /// See [`table::find`].
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -305,13 +328,13 @@ pub extern "C" fn flow_known(key: *const FlowKey) -> u32 {
     }
 }
 
-/// See [`table::insert`].
+/// See [`table::place_entry`]; [`Taken`] as a number.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn flow_insert(key: *const FlowKey, entry: *const FlowEntry, hz: u32) -> u32 {
     // SAFETY: as in `flow_find`.
     match unsafe { (key.as_ref(), entry.as_ref()) } {
-        (Some(key), Some(entry)) => u32::from(table::insert(&Maps, key, entry, hz)),
+        (Some(key), Some(entry)) => table::place_entry(&Maps, key, entry, hz) as u32,
         _ => 0,
     }
 }
@@ -366,7 +389,11 @@ impl FlowTable for Flows {
 
     #[inline(always)]
     fn insert(&self, key: &FlowKey, entry: &FlowEntry) -> bool {
-        flow_insert(key, entry, self.hz) != 0
+        let mut taken = flow_insert(key, entry, self.hz);
+        if taken == Taken::Full as u32 && flow_room(key, entry.last_seen, self.hz) != 0 {
+            taken = flow_insert(key, entry, self.hz);
+        }
+        taken == Taken::Yes as u32
     }
 
     #[inline(always)]

@@ -30,7 +30,7 @@ use enforcer_common::{
     judge, opening, packet,
     shadow::{DifferenceKey, Said, differ},
     swift::{self, Known, Moment, Window as _},
-    table,
+    table::{self, Taken},
     verdict::{Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::CONTROL_DEBUG,
 };
@@ -360,7 +360,7 @@ pub extern "C" fn policy(case: *mut Case) -> u32 {
     u32::from(opening::settle(&image, &time, case))
 }
 
-/// Enters the flow that a packet opens. 0: the table took it not.
+/// Enters the flow that a packet opens. 0: the table took it not; the long way may make room.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn enter(case: *const Case) -> u32 {
@@ -369,7 +369,8 @@ pub extern "C" fn enter(case: *const Case) -> u32 {
         return 0;
     };
     let (key, entry) = opening::flow(case);
-    flows::flow_insert(&raw const key, &raw const entry, maps::hz())
+    let taken = flows::flow_insert(&raw const key, &raw const entry, maps::hz());
+    u32::from(taken == Taken::Yes as u32)
 }
 
 /// See `events::record`.

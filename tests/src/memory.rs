@@ -28,6 +28,8 @@ pub struct HostMemory {
     held: RefCell<HashSet<(bool, u32)>>,
     /// Protected entries by the opener's hash; those that came to nothing stay as 0.
     pub protected: RefCell<HashMap<u32, u32>>,
+    /// The last two buckets whose tags were asked for.
+    asked: Cell<[u32; 2]>,
     /// Somebody holds every lock.
     pub stuck: Cell<bool>,
 }
@@ -58,6 +60,7 @@ impl HostMemory {
             cap,
             held: RefCell::default(),
             protected: RefCell::default(),
+            asked: Cell::default(),
             stuck: Cell::new(false),
         }
     }
@@ -117,6 +120,14 @@ impl HostMemory {
         let protected = empty.protected.borrow();
         assert_eq!(protected.len(), 1);
         *protected.keys().next().unwrap()
+    }
+
+    /// The home bucket of a key and the second one: where somebody looks for it in vain.
+    pub fn buckets_of(&self, key: &FlowKey) -> [u32; 2] {
+        let mut empty = Self::new(self.buckets, 1, 0);
+        empty.secrets = self.secrets;
+        assert!(!table::known(&&empty, key));
+        empty.asked.get()
     }
 
     /// Asserts that no lock is held and that the counters are the protected entries', no more than
@@ -179,9 +190,14 @@ impl<'a> Memory for &'a HostMemory {
     }
 
     fn tags(&self, v6: bool, index: u32) -> u64 {
+        self.asked.set([self.asked.get()[1], index]);
         (0..SLOTS).fold(0, |tags, slot| {
             tags | u64::from(self.tag(v6, index * SLOTS + slot).get()) << (16 * slot)
         })
+    }
+
+    fn index_after(&self, index: u32, _: u64) -> u32 {
+        index
     }
 
     fn set_tag(&self, v6: bool, index: u32, slot: u32, tag: u32) {

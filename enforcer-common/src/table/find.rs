@@ -9,7 +9,8 @@ use crate::{
     wire::{FlowEntry, FlowKey},
 };
 
-/// Looks into the slots with a key's tag. `torn` is odd afterwards if one was being written.
+/// Looks into the slots with a key's tag. `torn` is odd afterwards if one was being written; `seen`
+/// is computed from all that says that the entry is not there.
 #[inline(always)]
 fn find_in<M: Memory, F: Family>(
     memory: &M,
@@ -18,13 +19,16 @@ fn find_in<M: Memory, F: Family>(
     key: &F,
     found: &mut Found,
     torn: &mut u32,
+    seen: &mut u64,
 ) -> Option<M::Bucket> {
     let tags = memory.tags(F::V6, index);
+    *seen ^= tags;
     let mut slot = 0;
     while slot < SLOTS {
         if tag_of(tags, slot) == tag
             && let Some(bucket) = memory.bucket(F::V6, index)
-            && read(bucket, slot * F::WORDS, key, found, torn)
+            // An entry is there before its tag is.
+            && read(bucket.after(tags), slot * F::WORDS, key, found, torn, seen)
         {
             found.bucket = index;
             return Some(bucket);
@@ -42,6 +46,7 @@ fn read<B: Bucket, F: Family>(
     key: &F,
     found: &mut Found,
     torn: &mut u32,
+    seen: &mut u64,
 ) -> bool {
     let version = bucket.get(base + word::VERSION);
     let then = bucket.after(u64::from(version));
@@ -52,23 +57,24 @@ fn read<B: Bucket, F: Family>(
         i += 1;
     }
     *torn |= version;
+    *seen ^= differs;
     if bucket.hidden(differs) != 0 || version & 1 != 0 {
         return false;
     }
     let at = base + F::BEHIND;
-    let seen = then.get(base + word::SEEN);
+    let last = then.get(base + word::SEEN);
     let own = then.pair(at + behind::GENERATION);
     let arrived = then.pair(at + behind::ARRIVED);
     let rule = then.pair(at + behind::RULE);
     let checked = then.get(at + behind::CHECKED);
-    let all = differs ^ u64::from(seen) ^ own ^ arrived ^ rule ^ u64::from(checked);
+    let all = differs ^ u64::from(last) ^ own ^ arrived ^ rule ^ u64::from(checked);
     let state = (own >> 32) as u32;
     if bucket.after(all).get(base + word::VERSION) != version || state & LIVE == 0 {
         *torn |= 1;
         return false;
     }
     found.entry = FlowEntry {
-        last_seen: u64::from(seen),
+        last_seen: u64::from(last),
         generation: own as u32,
         rule: rule as u32,
         flags: state & 0xffff & !(LIVE | PROTECTED),
@@ -93,8 +99,13 @@ fn find_key<M: Memory, F: Family>(
     found.v6 = F::V6 as u32;
     // Where the lock is, should there be one to wait for.
     found.bucket = place.home;
-    match find_in(memory, place.home, place.tag, key, found, torn) {
-        None => find_in(memory, place.second, place.tag, key, found, torn),
+    let mut seen = 0;
+    match find_in(memory, place.home, place.tag, key, found, torn, &mut seen) {
+        None => {
+            // What is no longer in the one is in the other already.
+            let second = memory.index_after(place.second, seen);
+            find_in(memory, second, place.tag, key, found, torn, &mut seen)
+        }
         bucket => bucket,
     }
 }
@@ -148,10 +159,15 @@ pub fn known<M: Memory>(memory: &M, key: &FlowKey) -> bool {
 #[inline(always)]
 fn known_key<M: Memory, F: Family>(memory: &M, key: &F) -> bool {
     let place = place(memory, key);
-    let mut which = 0;
+    let (mut which, mut seen) = (0, 0);
     while which < 2 {
-        let index = if which == 0 { place.home } else { place.second };
+        let index = if which == 0 {
+            place.home
+        } else {
+            memory.index_after(place.second, seen)
+        };
         let tags = memory.tags(F::V6, index);
+        seen ^= tags;
         let Some(bucket) = memory.bucket(F::V6, index) else {
             return false;
         };
@@ -159,12 +175,22 @@ fn known_key<M: Memory, F: Family>(memory: &M, key: &F) -> bool {
         while slot < SLOTS {
             if tag_of(tags, slot) == place.tag {
                 let base = slot * F::WORDS;
+                let then = bucket.after(tags);
                 let mut i = 0;
-                while i < F::PAIRS && bucket.pair(base + word::KEY + 2 * i) == key.pair(i) {
+                while i < F::PAIRS {
+                    let pair = then.pair(base + word::KEY + 2 * i);
+                    seen ^= pair;
+                    if pair != key.pair(i) {
+                        break;
+                    }
                     i += 1;
                 }
-                if i == F::PAIRS && bucket.get(base + F::BEHIND + behind::STATE) & LIVE != 0 {
-                    return true;
+                if i == F::PAIRS {
+                    let state = then.get(base + F::BEHIND + behind::STATE);
+                    seen ^= u64::from(state);
+                    if state & LIVE != 0 {
+                        return true;
+                    }
                 }
             }
             slot += 1;

@@ -6,7 +6,8 @@
 //! and none of the eight slots. Readers look at a slot's version before and after; writers hold the
 //! lock of the key's stripe, make the version odd, write, and make it even again (a sequence lock
 //! per slot). A tag is written last, and is 0 where there is no entry: a reader that sees an old one
-//! misses an entry that is being made or goes away, never one that only changes.
+//! misses an entry that is being made or goes away, never one that only changes or moves: where both
+//! buckets of a new entry are full, one of theirs goes to its own second bucket (module `room`).
 //! What is evicted: expired entries, then the oldest that nobody answered or that are closing, then
 //! answered ones older than [`PROTECTED_SECONDS`]. Never a younger one: a flood of openings breaks
 //! no flow. An opener has at most a fixed share of such protected entries, so that a flood that
@@ -21,10 +22,12 @@
 
 mod find;
 mod layout;
+mod room;
 mod write;
 
 pub use find::{find, known};
-pub use write::{best, change, insert, renew, sweep};
+pub use room::room;
+pub use write::{Taken, best, change, insert, place_entry, renew, sweep};
 
 use crate::{
     flow::{Change, FlowSlot, Glance, Glances, PROTECTED, SESSION, bound, idle},
@@ -83,6 +86,8 @@ pub trait Memory {
     /// The tags of its slots, the first in the lowest bits; 0 past the end. In no order with
     /// anything.
     fn tags(&self, v6: bool, index: u32) -> u64;
+    /// The same index, whose loads come after those that `seen` was computed from.
+    fn index_after(&self, index: u32, seen: u64) -> u32;
     /// Writes one of them.
     fn set_tag(&self, v6: bool, index: u32, slot: u32, tag: u32);
     /// Number of buckets less one; the number is a power of two.

@@ -3,6 +3,7 @@
 use super::{
     Bucket, EXPIRED, FREE, Found, Look, Memory, SLOTS,
     layout::{Family, Key4, Key6, LIVE, behind, key_at, opener, place, stripe, tag_of, word},
+    room::room,
 };
 use crate::{
     flow::{CLOSING, Change, PROTECTED, REPLIED, SESSION, TIMED, age, bound},
@@ -94,8 +95,29 @@ fn change_in<M: Memory, F: Family>(memory: &M, found: &Found, change: &Change) {
 
 /// The version after one more change; never 0.
 #[inline(always)]
-const fn next(version: u32) -> u32 {
+pub(super) const fn next(version: u32) -> u32 {
     (version | 1).wrapping_add(1) | ((version >= u32::MAX - 1) as u32) << 1
+}
+
+/// Takes the entry of a slot, which is about to go, from its opener's count.
+#[inline(always)]
+pub(super) fn release<M: Memory, F: Family>(memory: &M, bucket: M::Bucket, base: u32) {
+    let state = bucket.get(base + F::BEHIND + behind::STATE);
+    if state & PROTECTED != 0 {
+        let hash = opener(memory, &key_at::<M, F>(bucket, base), state);
+        memory.protect(hash, u32::MAX);
+    }
+}
+
+/// Empties a slot.
+#[inline(always)]
+pub(super) fn clear<M: Memory, F: Family>(memory: &M, bucket: M::Bucket, index: u32, slot: u32) {
+    let base = slot * F::WORDS;
+    let version = bucket.get(base + word::VERSION);
+    bucket.publish(base + word::VERSION, version | 1);
+    bucket.set(base + F::BEHIND + behind::STATE, 0);
+    bucket.publish(base + word::VERSION, next(version));
+    memory.set_tag(F::V6, index, slot, 0);
 }
 
 /// The new state of an entry, protected if it is answered and its opener has room, and the
@@ -119,10 +141,37 @@ fn guard<M: Memory>(memory: &M, key: &FlowKey, old: u32, new: u32) -> u32 {
     new | PROTECTED
 }
 
-/// Writes an entry, over the old one of its key or over the one that deserves it least. `false`:
-/// every slot that it may have is taken by a live, answered flow, or others write for too long.
+/// Whether a table took an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Taken {
+    /// No: others write there for too long.
+    Busy = 0,
+    /// Yes.
+    Yes = 1,
+    /// No: every slot that it may have is taken by a live, answered flow. [`room`](super::room) may
+    /// help.
+    Full = 2,
+}
+
+/// Writes an entry, over the old one of its key or over the one that deserves it least. Where both
+/// of its buckets are full of live, answered flows, one of these moves. `false`: none can, or others
+/// write for too long.
 #[inline(always)]
 pub fn insert<M: Memory>(memory: &M, key: &FlowKey, entry: &FlowEntry, hz: u32) -> bool {
+    match place_entry(memory, key, entry, hz) {
+        Taken::Yes => true,
+        Taken::Busy => false,
+        Taken::Full => {
+            room(memory, key, entry.last_seen, hz)
+                && place_entry(memory, key, entry, hz) == Taken::Yes
+        }
+    }
+}
+
+/// The same where nothing moves.
+#[inline(always)]
+pub fn place_entry<M: Memory>(memory: &M, key: &FlowKey, entry: &FlowEntry, hz: u32) -> Taken {
     if key.is_v6() {
         insert_key(memory, &Key6(key), key, entry, hz)
     } else {
@@ -137,11 +186,11 @@ fn insert_key<M: Memory, F: Family>(
     key: &FlowKey,
     entry: &FlowEntry,
     hz: u32,
-) -> bool {
+) -> Taken {
     let place = place(memory, pairs);
     let stripe = stripe(place.home);
     if !memory.lock(F::V6, stripe) {
-        return false;
+        return Taken::Busy;
     }
     let mut look = Look {
         now: entry.last_seen,
@@ -162,20 +211,18 @@ fn insert_key<M: Memory, F: Family>(
     look.bucket = place.second;
     look.number = 0;
     let best = memory.best(key, &look);
-    let mut taken = best >= 2 * SLOTS;
-    if taken {
+    let mut taken = Taken::Full;
+    if best >= 2 * SLOTS {
         let index = if best & SLOTS != 0 {
             place.home
         } else {
             place.second
         };
         let slot = SLOTS - 1 - (best & (SLOTS - 1));
-        match memory.bucket(F::V6, index) {
-            Some(bucket) => {
-                overwrite(memory, bucket, slot * F::WORDS, pairs, key, entry);
-                memory.set_tag(F::V6, index, slot, place.tag);
-            }
-            None => taken = false,
+        if let Some(bucket) = memory.bucket(F::V6, index) {
+            overwrite(memory, bucket, slot * F::WORDS, pairs, key, entry);
+            memory.set_tag(F::V6, index, slot, place.tag);
+            taken = Taken::Yes;
         }
     }
     memory.unlock(F::V6, stripe);
@@ -241,11 +288,7 @@ fn overwrite<M: Memory, F: Family>(
 ) {
     let version = bucket.get(base + word::VERSION);
     let at = base + F::BEHIND;
-    let old = bucket.get(at + behind::STATE);
-    if old & PROTECTED != 0 {
-        let hash = opener(memory, &key_at::<M, F>(bucket, base), old);
-        memory.protect(hash, u32::MAX);
-    }
+    release::<M, F>(memory, bucket, base);
     let state = entry.flags & !PROTECTED | LIVE | entry.selector << 16;
     let state = guard(memory, key, 0, state);
     bucket.publish(base + word::VERSION, version | 1);
@@ -296,15 +339,8 @@ fn sweep_in<M: Memory, F: Family>(memory: &M, index: u32, now: u64, hz: u32) -> 
         let rest = (bucket.pair(at - 2) >> 32) as u32;
         let age = age(now, bucket.get(base + word::SEEN));
         if state & LIVE != 0 && expired(age, state, rest, hz) {
-            if state & PROTECTED != 0 {
-                let hash = opener(memory, &key_at::<M, F>(bucket, base), state);
-                memory.protect(hash, u32::MAX);
-            }
-            let version = bucket.get(base + word::VERSION);
-            bucket.publish(base + word::VERSION, version | 1);
-            bucket.set(at + behind::STATE, 0);
-            bucket.publish(base + word::VERSION, next(version));
-            memory.set_tag(F::V6, index, slot, 0);
+            release::<M, F>(memory, bucket, base);
+            clear::<M, F>(memory, bucket, index, slot);
             swept += 1;
         }
         slot += 1;

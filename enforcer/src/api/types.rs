@@ -219,6 +219,17 @@ pub struct RecordStatus {
     pub events: EventStatus,
 }
 
+/// The flow table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct FlowTableStatus {
+    /// How many flows of each family it has room for.
+    pub capacity: u32,
+    /// Packets that passed and should have been noted as a flow, but found no place, since the
+    /// programs were loaded: answers to them may be denied.
+    pub refused: u64,
+}
+
 /// A candidate policy in short; all of it is in the answer to `GET /v1/shadow`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -271,6 +282,9 @@ pub struct Status {
     /// hooks: calls) that were denied or would have been.
     #[serde(default)]
     pub records: Vec<RecordStatus>,
+    /// The flow table.
+    #[serde(default)]
+    pub flows: FlowTableStatus,
     /// Version of the daemon.
     pub version: String,
     /// Process id of the daemon.

@@ -13,8 +13,8 @@ use crate::{
         changes::{Origin, TrialStatus},
         types::{
             CounterStatus, EventStatus, ExplainRequest, Explanation, FailsafeStatus,
-            InterfaceState, InterfaceStatus, PolicyStatus, RecordStatus, SettingsStatus,
-            ShadowStatus, State, Status, Time,
+            FlowTableStatus, InterfaceState, InterfaceStatus, PolicyStatus, RecordStatus,
+            SettingsStatus, ShadowStatus, State, Status, Time,
         },
     },
     compile::Image,
@@ -192,6 +192,8 @@ impl Shared {
         };
         let mut warnings = board.warnings;
         warnings.extend(board.notice);
+        let flows = flow_table(&counters);
+        warnings.extend(crowded(flows));
         let shadow = self.shadow.in_short();
         if let Some((path, _, Some(problem))) = &shadow {
             warnings.push(format!("the shadow of {}: {problem}", path.display()));
@@ -223,6 +225,7 @@ impl Shared {
             counters: counters.packets.iter().map(counter).collect(),
             events: events(&counters),
             records: counters.records.iter().map(record).collect(),
+            flows,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             started_at: self.started_at,
@@ -312,6 +315,25 @@ fn record(count: &crate::dataplane::RecordCount) -> RecordStatus {
             lost: count.lost,
         },
     }
+}
+
+fn flow_table(counters: &Counters) -> FlowTableStatus {
+    let refused = counters.records.iter().map(|hook| hook.flow_insert_failed);
+    FlowTableStatus {
+        capacity: counters.flows,
+        refused: refused.sum(),
+    }
+}
+
+/// What to do where flows find no room.
+fn crowded(flows: FlowTableStatus) -> Option<String> {
+    let FlowTableStatus { capacity, refused } = flows;
+    (refused != 0).then(|| {
+        format!(
+            "packets that found no room for their flow in the flow table (--flows {capacity}): \
+             {refused}; answers to them may be denied: start with a larger --flows"
+        )
+    })
 }
 
 fn counter(count: &crate::dataplane::PacketCount) -> CounterStatus {

@@ -196,8 +196,9 @@ async fn status_says_what_is_enforced_and_stopping_takes_it_off() {
             suppressed: 12,
             lost: 2,
             displaced: 0,
-            flow_insert_failed: 0,
+            flow_insert_failed: 5,
         }],
+        flows: 2048,
     };
     let status = daemon.status().await;
     assert_eq!(status.state, State::Enforcing);
@@ -228,6 +229,7 @@ async fn status_says_what_is_enforced_and_stopping_takes_it_off() {
         ),
         (3, 12, 2)
     );
+    assert_eq!((status.flows.capacity, status.flows.refused), (2048, 5));
     {
         let fake = daemon.fake.lock();
         assert_eq!(fake.hooks, Some(SocketHooks::Observe));

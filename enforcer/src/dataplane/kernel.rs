@@ -11,6 +11,7 @@ use aya::{
 };
 use enforcer_common::{
     shadow::{Difference, DifferenceKey},
+    table::SLOTS,
     verdict::{COUNTERS, Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::{
         CONTROL_DEBUG, CONTROL_SOCKET_REFUSE, Control, DeniedSlot, ETHERNET_LINKS, Event,
@@ -484,7 +485,10 @@ impl Dataplane for KernelDataplane {
         let cpus = aya::util::nr_cpus().map_err(|(_, e)| syscall("count CPUs")(e))?;
         let sums = sys::sums(map.fd().as_fd(), COUNTERS, cpus).map_err(syscall("read COUNTERS"))?;
         let at = |index: u32| sums.get(index as usize).copied().unwrap_or(0);
-        let mut counters = Counters::default();
+        let mut counters = Counters {
+            flows: self.meta.buckets * SLOTS,
+            ..Counters::default()
+        };
         for hook in Hook::ALL {
             for outcome in Outcome::ALL {
                 for reason in Reason::ALL.iter().copied() {

@@ -133,6 +133,8 @@ pub struct Counters {
     pub packets: Vec<PacketCount>,
     /// One per hook.
     pub records: Vec<RecordCount>,
+    /// How many flows of each family the flow table has room for.
+    pub flows: u32,
 }
 
 /// What was in force before this process, and goes on.

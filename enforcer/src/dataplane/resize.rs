@@ -1,8 +1,8 @@
 //! A flow table of another size: what is in the old one is entered into words of the daemon's, by the
 //! programs' own rules, and written into the new maps before any program uses them.
 //!
-//! What opens while this goes on is in the old table alone: its next packet is judged anew, as after
-//! an eviction.
+//! What opens while this goes on is in the old table alone, and what moves in it may be missed: its
+//! next packet is judged anew, as after an eviction.
 
 use std::{cell::Cell, os::fd::BorrowedFd};
 
@@ -157,6 +157,10 @@ impl<'a> Memory for &'a Table {
     fn tags(&self, v6: bool, index: u32) -> u64 {
         let tags = self.tags[usize::from(v6)].get(index as usize);
         tags.map_or(0, Cell::get)
+    }
+
+    fn index_after(&self, index: u32, _: u64) -> u32 {
+        index
     }
 
     fn set_tag(&self, v6: bool, index: u32, slot: u32, tag: u32) {

@@ -117,6 +117,9 @@ impl<'a> enforcer_common::table::Memory for Counting<'a> {
     fn tags(&self, v6: bool, index: u32) -> u64 {
         self.0.tags(v6, index)
     }
+    fn index_after(&self, index: u32, _: u64) -> u32 {
+        index
+    }
     fn set_tag(&self, v6: bool, index: u32, slot: u32, tag: u32) {
         self.0.set_tag(v6, index, slot, tag);
     }

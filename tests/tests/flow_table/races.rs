@@ -2,14 +2,21 @@
 //! flows that must be there and for some that must not.
 
 use std::{
-    collections::HashSet,
-    net::IpAddr,
+    collections::{HashMap, HashSet},
+    net::{IpAddr, Ipv6Addr},
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     time::Duration,
 };
 
-use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
-use enforcer_common::image::SIZE_CLASSES;
+use aya::{
+    maps::{Array, Map},
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+};
+use enforcer_common::{
+    image::SIZE_CLASSES,
+    table::{self, SLOTS, WORDS4, WORDS6},
+    wire::FlowKey,
+};
 use enforcer_tests::{
     frame::{self, ACK, FIN, SYN},
     host::image,
@@ -175,6 +182,129 @@ fn two_cpus_at_one_table_neither_mix_flows_nor_lose_them() {
         assert!(before.iter().all(|key| after.contains_key(key)));
         assert!(after.len() > FLOWS as usize * 2 / 3, "{}", after.len());
         protected(&mut programs);
+    }
+}
+
+/// Flows of this many hosts each, of which none has more than its share.
+const HOSTS: u8 = 24;
+const EACH: u16 = 100;
+
+/// Where each flow that `ours` names is, by its bucket.
+fn places(programs: &mut Programs, v6: bool, ours: &HashSet<FlowKey>) -> HashMap<FlowKey, u32> {
+    fn read<const WORDS: usize>(map: &mut Map) -> Vec<Vec<u32>> {
+        let buckets: Array<_, [u32; WORDS]> = map.try_into().unwrap();
+        buckets
+            .iter()
+            .map(|words| words.unwrap().to_vec())
+            .collect()
+    }
+    let map = if v6 { "FLOWS6" } else { "FLOWS4" };
+    let map = programs.dataplane.map_mut(map).unwrap();
+    let (buckets, slot) = if v6 {
+        (read::<{ (SLOTS * WORDS6) as usize }>(map), WORDS6)
+    } else {
+        (read::<{ (SLOTS * WORDS4) as usize }>(map), WORDS4)
+    };
+    let mut places = HashMap::new();
+    for (index, words) in (0..).zip(buckets) {
+        let flows = words.chunks_exact(slot as usize).filter_map(table::flow);
+        for flow in flows.filter(|flow| ours.contains(&flow.key)) {
+            assert_eq!(places.insert(flow.key, index), None, "in two slots");
+        }
+    }
+    places
+}
+
+/// One CPU opens flows and answers them until the table is full of them, and answered ones have to
+/// move; the other looks all the time for those that were there first.
+#[test]
+fn flows_that_move_are_found_by_another_cpu() {
+    let cpus = cpus();
+    let [one, other, ..] = cpus.as_slice() else {
+        println!("SKIPPED: one CPU");
+        return;
+    };
+    let rounds = scale::rounds(20, 2);
+    let mut programs = Programs::load_for(SIZE_CLASSES[0] as usize, FLOWS);
+    programs.apply(&image(&policy(RULES).replace("fd01::/64", "fd01::/32")));
+    for family in [Family::V4, Family::V6] {
+        let v6 = family == Family::V6;
+        let b = family.address(2, 2);
+        let (mut moved, mut sum) = (0, Seen::default());
+        for round in 0..rounds as u16 {
+            programs.forget_flows();
+            let program = programs.dataplane.program(INGRESS.name()).unwrap();
+            let opening = |host: u8, number: u16| {
+                let port = 1000 + round * EACH + number;
+                let a = client(family, host);
+                (udp((a, port), (b, 7000)), udp((b, 7000), (a, port)))
+            };
+            let mut answers = Vec::new();
+            for host in 0..HOSTS {
+                for number in 0..EACH / 5 {
+                    let (opens, answer) = opening(host, number);
+                    assert!(passes(program, &opens));
+                    assert!(passes(program, &answer));
+                    answers.push(answer);
+                }
+            }
+            let flows = programs.dataplane.flows().unwrap();
+            let ours: HashSet<_> = flows.iter().map(|flow| flow.key).collect();
+            assert_eq!(ours.len(), answers.len());
+            let before = places(&mut programs, v6, &ours);
+            let program = programs.dataplane.program(INGRESS.name()).unwrap();
+            let done = AtomicBool::new(false);
+            let seen = std::thread::scope(|scope| {
+                let looking = scope.spawn(|| {
+                    pin_to(*one);
+                    let mut seen = Seen::default();
+                    while !done.load(Ordering::Relaxed) {
+                        for answer in &answers {
+                            seen.sent += 1;
+                            seen.missed += usize::from(!passes(program, answer));
+                        }
+                    }
+                    seen
+                });
+                let crowding = scope.spawn(|| {
+                    pin_to(*other);
+                    for number in EACH / 5..EACH {
+                        for host in 0..HOSTS {
+                            let (opens, answer) = opening(host, number);
+                            assert!(passes(program, &opens));
+                            // Those that found no room have none.
+                            passes(program, &answer);
+                        }
+                    }
+                });
+                let crowded = crowding.join();
+                done.store(true, Ordering::Relaxed);
+                crowded.unwrap();
+                looking.join().unwrap()
+            });
+            sum.sent += seen.sent;
+            sum.missed += seen.missed;
+            let after = places(&mut programs, v6, &ours);
+            assert_eq!(after.len(), before.len(), "one is gone");
+            moved += after
+                .iter()
+                .filter(|(key, at)| before[*key] != **at)
+                .count();
+            let all = protected(&mut programs);
+            assert!(all > FLOWS * 9 / 10, "{all} of {FLOWS}");
+        }
+        println!("{family:?}: {moved} moved, {sum:?}");
+        assert!(moved >= 10 * rounds, "{moved} moved in {rounds} rounds");
+        // A test run may be interrupted with a lock in its hands, which a packet never is.
+        assert!(sum.missed * 1000 <= sum.sent, "{sum:?}");
+    }
+}
+
+/// A host of the clients' segment; in IPv6 each in a /64 of its own, for a /64 has one share.
+fn client(family: Family, host: u8) -> IpAddr {
+    match family {
+        Family::V4 => family.address(1, 10 + host),
+        Family::V6 => Ipv6Addr::new(0xfd01, 0, 0, host.into(), 0, 0, 0, 10).into(),
     }
 }
 
