@@ -39,8 +39,10 @@ pub enum Place {
     Last = 1 << 4,
 }
 
+const MAP_CREATE: i64 = 0;
 const MAP_DELETE: i64 = 3;
 const PROG_LOAD: i64 = 5;
+const OBJ_PIN: i64 = 6;
 const PROG_ATTACH: i64 = 8;
 const LINK_CREATE: i64 = 28;
 
@@ -76,6 +78,19 @@ fn set(register: u64, number: u32) -> u64 {
 /// Loads a program that returns `verdict`.
 pub fn program(hook: Hook, verdict: i32) -> nix::Result<OwnedFd> {
     load(hook, &[set(0, verdict.cast_unsigned()), EXIT])
+}
+
+/// An array map of one element of so many bytes.
+pub fn array(bytes: u32) -> nix::Result<OwnedFd> {
+    const ARRAY: u32 = 2;
+    bpf(MAP_CREATE, &[ARRAY, 4, bytes, 1, 0]).map(owned)
+}
+
+/// Pins anything.
+pub fn pin(object: &OwnedFd, path: &Path) -> nix::Result<()> {
+    let path = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+    let [low, high] = words(path.as_ptr());
+    bpf(OBJ_PIN, &[low, high, number(object), 0]).map(drop)
 }
 
 /// Takes the map out of an element of an array of maps.

@@ -395,6 +395,7 @@ impl Control {
     fn report(&self) {
         let mut warnings = self.links.warnings(&self.host);
         warnings.extend(self.clock.warning());
+        warnings.extend(self.watchman.warnings());
         let problems = [
             self.hooks_error.clone(),
             self.verify_error.clone(),

@@ -168,9 +168,10 @@ impl Shared {
 
     /// Everything there is to say. Reads the kernel's counters: blocks for a moment.
     pub fn status(&self) -> Status {
-        let counters = {
+        let (counters, pins) = {
             let dataplane = self.dataplane.lock();
-            dataplane.unwrap_or_else(PoisonError::into_inner).counters()
+            let dataplane = dataplane.unwrap_or_else(PoisonError::into_inner);
+            (dataplane.counters(), dataplane.pins())
         };
         let live = self.live();
         let board = self.note(|board| board.clone());
@@ -213,6 +214,7 @@ impl Shared {
             records: counters.records.iter().map(record).collect(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
+            pins: pins.map(|pins| pins.display().to_string()),
             started_at: self.started_at,
         }
     }

@@ -10,18 +10,13 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
 };
 
-use aya::{
-    maps::{Map, MapData},
-    programs::TcAttachType,
-    util::KernelVersion,
-};
+use aya::{programs::TcAttachType, util::KernelVersion};
 
 use super::{
     DataplaneError, Interface, cgroup, clsact,
     errors::{attach_error, syscall},
     kernel::KernelDataplane,
     load::SOCKET_PROGRAMS,
-    pins::{Keep, Pins},
     query::interface_name,
     sys::objects::{self, AttachType},
 };
@@ -167,15 +162,13 @@ impl KernelDataplane {
         let slots = self.interfaces()?;
         let mut found: BTreeMap<u32, Attached> = BTreeMap::new();
         let links = self.pins.links().map_err(syscall("open pinned links"))?;
-        for (program, ifindex, link) in links {
-            let socket = SOCKET_PROGRAMS.iter().find(|name| **name == program);
-            let tc = TC_PROGRAMS.iter().find(|(name, ..)| *name == program);
+        for (name, ifindex, link) in links {
             let info = objects::link_info(link.as_fd()).map_err(syscall("read a link"))?;
-            match (socket, tc, ifindex) {
-                (Some(name), _, None) => {
+            match ifindex {
+                None => {
                     self.socket_links.insert(name, link);
                 }
-                (_, Some((name, ..)), Some(ifindex)) if info.ifindex == ifindex => {
+                Some(ifindex) if info.ifindex == ifindex => {
                     let attached = found.entry(ifindex).or_insert_with(|| Attached {
                         name: interface_name(ifindex).unwrap_or_default(),
                         slot: slots.get(&ifindex).copied().unwrap_or(0),
@@ -183,8 +176,9 @@ impl KernelDataplane {
                     });
                     attached.hooks.insert(name, Hook::Tcx(link));
                 }
-                _ => {
-                    let forgotten = self.pins.forget_link(&program, ifindex);
+                // Its interface is gone.
+                Some(_) => {
+                    let forgotten = self.pins.forget_link(name, ifindex);
                     forgotten.map_err(syscall("unpin a link"))?;
                 }
             }
@@ -368,40 +362,4 @@ fn replace(link: &OwnedFd, program: std::os::fd::BorrowedFd<'_>) -> io::Result<(
         return Ok(());
     }
     objects::update_link(link.as_fd(), program)
-}
-
-/// Takes off what is pinned in a directory, whoever made it, while no daemon is at work there. Names
-/// of the interfaces that are not enforced any more; `None` when nothing is pinned.
-///
-/// # Errors
-/// [`DataplaneError`]; what could be taken off is off.
-pub fn take_off(root: &std::path::Path) -> Result<Option<Vec<String>>, DataplaneError> {
-    if !root.exists() {
-        return Ok(None);
-    }
-    let pins = Pins::open(&Keep::Pinned(root.to_owned()))?;
-    let mut interfaces = std::collections::BTreeSet::new();
-    for (_, ifindex, _) in pins.links().map_err(syscall("open pinned links"))? {
-        interfaces.extend(ifindex);
-    }
-    let mut result = Ok(());
-    if !tcx() {
-        let map = MapData::from_pin(pins.set(false).map("INTERFACES"));
-        let map = map.and_then(Map::from_map_data);
-        let map: Result<aya::maps::HashMap<_, u32, [u32; 2]>, _> = map.and_then(TryInto::try_into);
-        for ifindex in map.iter().flat_map(|map| map.keys().flatten()) {
-            interfaces.insert(ifindex);
-            let Some(name) = interface_name(ifindex) else {
-                continue;
-            };
-            for (program, direction, _) in TC_PROGRAMS {
-                result = result.and(clsact::detach(program, direction, &name));
-            }
-        }
-    }
-    let removed = pins.remove().map_err(syscall("remove the pins"));
-    result.and(removed)?;
-    Ok(Some(
-        interfaces.into_iter().filter_map(interface_name).collect(),
-    ))
 }

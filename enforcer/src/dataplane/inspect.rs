@@ -95,6 +95,7 @@ impl KernelDataplane {
 
     fn look_at_hooks(&mut self, found: &mut Vec<Tamper>) -> Result<(), DataplaneError> {
         let mut last = Vec::new();
+        let mut elsewhere = None;
         for (ifindex, attached) in &self.attached {
             for (program, hook) in &attached.hooks {
                 let Hook::Tcx(link) = hook else { continue };
@@ -118,8 +119,16 @@ impl KernelDataplane {
                     continue;
                 };
                 let all = objects::programs_on(*ifindex, *attach_type).unwrap_or_default();
-                let others: Vec<_> = all.iter().take_while(|other| **other != id).collect();
-                if !others.is_empty() && others.len() < all.len() {
+                let mut others: Vec<_> = all.iter().take_while(|other| **other != id).collect();
+                if others.len() == all.len() {
+                    continue; // It is gone by now.
+                }
+                if !others.is_empty() {
+                    // Another enforcer would fight for the place as well; it is told of elsewhere.
+                    let known = elsewhere.get_or_insert_with(|| self.programs_elsewhere());
+                    others.retain(|other| !known.contains(other));
+                }
+                if !others.is_empty() {
                     last.push((*ifindex, *program, target, format!("{others:?}")));
                 }
             }

@@ -19,8 +19,8 @@ use enforcer_common::{
 
 use super::errors::{load_error, map_error, missing, syscall};
 use super::{
-    Adopted, Counters, Dataplane, DataplaneError, EventSource, FlowReader, Interface, LinkType,
-    OnTrial, PacketCount, RecordCount, SocketHooks, Tamper, WallClock, flows,
+    Adopted, Beside, Counters, Dataplane, DataplaneError, EventSource, FlowReader, Interface,
+    LinkType, OnTrial, PacketCount, RecordCount, SocketHooks, Tamper, WallClock, flows,
     hooks::Attached,
     images::Kept,
     load::{self, Opened},
@@ -28,9 +28,9 @@ use super::{
     sys,
 };
 pub use super::{
-    hooks::take_off,
     images::WrittenImage,
     load::LoadOptions,
+    off::{TakenOff, take_off},
     pins::{DEFAULT_PINS, Keep},
 };
 use crate::compile::Image;
@@ -357,7 +357,15 @@ impl Dataplane for KernelDataplane {
     }
 
     fn outlives(&self) -> bool {
-        self.pins.kept()
+        self.pins.place().is_some()
+    }
+
+    fn pins(&self) -> Option<std::path::PathBuf> {
+        std::path::absolute(self.pins.place()?).ok()
+    }
+
+    fn beside(&self) -> Result<Vec<Beside>, DataplaneError> {
+        self.enforcers_beside()
     }
 
     fn apply(&mut self, image: &Image) -> Result<(), DataplaneError> {

@@ -5,6 +5,7 @@
 
 pub mod cgroup;
 mod clsact;
+mod elsewhere;
 mod errors;
 pub mod flows;
 mod hooks;
@@ -13,12 +14,14 @@ mod inspect;
 pub mod kernel;
 mod load;
 mod objects;
+mod off;
 mod pins;
 mod query;
 mod resize;
 mod sys;
 mod trial;
 
+pub use elsewhere::{Elsewhere, elsewhere, enforcers_on};
 pub use query::{Hanging, hanging};
 #[cfg(feature = "testing")]
 pub use sys::faults;
@@ -26,6 +29,7 @@ pub use sys::{clock_is_kept, peer_groups, release_memory, share_heaps};
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -167,6 +171,15 @@ impl Tamper {
     }
 }
 
+/// Another enforcer's programs and pins, beside those of this one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Beside {
+    /// Where they are pinned; `None`: nowhere that is known.
+    pub pins: Option<PathBuf>,
+    /// Interfaces on which both judge.
+    pub interfaces: BTreeSet<String>,
+}
+
 /// A trial in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OnTrial {
@@ -293,6 +306,20 @@ pub trait Dataplane: Send {
 
     /// Whether enforcement goes on when this is dropped.
     fn outlives(&self) -> bool;
+
+    /// Where that is pinned which outlives this.
+    fn pins(&self) -> Option<PathBuf> {
+        None
+    }
+
+    /// Other enforcers whose pins are for the same network namespace, or whose programs are on the
+    /// same hooks.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn beside(&self) -> Result<Vec<Beside>, DataplaneError> {
+        Ok(Vec::new())
+    }
 
     /// Tells the programs the time; before the first image, and when the clock was set.
     ///

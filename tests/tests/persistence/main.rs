@@ -7,6 +7,7 @@
     reason = "a test fails by panicking"
 )]
 
+mod beside;
 mod detaching;
 mod refusals;
 mod restarts;

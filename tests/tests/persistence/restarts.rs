@@ -6,7 +6,7 @@ use enforcer_tests::{
     netns::{Family, Routed},
     numbers::{ALLOWED, FORBIDDEN, under_load},
     pins::Pins,
-    scale,
+    rival, scale,
     seen::moved,
     traffic::{self, QUIET},
 };
@@ -127,9 +127,18 @@ fn what_changed_while_no_daemon_lived_is_brought_in_line() {
     net.b.addresses("eth0", &["10.2.0.2/24", "fd02::2/64"]);
     net.b
         .ip("route add default via 10.2.0.1\nroute add default via fd02::1\n");
+    // Names of somebody else's are not the enforcer's to sweep.
+    let strange = ["foo-bar", "tc_ingress"].map(|name| pins.path().join("links").join(name));
+    std::fs::create_dir_all(pins.path().join("links")).unwrap();
+    for path in &strange {
+        rival::pin(&rival::array(8).unwrap(), path).unwrap();
+    }
     // And the policy is another one.
     setup.write(&policy("-new"));
     let daemon = setup.start();
+    for path in &strange {
+        std::fs::remove_file(path).unwrap();
+    }
     in_order(&net, &pins, &daemon);
     assert!(first.is_empty() || pins.links() != first);
     under_load(&net, || std::thread::sleep(QUIET));
