@@ -40,6 +40,7 @@ pub enum Place {
 }
 
 const MAP_CREATE: i64 = 0;
+const MAP_UPDATE: i64 = 2;
 const MAP_DELETE: i64 = 3;
 const PROG_LOAD: i64 = 5;
 const OBJ_PIN: i64 = 6;
@@ -78,6 +79,14 @@ fn set(register: u64, number: u32) -> u64 {
 /// Loads a program that returns `verdict`.
 pub fn program(hook: Hook, verdict: i32) -> nix::Result<OwnedFd> {
     load(hook, &[set(0, verdict.cast_unsigned()), EXIT])
+}
+
+/// Puts a map into an element of an array of maps.
+pub fn fill_slot(map: &impl std::os::fd::AsRawFd, index: u32, inner: &impl std::os::fd::AsRawFd) {
+    let inner = number(inner);
+    let ([key, key_high], [value, value_high]) = (words(&raw const index), words(&raw const inner));
+    let attributes = [number(map), 0, key, key_high, value, value_high, 0, 0];
+    bpf(MAP_UPDATE, &attributes).unwrap();
 }
 
 /// An array map of one element of so many bytes.

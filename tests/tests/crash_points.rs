@@ -11,13 +11,17 @@
 
 use std::{
     net::IpAddr,
+    os::fd::AsFd as _,
     os::unix::process::ExitStatusExt as _,
     process::Command,
     sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
-use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use aya::{
+    maps::MapData,
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+};
 use enforcer::{
     compile::Image,
     dataplane::{
@@ -27,8 +31,8 @@ use enforcer::{
     },
     policy::{SourceFile, model::Environment, parse},
 };
-use enforcer_common::image::SIZE_CLASSES;
-use enforcer_tests::{daemon::wait_for, frame, kernel, pins::Pins, scale};
+use enforcer_common::{image::SIZE_CLASSES, wire::slot};
+use enforcer_tests::{daemon::wait_for, frame, kernel, pins::Pins, rival, scale};
 
 /// Allowed by both policies, by the first, by the second.
 const BOTH: u16 = 7001;
@@ -79,8 +83,12 @@ fn image(port: u16, generation: u32, large: bool) -> Image {
 }
 
 fn open(pins: &std::path::Path, anew: bool) -> KernelDataplane {
+    open_for(pins, SIZE_CLASSES[0], anew)
+}
+
+fn open_for(pins: &std::path::Path, image_words: u32, anew: bool) -> KernelDataplane {
     KernelDataplane::load(&LoadOptions {
-        image_words: SIZE_CLASSES[0] as usize,
+        image_words: image_words as usize,
         debug: false,
         flows: kernel::FLOWS,
         keep: Keep::Pinned(pins.to_owned()),
@@ -338,4 +346,30 @@ fn an_image_to_go_back_to_that_somebody_unpinned_is_left_where_it_is() {
     wait_for("the programs to go back", soon * 2, || {
         (judging(&pins) == FIRST).then_some(())
     });
+}
+
+/// Of a trial that was taken back half-way: the live image is the one before.
+#[test]
+fn one_image_in_two_slots_is_one_in_larger_programs_as_well() {
+    let pins = Pins::default();
+    let mut dataplane = open(pins.path(), false);
+    dataplane.apply(&image(FIRST, 1, false)).unwrap();
+    let second = image(SECOND, 2, false);
+    dataplane.trial(&second, None, LATER).unwrap();
+    drop(dataplane);
+    let map = |name: &str| MapData::from_pin(pins.path().join("current").join(name)).unwrap();
+    let (policy, before) = (map("maps/POLICY"), map("images/1"));
+    rival::fill_slot(&policy.fd().as_fd(), slot::LIVE, &before.fd().as_fd());
+    drop(policy);
+    drop(open_for(pins.path(), SIZE_CLASSES[1], false));
+    for time in ["grown", "and once more"] {
+        let mut dataplane = open(pins.path(), false);
+        let live = dataplane.adopted().unwrap().unwrap().live;
+        assert_eq!(live.expect(time).generation(), 1);
+        assert_eq!(dataplane.inspect().unwrap(), [], "{time}");
+        assert_eq!(judging(&pins), FIRST, "{time}");
+    }
+    let mut dataplane = open(pins.path(), false);
+    dataplane.revert().unwrap();
+    assert_eq!(judging(&pins), FIRST);
 }

@@ -370,7 +370,8 @@ impl Dataplane for KernelDataplane {
 
     fn apply(&mut self, image: &Image) -> Result<(), DataplaneError> {
         let written = self.write_image(image)?;
-        self.make_live(&written)
+        self.make_live(&written)?;
+        self.leave_lost_trial()
     }
 
     fn trial(

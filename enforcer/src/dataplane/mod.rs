@@ -230,6 +230,10 @@ pub enum DataplaneError {
     /// Asked for what does not go with the trial that is, or is not, running.
     #[error("{0}")]
     Trial(&'static str),
+    /// A trial cannot be ended: somebody has unpinned the image that it goes back to. Another image that
+    /// is applied ends it.
+    #[error("the image that was in force before the trial is pinned no more")]
+    LostPrevious,
     /// A program could not be attached.
     #[error("cannot attach {hook} to {target}: {message}")]
     Attach {
@@ -289,7 +293,8 @@ pub trait Dataplane: Send {
     /// Ends a trial by the image before it; also after the programs have gone back by themselves.
     ///
     /// # Errors
-    /// [`DataplaneError`]; the deadline stands.
+    /// [`DataplaneError`]; the deadline stands. [`DataplaneError::LostPrevious`] when there is nothing to
+    /// go back to but what the programs go back to by themselves.
     fn revert(&mut self) -> Result<(), DataplaneError>;
 
     /// Puts others in the place of both images of a trial, the one to go back to first.

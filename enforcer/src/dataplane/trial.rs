@@ -21,7 +21,9 @@ impl KernelDataplane {
         previous: Option<&Image>,
         within: Duration,
     ) -> Result<(), DataplaneError> {
-        if self.control.deadline != NO_DEADLINE {
+        // One that has lost what it goes back to gets it from this one.
+        let lost = self.has_lost_previous() && previous.is_some();
+        if self.control.deadline != NO_DEADLINE && !lost {
             return Err(DataplaneError::Trial("a trial is running"));
         }
         let begun = self.arm(image, previous, within);
@@ -123,7 +125,7 @@ impl KernelDataplane {
             return Err(DataplaneError::Trial("no trial is running"));
         }
         let Some(kept) = self.slots.get(&slot::PREVIOUS) else {
-            return Err(DataplaneError::Trial("there is nothing to go back to"));
+            return Err(DataplaneError::LostPrevious);
         };
         let map = kept.map.try_clone();
         let previous = WrittenImage {
@@ -131,6 +133,22 @@ impl KernelDataplane {
             generation: kept.generation,
         };
         self.make_live(&previous)?;
+        self.disarm()?;
+        self.clear_previous()
+    }
+
+    /// Whether a trial is running, or has expired, whose image to go back to is in the kernel at most:
+    /// somebody has unpinned it.
+    fn has_lost_previous(&self) -> bool {
+        self.control.deadline != NO_DEADLINE && !self.slots.contains_key(&slot::PREVIOUS)
+    }
+
+    /// Ends a trial that cannot go back, now that another image is live. Until the deadline is gone the
+    /// programs judge as they did, by one image or the other.
+    pub(super) fn leave_lost_trial(&mut self) -> Result<(), DataplaneError> {
+        if !self.has_lost_previous() {
+            return Ok(());
+        }
         self.disarm()?;
         self.clear_previous()
     }
