@@ -44,8 +44,10 @@ const MAP_UPDATE: i64 = 2;
 const MAP_DELETE: i64 = 3;
 const PROG_LOAD: i64 = 5;
 const OBJ_PIN: i64 = 6;
+const OBJ_GET: i64 = 7;
 const PROG_ATTACH: i64 = 8;
 const LINK_CREATE: i64 = 28;
+const LINK_DETACH: i64 = 34;
 
 fn bpf(command: i64, attributes: &[u32]) -> nix::Result<i32> {
     let size = size_of_val(attributes);
@@ -100,6 +102,14 @@ pub fn pin(object: &OwnedFd, path: &Path) -> nix::Result<()> {
     let path = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
     let [low, high] = words(path.as_ptr());
     bpf(OBJ_PIN, &[low, high, number(object), 0]).map(drop)
+}
+
+/// Takes off what a pinned link has attached.
+pub fn detach_pinned(link: &Path) -> nix::Result<()> {
+    let path = std::ffi::CString::new(link.to_str().unwrap()).unwrap();
+    let [low, high] = words(path.as_ptr());
+    let link = owned(bpf(OBJ_GET, &[low, high, 0, 0])?);
+    bpf(LINK_DETACH, &[number(&link)]).map(drop)
 }
 
 /// Takes the map out of an element of an array of maps.

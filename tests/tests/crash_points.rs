@@ -33,6 +33,10 @@ use enforcer::{
 };
 use enforcer_common::{image::SIZE_CLASSES, wire::slot};
 use enforcer_tests::{daemon::wait_for, frame, kernel, pins::Pins, rival, scale};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
 
 /// Allowed by both policies, by the first, by the second.
 const BOTH: u16 = 7001;
@@ -267,6 +271,7 @@ fn every_step(which: Act, fault: &str) {
         }
         prepare(&pins, which);
         let before = judging(&pins);
+        let mut said = false;
         match child(&pins, number, fault, at) {
             Fate::Died => {}
             Fate::Done(done, steps) if steps < at => {
@@ -274,6 +279,7 @@ fn every_step(which: Act, fault: &str) {
                 break;
             }
             Fate::Done(done, _) => {
+                said = done;
                 let now = judging(&pins);
                 let changes = !matches!(which, Act::Confirm | Act::ApplyBoth | Act::Replace);
                 if !done && changes && which != Act::Revert {
@@ -282,6 +288,20 @@ fn every_step(which: Act, fault: &str) {
             }
         }
         let judged = judging(&pins);
+        if which == Act::Confirm && fault == "refuse" {
+            // What was not confirmed can be again.
+            let mut dataplane = open(pins.path(), false);
+            assert_eq!(judged, SECOND);
+            assert_eq!(
+                dataplane.on_trial().unwrap().is_some(),
+                !said,
+                "at step {at}"
+            );
+            if !said {
+                dataplane.confirm().unwrap();
+            }
+            assert_eq!(dataplane.on_trial().unwrap(), None);
+        }
         seen.insert(judged);
         goes_on(&pins, judged);
         at += 1;
@@ -372,4 +392,30 @@ fn one_image_in_two_slots_is_one_in_larger_programs_as_well() {
     let mut dataplane = open(pins.path(), false);
     dataplane.revert().unwrap();
     assert_eq!(judging(&pins), FIRST);
+}
+
+/// A directory that something is mounted on cannot be put in another's place.
+#[test]
+fn programs_that_cannot_be_put_in_their_place_are_not_at_work() {
+    let pins = Pins::default();
+    let work = || {
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        let none = None::<&str>;
+        mount(none, "/", none, private, none).unwrap();
+        let mut dataplane = open(pins.path(), false);
+        dataplane.apply(&image(FIRST, 1, false)).unwrap();
+        let current = pins.path().join("current");
+        mount(Some(&current), &current, none, MsFlags::MS_BIND, none).unwrap();
+        let error = dataplane.apply(&image(SECOND, 2, true)).unwrap_err();
+        assert!(error.to_string().contains("in their place"), "{error}");
+        assert_eq!(judging(&pins), FIRST);
+        // It goes on as before.
+        assert_eq!(dataplane.image_words(), SIZE_CLASSES[0]);
+        dataplane.apply(&image(SECOND, 3, false)).unwrap();
+        assert_eq!(dataplane.inspect().unwrap(), []);
+    };
+    // Mounts are this thread's.
+    std::thread::scope(|scope| scope.spawn(work).join().unwrap());
+    goes_on(&pins, SECOND);
 }

@@ -56,6 +56,8 @@ pub struct Fake {
     /// What is on trial in the kernel: what came before, and until when.
     pub trial: Option<(Image, Instant)>,
     pub refuse_trial: bool,
+    /// The next confirmation, and no other.
+    pub refuse_confirm: bool,
     /// Steps of changes until one never returns: as if the daemon were killed there.
     pub halt: Option<u32>,
     pub halted: bool,
@@ -191,6 +193,9 @@ impl Dataplane for Handle {
         let mut fake = self.lock();
         let (_, end) = fake.trial.as_ref().unwrap();
         if end.saturating_duration_since(Instant::now()) < Duration::from_secs(1) {
+            return Err(DataplaneError::Trial("too late"));
+        }
+        if std::mem::take(&mut fake.refuse_confirm) {
             return Err(refused("confirm"));
         }
         fake.trial = None;

@@ -87,7 +87,10 @@ impl KernelDataplane {
                 }
                 Err(error) => {
                     // Half an interface is worse than none: take the first hook off again.
-                    let _ = self.unhook(ifindex, attached);
+                    if let (_, Some(left)) = self.unhook(ifindex, attached) {
+                        self.attached.insert(ifindex, left);
+                        return Err(error);
+                    }
                     // Nor may its number mean anything to the next one that gets it.
                     self.forget_interface(ifindex)?;
                     return Err(error);
@@ -128,19 +131,29 @@ impl KernelDataplane {
         let Some(attached) = self.attached.remove(&ifindex) else {
             return Ok(());
         };
-        let result = self.unhook(ifindex, attached);
+        let (result, left) = self.unhook(ifindex, attached);
+        if let Some(left) = left {
+            self.attached.insert(ifindex, left);
+            return result;
+        }
         result.and(self.forget_interface(ifindex))
     }
 
-    fn unhook(&mut self, ifindex: u32, attached: Attached) -> Result<(), DataplaneError> {
-        let mut result = Ok(());
-        for (program, hook) in attached.hooks {
-            let done = match hook {
+    /// Takes programs off; answers with those that stay, as their pins cannot be removed.
+    fn unhook(
+        &mut self,
+        ifindex: u32,
+        attached: Attached,
+    ) -> (Result<(), DataplaneError>, Option<Attached>) {
+        let Attached { name, slot, hooks } = attached;
+        let (mut result, mut left) = (Ok(()), BTreeMap::new());
+        for (program, hook) in hooks {
+            let done = match &hook {
                 // The last who knows of the link is `hook`, dropped here.
                 Hook::Tcx(_) => self
                     .pins
                     .forget_link(program, Some(ifindex))
-                    .map_err(|error| attach_error(program, &attached.name, &error)),
+                    .map_err(|error| attach_error(program, &name, &error)),
                 Hook::Clsact => {
                     // Renamed, perhaps; and if it is gone, so is the filter.
                     let name = interface_name(ifindex);
@@ -151,9 +164,17 @@ impl KernelDataplane {
                         })
                 }
             };
+            if done.is_err() {
+                left.insert(program, hook);
+            }
             result = result.and(done);
         }
-        result
+        let left = (!left.is_empty()).then_some(Attached {
+            name,
+            slot,
+            hooks: left,
+        });
+        (result, left)
     }
 
     /// Finds what an earlier daemon has attached. Links that name other programs than ours are led to
@@ -328,6 +349,7 @@ impl KernelDataplane {
         }
         let root = cgroup::cgroup2_root()?;
         let directory = File::open(&root).map_err(syscall("open the root cgroup"))?;
+        let mut result = Ok(());
         for program in SOCKET_PROGRAMS {
             if self.socket_links.contains_key(program) {
                 continue;
@@ -335,21 +357,26 @@ impl KernelDataplane {
             let Some(ours) = self.opened.socket.get(program) else {
                 continue;
             };
-            let failed = |error| attach_error(program, &root.display().to_string(), &error);
-            let link = objects::link_cgroup(ours.as_fd(), directory.as_fd(), attach_type(program))
-                .map_err(failed)?;
-            self.pins
-                .pin_link(program, None, link.as_fd())
-                .map_err(failed)?;
-            self.socket_links.insert(program, link);
+            let link = objects::link_cgroup(ours.as_fd(), directory.as_fd(), attach_type(program));
+            let pinned = link.and_then(|link| {
+                self.pins.pin_link(program, None, link.as_fd())?;
+                self.socket_links.insert(program, link);
+                Ok(())
+            });
+            let at = root.display().to_string();
+            result = result.and(pinned.map_err(|error| attach_error(program, &at, &error)));
         }
-        Ok(())
+        result
     }
 
     pub(super) fn detach_socket_hooks(&mut self) -> Result<(), DataplaneError> {
         let mut result = Ok(());
-        for (program, _) in std::mem::take(&mut self.socket_links) {
+        for (program, link) in std::mem::take(&mut self.socket_links) {
             let forgotten = self.pins.forget_link(program, None);
+            if forgotten.is_err() {
+                // It stays where it is pinned.
+                self.socket_links.insert(program, link);
+            }
             result = result.and(forgotten.map_err(|e| attach_error(program, "a cgroup", &e)));
         }
         result

@@ -18,7 +18,7 @@ use super::{
     hooks::{Hook, TC_PROGRAMS, tcx},
     images::Kept,
     kernel::KernelDataplane,
-    load::{CONTROL, MAPS},
+    load::{CONTROL, MAPS, SOCKET_PROGRAMS},
     query::interface_name,
     sys::{self, objects},
 };
@@ -34,6 +34,7 @@ impl KernelDataplane {
         let mut found: Vec<_> = restored
             .map(|target| Tamper::of(&target, "was taken off", true))
             .collect();
+        self.forget_previous();
         self.look_at_settings(&mut found)?;
         self.look_at_images(&mut found)?;
         self.look_at_hooks(&mut found)?;
@@ -234,9 +235,17 @@ impl KernelDataplane {
         for program in &lost {
             self.socket_links.remove(program);
         }
-        if !lost.is_empty() {
-            let back = self.attach_socket_hooks().is_ok();
-            for program in lost {
+        // Those that could not be put back the last time, too.
+        if self.socket_wanted && self.socket_links.len() < SOCKET_PROGRAMS.len() {
+            let missing: Vec<_> = SOCKET_PROGRAMS
+                .into_iter()
+                .filter(|program| !self.socket_links.contains_key(program))
+                .collect();
+            if let Err(error) = self.attach_socket_hooks() {
+                tracing::debug!(%error, "cannot attach the socket hooks again");
+            }
+            for program in missing {
+                let back = self.socket_links.contains_key(program);
                 found.push(Tamper::of(program, "was taken off the root cgroup", back));
             }
         }

@@ -46,6 +46,8 @@ pub struct KernelDataplane {
     /// Keys in `VLANS`.
     vlans: BTreeSet<u64>,
     pub(super) socket_links: BTreeMap<&'static str, OwnedFd>,
+    /// Somebody has asked for the socket hooks: those that are missing are attached at each look.
+    pub(super) socket_wanted: bool,
     /// What is in the slots of `POLICY`.
     pub(super) slots: BTreeMap<u32, Kept>,
     events: Option<RingBuf<MapData>>,
@@ -168,6 +170,7 @@ impl KernelDataplane {
             attached: BTreeMap::new(),
             vlans: BTreeSet::new(),
             socket_links: BTreeMap::new(),
+            socket_wanted: false,
             slots: BTreeMap::new(),
             events: Some(events),
             restored: Vec::new(),
@@ -216,7 +219,11 @@ impl KernelDataplane {
         let next = self.pins.set(true);
         let moved = self
             .adopt_images(&next, &before)
-            .and_then(|()| self.replace_programs());
+            .and_then(|()| self.replace_programs())
+            .and_then(|()| {
+                let committed = self.pins.commit();
+                committed.map_err(syscall("put the pins in their place"))
+            });
         if let Err(error) = moved {
             self.opened = old;
             self.staging = smaller;
@@ -231,9 +238,7 @@ impl KernelDataplane {
             }
             return Err(error);
         }
-        self.pins
-            .commit()
-            .map_err(syscall("put the pins in their place"))
+        Ok(())
     }
 
     /// Words that an image may have.
@@ -462,6 +467,7 @@ impl Dataplane for KernelDataplane {
             self.control.flags = flags;
             self.write_control()?;
         }
+        self.socket_wanted = mode != SocketHooks::Off;
         match mode {
             SocketHooks::Off => self.detach_socket_hooks(),
             SocketHooks::Refuse | SocketHooks::Observe => self.attach_socket_hooks(),
@@ -542,14 +548,25 @@ impl Dataplane for KernelDataplane {
     }
 
     fn detach_all(&mut self) -> Result<(), DataplaneError> {
+        let (wanted, flags) = (self.socket_wanted, self.control.flags);
         // First: what they refuse, TC must deny as well.
         let mut result = self.socket_hooks(SocketHooks::Off);
-        for ifindex in self.attached.keys().copied().collect::<Vec<_>>() {
-            let detached = self.detach(ifindex);
-            result = result.and(detached);
+        if result.is_ok() {
+            for ifindex in self.attached.keys().copied().collect::<Vec<_>>() {
+                let detached = self.detach(ifindex);
+                result = result.and(detached);
+            }
         }
-        let removed = self.pins.remove().map_err(syscall("remove the pins"));
-        result.and(removed)
+        // While a program is at work, so are its pins.
+        if result.is_ok() {
+            result = self.pins.remove().map_err(syscall("remove the pins"));
+        }
+        if result.is_err() {
+            // The next look puts all of it back.
+            (self.socket_wanted, self.control.flags) = (wanted, flags);
+            let _ = self.write_control();
+        }
+        result
     }
 }
 

@@ -417,7 +417,8 @@ pub trait Dataplane: Send {
     /// Takes every program off. Enforcement ends.
     ///
     /// # Errors
-    /// The first [`DataplaneError::Syscall`]; the rest is attempted all the same.
+    /// The first [`DataplaneError::Syscall`]; what is off then comes back with the next
+    /// [`Dataplane::inspect`] and [`Dataplane::attach`].
     fn detach_all(&mut self) -> Result<(), DataplaneError>;
 }
 

@@ -109,15 +109,22 @@ impl KernelDataplane {
         }
         let deadline = self.control.deadline;
         self.disarm()?;
-        if ticks(self.classifier("clock")?)? >= deadline {
-            // This process was held up: they had gone back already.
+        let now = self.classifier("clock").and_then(ticks);
+        if !now.as_ref().is_ok_and(|now| *now < deadline) {
+            // This process was held up: they had gone back already. Or nobody knows, and the trial
+            // goes on; what cannot be written now is at the next look.
             self.control.deadline = deadline;
             self.write_control()?;
+            now?;
             return Err(DataplaneError::Trial(
                 "the trial ended before it was confirmed",
             ));
         }
-        self.clear_previous()
+        // It is confirmed, whatever becomes of what it would have gone back to.
+        if let Err(error) = self.clear_previous() {
+            tracing::warn!(%error, "cannot forget the image before the one in force");
+        }
+        Ok(())
     }
 
     pub(super) fn revert_trial(&mut self) -> Result<(), DataplaneError> {
@@ -134,7 +141,10 @@ impl KernelDataplane {
         };
         self.make_live(&previous)?;
         self.disarm()?;
-        self.clear_previous()
+        if let Err(error) = self.clear_previous() {
+            tracing::warn!(%error, "the image in force is kept twice");
+        }
+        Ok(())
     }
 
     /// Whether a trial is running, or has expired, whose image to go back to is in the kernel at most:
@@ -189,6 +199,12 @@ impl KernelDataplane {
         if let Err(error) = self.pins.set(true).remove() {
             tracing::warn!(%error, "cannot remove what was to take over");
         }
+        self.forget_previous();
+        self.forget_unused();
+    }
+
+    /// Forgets the image before a trial that is over.
+    pub(super) fn forget_previous(&mut self) {
         let over = self.control.deadline == NO_DEADLINE;
         if over
             && self.slots.contains_key(&slot::PREVIOUS)
@@ -196,7 +212,6 @@ impl KernelDataplane {
         {
             tracing::warn!(%error, "cannot forget the image before the one in force");
         }
-        self.forget_unused();
     }
 
     /// Gives its memory back.

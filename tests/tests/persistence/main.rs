@@ -9,6 +9,7 @@
 
 mod beside;
 mod detaching;
+mod readonly;
 mod refusals;
 mod restarts;
 mod tamper;
