@@ -13,11 +13,12 @@ use crate::{
         client::{Client, ClientError},
         types::{InterfaceState, Status},
     },
+    daemon::expedite::Expedite,
     dataplane::kernel::{DEFAULT_PINS, TakenOff, take_off},
 };
 
 use super::{
-    Exit, Failure, Format, Globals, block_on,
+    DEFAULT_STATE, Exit, Failure, Format, Globals, block_on,
     out::{Hue, Out, clean, count},
 };
 
@@ -70,7 +71,11 @@ pub fn run(args: &Args, globals: &Globals, out: &mut Out) -> Result<Exit, Failur
         let Detached { interfaces } = block_on(async { Ok(client.detach().await?) })?;
         interfaces
     } else {
+        let state = Some(Path::new(DEFAULT_STATE)).filter(|state| state.is_dir());
+        let expedite = Expedite::of_kernel(state, &globals.socket);
+        let short = expedite.begin();
         let taken = take_off(pins);
+        drop(short);
         let taken = taken.map_err(|error| Failure::new(Exit::Environment, error.to_string()))?;
         let taken = taken.ok_or_else(|| {
             Failure::new(Exit::NotEnforcing, format!("nothing is pinned in {at}"))

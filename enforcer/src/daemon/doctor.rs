@@ -281,7 +281,7 @@ fn enforcers(status: Option<&Status>, interfaces: &[String]) -> Vec<Check> {
         let Ok(ifindex) = if_nametoindex(interface.as_str()) else {
             continue;
         };
-        let found = enforcers_on(ifindex, &BTreeSet::new(), &pinned);
+        let found = enforcers_on(ifindex, &pinned);
         let found = match found {
             Ok(found) if found.len() > 1 => found,
             Ok(_) => continue,

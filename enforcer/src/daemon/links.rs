@@ -101,8 +101,7 @@ impl Links {
     }
 
     /// Has the kernel's grace periods end soon while programs are attached.
-    pub fn expedited(self) -> Self {
-        let expedite = Expedite::of_kernel();
+    pub fn expedited(self, expedite: Expedite) -> Self {
         Self { expedite, ..self }
     }
 

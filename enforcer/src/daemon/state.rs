@@ -18,7 +18,7 @@ use crate::{
         },
     },
     compile::Image,
-    dataplane::{Counters, SocketHooks},
+    dataplane::{Counters, DataplaneError, SocketHooks},
     events::{Generations, Store, enrich::Local, reader::SharedDataplane},
     policy::model::{Environment, Policy},
     pulse::Pulse,
@@ -26,6 +26,7 @@ use crate::{
 };
 
 use super::{
+    expedite::Expedite,
     explain::{explain, now},
     files::Sources,
     load::Memory,
@@ -107,6 +108,8 @@ pub struct Shared {
     pub changes: Arc<Changes>,
     /// Of the server of the control socket.
     pub serving: Pulse,
+    /// Short grace periods.
+    pub expedite: Expedite,
     live: RwLock<Arc<Live>>,
     board: Mutex<Board>,
     started_at: Time,
@@ -126,6 +129,7 @@ impl Shared {
             store: Arc::default(),
             changes,
             serving: Pulse::default(),
+            expedite: Expedite::default(),
             live: RwLock::new(Arc::new(live)),
             board: Mutex::default(),
             started_at: Time::now(),
@@ -150,6 +154,19 @@ impl Shared {
     /// Changes the board; do not wait inside.
     pub fn note<T>(&self, change: impl FnOnce(&mut Board) -> T) -> T {
         change(&mut self.board.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes every program off.
+    ///
+    /// # Errors
+    /// As [`crate::dataplane::Dataplane::detach_all`].
+    pub fn detach_all(&self) -> Result<(), DataplaneError> {
+        let _short = self.expedite.begin();
+        let mut dataplane = self
+            .dataplane
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        dataplane.detach_all()
     }
 
     /// Asks the live image about a flow.

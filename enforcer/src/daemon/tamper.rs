@@ -45,7 +45,7 @@ impl Watchman {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
             dataplane.inspect().and_then(|mut found| {
-                let beside = dataplane.beside()?;
+                let beside = dataplane.beside();
                 if beside != self.beside {
                     beside
                         .iter()

@@ -75,32 +75,22 @@ pub fn elsewhere(own: Option<&Path>) -> Vec<Elsewhere> {
     found
 }
 
-/// Whose programs of an enforcer hang on an interface's hooks, but those in `ours`: where they are
-/// pinned, `None` for each that is pinned nowhere among these. Linux 6.6 and later.
+/// Whose programs of an enforcer hang on an interface's hooks: where they are pinned, `None` for each
+/// that is pinned nowhere among these. Linux 6.6 and later.
 ///
 /// # Errors
 /// [`DataplaneError::Syscall`].
 pub fn enforcers_on(
     interface: u32,
-    ours: &BTreeSet<u32>,
     pinned: &[Elsewhere],
 ) -> Result<Vec<Option<PathBuf>>, DataplaneError> {
-    let mut most: Vec<Option<PathBuf>> = Vec::new();
+    let mut most = Vec::new();
     for (name, _, hook) in TC_PROGRAMS.iter().filter(|_| tcx()) {
-        let programs = objects::programs_on(interface, *hook);
-        let programs = match programs {
+        let programs = match objects::programs_on(interface, *hook) {
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Vec::new(),
             programs => programs.map_err(syscall("query the programs of a link"))?,
         };
-        let mut found = Vec::new();
-        for id in programs.into_iter().filter(|id| !ours.contains(id)) {
-            match pinned.iter().find(|place| place.programs.contains(&id)) {
-                Some(place) => found.push(Some(place.root.clone())),
-                // Its name is for CAP_SYS_ADMIN to know.
-                None if objects::program_name(id).is_ok_and(|of| of == *name) => found.push(None),
-                None => {}
-            }
-        }
+        let found: Vec<_> = whose(&programs, name, pinned).collect();
         if found.len() > most.len() {
             most = found;
         }
@@ -108,30 +98,45 @@ pub fn enforcers_on(
     Ok(most)
 }
 
+/// Of these programs on the hook of a program of this name, those of enforcers.
+fn whose(
+    programs: &[u32],
+    name: &str,
+    pinned: &[Elsewhere],
+) -> impl Iterator<Item = Option<PathBuf>> {
+    programs.iter().filter_map(move |id| {
+        let place = pinned.iter().find(|place| place.programs.contains(id));
+        // Its name is for CAP_SYS_ADMIN to know.
+        let named = || objects::program_name(*id).is_ok_and(|of| of == name);
+        match place {
+            Some(place) => Some(Some(place.root.clone())),
+            None => named().then_some(None),
+        }
+    })
+}
+
 impl KernelDataplane {
     /// See [`super::Dataplane::beside`].
-    pub(super) fn enforcers_beside(&self) -> Result<Vec<Beside>, DataplaneError> {
+    pub(super) fn enforcers_beside(&self) -> Vec<Beside> {
         let pinned = elsewhere(self.pins.place());
-        let ours = self.own_programs()?;
         let mut interfaces: BTreeMap<Option<PathBuf>, BTreeSet<String>> = BTreeMap::new();
-        for (ifindex, attached) in &self.attached {
-            for whose in enforcers_on(*ifindex, &ours, &pinned)? {
-                let name = interface_name(*ifindex).unwrap_or_else(|| attached.name.clone());
-                interfaces.entry(whose).or_default().insert(name);
+        for ((ifindex, program), others) in &self.strangers {
+            for whose in whose(others, program, &pinned) {
+                let known = self
+                    .attached
+                    .get(ifindex)
+                    .map(|attached| attached.name.clone());
+                let name = interface_name(*ifindex).or(known);
+                interfaces.entry(whose).or_default().extend(name);
             }
         }
         for place in pinned.into_iter().filter(|place| place.here) {
             interfaces.entry(Some(place.root)).or_default();
         }
         let beside = interfaces.into_iter();
-        Ok(beside
+        beside
             .map(|(pins, interfaces)| Beside { pins, interfaces })
-            .collect())
-    }
-
-    fn own_programs(&self) -> Result<BTreeSet<u32>, DataplaneError> {
-        let all = TC_PROGRAMS.iter().map(|(program, ..)| *program);
-        all.chain(["shut"]).map(|name| self.id_of(name)).collect()
+            .collect()
     }
 
     /// Programs of other enforcers that are pinned: to fight them for the first place is in vain.

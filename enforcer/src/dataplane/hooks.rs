@@ -18,7 +18,7 @@ use super::{
     kernel::KernelDataplane,
     load::SOCKET_PROGRAMS,
     query::interface_name,
-    sys::objects::{self, AttachType},
+    sys::objects::{self, AttachType, LinkInfo},
 };
 
 pub(super) const TC_PROGRAMS: [(&str, TcAttachType, AttachType); 2] = [
@@ -37,6 +37,13 @@ pub(super) struct Attached {
 pub(super) enum Hook {
     Tcx(OwnedFd),
     Clsact,
+}
+
+/// A hook as the kernel has it.
+pub(super) struct Seen {
+    pub(super) link: LinkInfo,
+    /// All programs on it, in the order in which they are asked.
+    pub(super) programs: Vec<u32>,
 }
 
 /// tcx links came with Linux 6.6; before, clsact through netlink.
@@ -289,6 +296,7 @@ impl KernelDataplane {
             return Ok(Vec::new());
         }
         let mut lost = Vec::new();
+        self.seen.clear();
         for (ifindex, attached) in &self.attached {
             for (program, _, attach_type) in TC_PROGRAMS {
                 let ours = self.id_of(program)?;
@@ -307,6 +315,9 @@ impl KernelDataplane {
                         || link.is_some_and(|l| programs.contains(&l.program)))
                 {
                     lost.push((*ifindex, program, attach_type));
+                } else if let Some(link) = link {
+                    self.seen
+                        .insert((*ifindex, program), Seen { link, programs });
                 }
             }
         }

@@ -4,6 +4,7 @@
 //! does that takes the hooks for its own.
 
 use std::{
+    collections::BTreeMap,
     io,
     os::fd::{AsFd as _, BorrowedFd},
     path::Path,
@@ -15,7 +16,7 @@ use enforcer_common::wire::{Control, NO_DEADLINE, slot};
 use super::{
     DataplaneError, Tamper, clsact,
     errors::{map_error, syscall},
-    hooks::{Hook, TC_PROGRAMS, tcx},
+    hooks::{Hook, Seen, TC_PROGRAMS, tcx},
     images::Kept,
     kernel::KernelDataplane,
     load::{CONTROL, MAPS, SOCKET_PROGRAMS},
@@ -96,17 +97,35 @@ impl KernelDataplane {
 
     fn look_at_hooks(&mut self, found: &mut Vec<Tamper>) -> Result<(), DataplaneError> {
         let mut last = Vec::new();
-        let mut elsewhere = None;
+        let (mut elsewhere, mut strangers) = (None, BTreeMap::new());
+        let mut seen = std::mem::take(&mut self.seen);
         for (ifindex, attached) in &self.attached {
             for (program, hook) in &attached.hooks {
                 let Hook::Tcx(link) = hook else { continue };
                 let ours = self.classifier(program)?.fd();
                 let ours = ours.map_err(|e| syscall("use a program")(io::Error::other(e)))?;
                 let id = self.id_of(program)?;
-                let info = objects::link_info(link.as_fd()).map_err(syscall("read a link"))?;
+                let Some((.., attach_type)) = TC_PROGRAMS.iter().find(|(name, ..)| name == program)
+                else {
+                    continue;
+                };
+                let Seen {
+                    link: info,
+                    programs: all,
+                } = match seen.remove(&(*ifindex, *program)) {
+                    Some(seen) => seen,
+                    None => Seen {
+                        link: objects::link_info(link.as_fd()).map_err(syscall("read a link"))?,
+                        programs: objects::programs_on(*ifindex, *attach_type).unwrap_or_default(),
+                    },
+                };
                 // What is gone is `missing`.
                 if info.ifindex != *ifindex {
                     continue;
+                }
+                if all.iter().any(|other| *other != id) {
+                    let others = all.iter().copied().filter(|other| *other != id);
+                    strangers.insert((*ifindex, *program), others.collect());
                 }
                 let target = format!("{program} on {}", attached.name);
                 if info.program != id {
@@ -115,11 +134,6 @@ impl KernelDataplane {
                     found.push(Tamper::of(&target, what, back.is_ok()));
                     continue;
                 }
-                let Some((.., attach_type)) = TC_PROGRAMS.iter().find(|(name, ..)| name == program)
-                else {
-                    continue;
-                };
-                let all = objects::programs_on(*ifindex, *attach_type).unwrap_or_default();
                 let mut others: Vec<_> = all.iter().take_while(|other| **other != id).collect();
                 if others.len() == all.len() {
                     continue; // It is gone by now.
@@ -134,6 +148,7 @@ impl KernelDataplane {
                 }
             }
         }
+        self.strangers = strangers;
         for (ifindex, program, target, others) in last {
             let repaired = self.come_first(ifindex, program);
             let what = format!("was not the first to be asked, programs {others} were before it");

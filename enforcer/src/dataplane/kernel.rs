@@ -21,7 +21,7 @@ use super::errors::{load_error, map_error, missing, syscall};
 use super::{
     Adopted, Beside, Counters, Dataplane, DataplaneError, EventSource, FlowReader, Interface,
     LinkType, OnTrial, PacketCount, RecordCount, SocketHooks, Tamper, WallClock, flows,
-    hooks::Attached,
+    hooks::{Attached, Seen},
     images::Kept,
     load::{self, Opened},
     pins::{Meta, Pins},
@@ -53,6 +53,11 @@ pub struct KernelDataplane {
     events: Option<RingBuf<MapData>>,
     /// Hooks that had lost their programs, and have them again.
     pub(super) restored: Vec<String>,
+    /// What [`KernelDataplane::missing_hooks`] has just seen: each question takes the lock that births
+    /// of interfaces need.
+    pub(super) seen: BTreeMap<(u32, &'static str), Seen>,
+    /// Programs of others on our hooks, at the last look.
+    pub(super) strangers: BTreeMap<(u32, &'static str), Vec<u32>>,
     /// How often the first place on a hook was taken again.
     pub(super) fought: BTreeMap<(u32, &'static str), u32>,
     /// What was there before this process.
@@ -174,6 +179,8 @@ impl KernelDataplane {
             slots: BTreeMap::new(),
             events: Some(events),
             restored: Vec::new(),
+            seen: BTreeMap::new(),
+            strangers: BTreeMap::new(),
             fought: BTreeMap::new(),
             adopted: false,
             extra: &[],
@@ -369,7 +376,7 @@ impl Dataplane for KernelDataplane {
         std::path::absolute(self.pins.place()?).ok()
     }
 
-    fn beside(&self) -> Result<Vec<Beside>, DataplaneError> {
+    fn beside(&self) -> Vec<Beside> {
         self.enforcers_beside()
     }
 

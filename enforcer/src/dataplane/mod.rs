@@ -317,13 +317,10 @@ pub trait Dataplane: Send {
         None
     }
 
-    /// Other enforcers whose pins are for the same network namespace, or whose programs are on the
-    /// same hooks.
-    ///
-    /// # Errors
-    /// [`DataplaneError::Syscall`].
-    fn beside(&self) -> Result<Vec<Beside>, DataplaneError> {
-        Ok(Vec::new())
+    /// Other enforcers whose pins are for the same network namespace, or whose programs were on the
+    /// same hooks at the last [`Dataplane::inspect`].
+    fn beside(&self) -> Vec<Beside> {
+        Vec::new()
     }
 
     /// Tells the programs the time; before the first image, and when the clock was set.

@@ -15,6 +15,18 @@ use serde_json::Value;
 
 use crate::{gateway, policy};
 
+const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
+
+/// Whether a switch of the kernel is off at some moment: daemons of other tests use it as well.
+fn is_off(switch: &str) -> bool {
+    let off = || std::fs::read_to_string(switch).is_ok_and(|text| text.trim() == "0");
+    let start = std::time::Instant::now();
+    while !off() && start.elapsed() < scale::within(Duration::from_secs(3)) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    off()
+}
+
 fn packets(status: &Value) -> u64 {
     let counters = status["counters"].as_array().unwrap().iter();
     counters.map(|c| c["packets"].as_u64().unwrap()).sum()
@@ -133,12 +145,25 @@ fn what_changed_while_no_daemon_lived_is_brought_in_line() {
     for path in &strange {
         rival::pin(&rival::array(8).unwrap(), path).unwrap();
     }
+    // It was killed while it attached, with grace periods expedited.
+    let note = setup.socket().with_file_name("control.sock.expedited");
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let expedited = is_off(EXPEDITED);
+    if expedited {
+        std::fs::write(&note, boot).unwrap();
+        std::fs::write(EXPEDITED, "1").unwrap();
+    }
     // And the policy is another one.
     setup.write(&policy("-new"));
     let daemon = setup.start();
     for path in &strange {
         std::fs::remove_file(path).unwrap();
     }
+    assert!(
+        !expedited || is_off(EXPEDITED),
+        "grace periods stay expedited"
+    );
+    wait_for("no note", LONG, || (!note.exists()).then_some(()));
     in_order(&net, &pins, &daemon);
     assert!(first.is_empty() || pins.links() != first);
     under_load(&net, || std::thread::sleep(QUIET));
