@@ -74,7 +74,9 @@ pub fn run(args: &Args, globals: &Globals, out: &mut Out) -> Result<Exit, Failur
         let state = Some(Path::new(DEFAULT_STATE)).filter(|state| state.is_dir());
         let expedite = Expedite::of_kernel(state, &globals.socket);
         let short = expedite.begin();
-        let taken = take_off(pins);
+        let enforced = status.iter().flat_map(|status| &status.interfaces);
+        let enforced = enforced.filter(|i| i.enforced).map(|i| i.ifindex);
+        let taken = take_off(pins, &enforced.collect());
         drop(short);
         let taken = taken.map_err(|error| Failure::new(Exit::Environment, error.to_string()))?;
         let taken = taken.ok_or_else(|| {

@@ -27,12 +27,13 @@ pub struct TakenOff {
 }
 
 /// Takes off what an enforcer has pinned in a directory, whichever it was; `None` when nothing of one
-/// is there.
+/// is there. On the interfaces `but` another one is at work: before Linux 6.6 it has taken the place of
+/// this one's filters there.
 ///
 /// # Errors
 /// [`DataplaneError`]: the directory is not in a BPF file system, somebody is at work there, what is
 /// there is not an enforcer's. What could be taken off is off.
-pub fn take_off(root: &Path) -> Result<Option<TakenOff>, DataplaneError> {
+pub fn take_off(root: &Path, but: &BTreeSet<u32>) -> Result<Option<TakenOff>, DataplaneError> {
     if !root.exists() {
         return Ok(None);
     }
@@ -48,7 +49,7 @@ pub fn take_off(root: &Path) -> Result<Option<TakenOff>, DataplaneError> {
     let mut result = Ok(());
     if !tcx() {
         interfaces = pins.noted_interfaces();
-        for ifindex in interfaces.iter().filter(|_| here) {
+        for ifindex in interfaces.difference(but).filter(|_| here) {
             let Some(name) = interface_name(*ifindex) else {
                 continue;
             };
