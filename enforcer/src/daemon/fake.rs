@@ -44,6 +44,7 @@ pub struct Fake {
     pub detached_all: bool,
     pub refuse_apply: bool,
     pub refuse_attach: bool,
+    pub refuse_detach: bool,
     /// What each attachment takes.
     pub slow_attach: std::time::Duration,
     pub counters: Counters,
@@ -283,6 +284,9 @@ impl Dataplane for Handle {
 
     fn detach(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
         let mut fake = self.lock();
+        if fake.refuse_detach {
+            return Err(refused("detach"));
+        }
         fake.attached.remove(&ifindex);
         fake.log.push(format!("detach {ifindex}"));
         Ok(())

@@ -30,6 +30,8 @@ pub(super) const TC_PROGRAMS: [(&str, TcAttachType, AttachType); 2] = [
 pub(super) struct Attached {
     pub(super) name: String,
     pub(super) slot: u32,
+    /// It was to be taken off, and could not be.
+    pub(super) going: bool,
     pub(super) hooks: BTreeMap<&'static str, Hook>,
 }
 
@@ -73,6 +75,8 @@ impl KernelDataplane {
         let (ifindex, slot) = (interface.ifindex, interface.slot);
         if let Some(attached) = self.attached.get_mut(&ifindex) {
             attached.name.clone_from(&interface.name);
+            // What is off already is missing at the next look.
+            attached.going = false;
             if attached.slot == slot {
                 return Ok(());
             }
@@ -85,6 +89,7 @@ impl KernelDataplane {
         let mut attached = Attached {
             name: interface.name.clone(),
             slot,
+            going: false,
             hooks: BTreeMap::new(),
         };
         for (program, direction, tcx) in TC_PROGRAMS {
@@ -139,7 +144,8 @@ impl KernelDataplane {
             return Ok(());
         };
         let (result, left) = self.unhook(ifindex, attached);
-        if let Some(left) = left {
+        if let Some(mut left) = left {
+            left.going = true;
             self.attached.insert(ifindex, left);
             return result;
         }
@@ -152,7 +158,9 @@ impl KernelDataplane {
         ifindex: u32,
         attached: Attached,
     ) -> (Result<(), DataplaneError>, Option<Attached>) {
-        let Attached { name, slot, hooks } = attached;
+        let Attached {
+            name, slot, hooks, ..
+        } = attached;
         let (mut result, mut left) = (Ok(()), BTreeMap::new());
         for (program, hook) in hooks {
             let done = match &hook {
@@ -179,6 +187,7 @@ impl KernelDataplane {
         let left = (!left.is_empty()).then_some(Attached {
             name,
             slot,
+            going: false,
             hooks: left,
         });
         (result, left)
@@ -200,6 +209,7 @@ impl KernelDataplane {
                     let attached = found.entry(ifindex).or_insert_with(|| Attached {
                         name: interface_name(ifindex).unwrap_or_default(),
                         slot: slots.get(&ifindex).copied().unwrap_or(0),
+                        going: false,
                         hooks: BTreeMap::new(),
                     });
                     attached.hooks.insert(name, Hook::Tcx(link));
@@ -220,6 +230,7 @@ impl KernelDataplane {
                 let attached = Attached {
                     name,
                     slot: *slot,
+                    going: false,
                     hooks: hooks.into(),
                 };
                 found.insert(*ifindex, attached);
@@ -297,7 +308,7 @@ impl KernelDataplane {
         }
         let mut lost = Vec::new();
         self.seen.clear();
-        for (ifindex, attached) in &self.attached {
+        for (ifindex, attached) in self.attached.iter().filter(|(_, a)| !a.going) {
             for (program, _, attach_type) in TC_PROGRAMS {
                 let ours = self.id_of(program)?;
                 let programs = match objects::programs_on(*ifindex, attach_type) {

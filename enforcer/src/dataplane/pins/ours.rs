@@ -76,8 +76,14 @@ impl Pins {
             let Some((program, ifindex)) = meant(&name) else {
                 continue;
             };
-            let link = objects::get(&self.root.join("links").join(&name))?;
-            links.push((program, ifindex, link));
+            match objects::get(&self.root.join("links").join(&name)) {
+                Ok(link) => links.push((program, ifindex, link)),
+                // A directory, say.
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                    tracing::warn!(name, %error, "not a link, though it has the name of one");
+                }
+                Err(error) => return Err(error),
+            }
         }
         Ok(links)
     }
