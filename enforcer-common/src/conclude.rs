@@ -67,13 +67,11 @@ fn enter<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan, revers
     table.insert(&plan.key, &entry)
 }
 
-/// The verdict on a flow that was admitted before, and its entry brought up to date.
+/// The verdict on a flow that was admitted before.
 #[inline(always)]
-fn go_on<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Decision {
+fn judged_again(plan: &Plan) -> Decision {
     let mut decision = Decision::unpack(plan.words);
-    // Who sent this packet is another matter than whether the flow may go on; also where it passes
-    // because it is only observed, it says nothing of the flow.
-    if matches!(decision.reason, Reason::Spoofed | Reason::Martian) {
+    if aside(&decision) {
         return decision;
     }
     if !decision.outcome.passes() {
@@ -90,6 +88,23 @@ fn go_on<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Dec
         if !error.outcome.passes() {
             return error;
         }
+    }
+    decision
+}
+
+/// Who sent this packet is another matter than whether the flow may go on; also where it passes
+/// because it is only observed, it says nothing of the flow.
+#[inline(always)]
+fn aside(decision: &Decision) -> bool {
+    matches!(decision.reason, Reason::Spoofed | Reason::Martian)
+}
+
+/// The verdict on a flow that was admitted before, and its entry brought up to date.
+#[inline(always)]
+fn go_on<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Decision {
+    let mut decision = judged_again(plan);
+    if !decision.outcome.passes() || aside(&decision) {
+        return decision;
     }
     let timing = timing(plan.words);
     // An error about a session is no sign of life of its ends.
@@ -132,6 +147,48 @@ fn go_on<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Dec
     decision
 }
 
+/// The verdict on a packet that no entry speaks for, and whether it is the one on the far end as
+/// the opener.
+#[inline(always)]
+fn either(plan: &Plan, decision: Decision) -> (Decision, bool) {
+    if plan.step == MIDSTREAM && decision.outcome != Outcome::Allowed {
+        // Whichever end may have opened the flow; a clear "allowed" in either direction goes before
+        // a pass that would be recorded. Not for a packet that is not what it says: then nothing
+        // about the flow matters.
+        let reverse = Decision::unpack(plan.reverse_words);
+        if !aside(&decision)
+            && (reverse.outcome == Outcome::Allowed
+                || (!decision.outcome.passes() && reverse.outcome.passes()))
+        {
+            return (reverse, true);
+        }
+    }
+    (decision, false)
+}
+
+/// The far end's own right to a flow that may not go on by its opener's, if it has one.
+#[inline(always)]
+fn own_right(plan: &Plan, decision: &Decision) -> Option<Decision> {
+    let own = Decision::unpack(plan.reverse_words);
+    let asked = plan.step == REJUDGE && plan.has_reverse != 0;
+    (!decision.outcome.passes() && asked && own.outcome.passes()).then_some(own)
+}
+
+/// The verdict that [`conclude`] would come to, for who has no entry to change: of a policy that
+/// does not judge. Only the reason may be another, where the entry speaks for itself.
+#[inline(always)]
+pub fn verdict(plan: &Plan) -> Decision {
+    let decision = decided(plan);
+    match plan.step {
+        OPEN | MIDSTREAM => either(plan, decision).0,
+        REJUDGE | REJUDGE_RELATED => {
+            let decision = judged_again(plan);
+            own_right(plan, &decision).unwrap_or(decision)
+        }
+        _ => decision,
+    }
+}
+
 /// What follows from the answer: the verdict, and what becomes of the flow's entry.
 #[inline(always)]
 pub fn conclude<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan) -> Judgement {
@@ -139,21 +196,8 @@ pub fn conclude<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan)
     let mut decision = decided(plan);
     match plan.step {
         OPEN | MIDSTREAM => {
-            let mut reversed = false;
-            if plan.step == MIDSTREAM && decision.outcome != Outcome::Allowed {
-                // Whichever end may have opened the flow; a clear "allowed" in either direction
-                // goes before a pass that would be recorded. Not for a packet that is not what it
-                // says: then nothing about the flow matters.
-                let reverse = Decision::unpack(plan.reverse_words);
-                let genuine = !matches!(decision.reason, Reason::Spoofed | Reason::Martian);
-                if genuine
-                    && (reverse.outcome == Outcome::Allowed
-                        || (!decision.outcome.passes() && reverse.outcome.passes()))
-                {
-                    decision = reverse;
-                    reversed = true;
-                }
-            }
+            let reversed;
+            (decision, reversed) = either(plan, decision);
             // What is essential needs no entry. The reply of a failsafe's flow gets none either: it
             // would make its sender the opener, whom the next policy need not let go on.
             let reply = decision.reason == Reason::Failsafe && plan.ifindex == 0;
@@ -164,9 +208,7 @@ pub fn conclude<F: FlowTable, T: Time>(table: &F, scene: &Scene<T>, plan: &Plan)
         }
         REJUDGE | REJUDGE_RELATED => {
             decision = go_on(table, scene, plan);
-            let own = Decision::unpack(plan.reverse_words);
-            let asked = plan.step == REJUDGE && plan.has_reverse != 0;
-            if !decision.outcome.passes() && asked && own.outcome.passes() {
+            if let Some(own) = own_right(plan, &decision) {
                 insert_failed = !enter(table, scene, plan, true);
                 decision = own;
             }

@@ -11,7 +11,7 @@
 //! between the two, the flow is judged anew by the newer image. Must not know: what the table is
 //! made of, what time it is.
 
-pub use crate::conclude::conclude;
+pub use crate::conclude::{conclude, verdict};
 use crate::{
     decide::{
         ARRIVAL, Ask, Decision, FAILSAFE, FAILSAFE_REPLY, NO_RENEWAL, NO_SESSION, NOT_MARTIAN,
@@ -264,6 +264,19 @@ pub fn consult<W: Words + ?Sized, T: Time>(image: &W, time: &T, plan: &mut Plan)
     if plan.has_reverse != 0 && (!allowed || plan.step == REJUDGE_RELATED) {
         plan.reverse_words = answer(image, &plan.reverse, time);
     }
+}
+
+/// Asks an image that does not judge, the shadow, what the plan wants to know, and says what would
+/// follow. The plan is afterwards as it was, but for the answers.
+#[inline(always)]
+pub fn rehearse<W: Words + ?Sized, T: Time>(image: &W, time: &T, plan: &mut Plan) -> Decision {
+    let (own, stale) = (plan.generation, plan.stale);
+    // Why an entry does not count is no matter of the shadow's.
+    plan.generation = generation(image);
+    consult(image, time, plan);
+    let decision = verdict(plan);
+    (plan.generation, plan.stale) = (own, stale);
+    decision
 }
 
 /// Plans a denial of form, or the pass of a protocol below IP.

@@ -11,6 +11,7 @@
 //! - [`case`]: a packet and its verdict, as records have them
 //! - [`opening`]: its middle way for packets that open one
 //! - [`table`]: the flow table, in whatever memory
+//! - [`shadow`]: where a candidate policy says something else
 //! - [`wire`]: map values and event records, byte for byte
 //!
 //! Must not know: any I/O, any clock (time is an argument), tokio, aya's programs, YAML.
@@ -28,6 +29,7 @@ pub mod opening;
 pub mod packet;
 #[cfg(feature = "user")]
 mod pod;
+pub mod shadow;
 pub mod swift;
 pub mod table;
 pub mod verdict;

@@ -4,13 +4,17 @@
     reason = "aya::Pod is an unsafe trait; the orphan rule puts it here"
 )]
 
-use crate::wire::{
-    Control, DeniedSlot, Event, FlowEntry, FlowKey, FragmentEntry, FragmentKey, Interface, Process,
+use crate::{
+    shadow::{Difference, DifferenceKey},
+    wire::{
+        Control, DeniedSlot, Event, FlowEntry, FlowKey, FragmentEntry, FragmentKey, Interface,
+        Process,
+    },
 };
 
 macro_rules! pod {
     ($($type:ty),*) => { $(
-        // SAFETY: repr(C), Copy, 'static, no padding (asserted in `wire`), and every bit pattern
+        // SAFETY: repr(C), Copy, 'static, no padding (asserted where they are), and every bit pattern
         // is a value: the fields are integers and arrays of integers.
         unsafe impl aya::Pod for $type {}
     )* };
@@ -25,5 +29,7 @@ pod!(
     Interface,
     Process,
     Event,
-    DeniedSlot
+    DeniedSlot,
+    DifferenceKey,
+    Difference
 );

@@ -224,6 +224,9 @@ pub const NO_DEADLINE: u64 = u64::MAX;
 pub const CONTROL_SOCKET_REFUSE: u32 = 1;
 /// Rare debug messages through aya-log.
 pub const CONTROL_DEBUG: u32 = 1 << 1;
+/// The image in `slot::SHADOW` is asked as well: every packet that no entry speaks for goes the long
+/// way.
+pub const CONTROL_SHADOW: u32 = 1 << 2;
 
 /// The value of `INTERFACES`, by ifindex.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -22,8 +22,6 @@ pub fn account(ctx: &TcContext, work: &Work) {
     let Work {
         hook,
         decision,
-        packet,
-        scene,
         plan,
         ..
     } = work;
@@ -32,23 +30,26 @@ pub fn account(ctx: &TcContext, work: &Work) {
         Outcome::Denied | Outcome::WouldDeny => {}
         Outcome::Allowed | Outcome::Off => return,
     }
+    let mut case = case(work);
+    let rules = matches!(decision.reason, Reason::DefaultDeny | Reason::RuleDeny);
+    let lasting = rules && matches!(decision.outcome, Outcome::Denied) && plan.lasts();
+    case.decided(decision, plan.generation, lasting);
+    crate::record(ctx.skb.skb, &raw const case);
+}
+
+/// The packet at hand, before anybody has judged it.
+#[inline(always)]
+pub fn case(work: &Work) -> Case {
+    let packet = &work.packet;
     let family = match (packet.addresses, packet.tuple.v6) {
         (false, _) => 0,
         (true, false) => 4,
         (true, true) => 6,
     };
-    let mut case = Case::new(
-        &packet.tuple,
-        packet.ethertype,
-        family,
-        *hook,
-        scene.clock.now,
-    );
+    let now = work.scene.clock.now;
+    let mut case = Case::new(&packet.tuple, packet.ethertype, family, work.hook, now);
     case.ifindex = packet.ifindex;
-    let rules = matches!(decision.reason, Reason::DefaultDeny | Reason::RuleDeny);
-    let lasting = rules && matches!(decision.outcome, Outcome::Denied) && plan.lasts();
-    case.decided(decision, plan.generation, lasting);
-    crate::record(ctx.skb.skb, &raw const case);
+    case
 }
 
 /// Records a denied packet, or one that would have been; it is counted already.

@@ -14,6 +14,7 @@ mod ctx;
 mod events;
 mod flows;
 mod maps;
+mod shadow;
 mod socket;
 
 use aya_ebpf::{
@@ -27,6 +28,7 @@ use enforcer_common::{
     decide::{Decision, generation},
     flow::Clock,
     judge, opening, packet,
+    shadow::{DifferenceKey, Said, differ},
     swift::{self, Known, Moment, Window as _},
     table,
     verdict::{Hook, Outcome, Reason, Record, packet_counter, record_counter},
@@ -139,6 +141,8 @@ fn run(ctx: &TcContext, hook: Hook) -> i32 {
     };
     work.hook = hook;
     let skb = ctx.skb.skb;
+    let shadowed = maps::shadowed();
+    work.shadow.generation = 0;
     if look(skb, work) != 0 {
         work.plan.generation = 0;
         work.decision = Decision::pass(Reason::VlanDevice);
@@ -146,6 +150,9 @@ fn run(ctx: &TcContext, hook: Hook) -> i32 {
         work.form = parse(skb, work);
         plan(work);
         if work.plan.asks() {
+            if shadowed {
+                rehearse(work);
+            }
             consult(work);
         }
         if conclude(work) != 0 {
@@ -157,6 +164,9 @@ fn run(ctx: &TcContext, hook: Hook) -> i32 {
         }
     }
     account(skb, work);
+    if shadowed {
+        compare(work);
+    }
     action(&work.decision)
 }
 
@@ -173,10 +183,12 @@ fn short(skb: *mut __sk_buff, hook: Hook) -> u32 {
     // SAFETY: a load from the context.
     let (known, again) = match u16::from_be(unsafe { (*skb).protocol } as u16) {
         0x0800 => match short4(skb, hook) {
+            UNKNOWN if maps::shadowed() => return LONG,
             UNKNOWN => (UNKNOWN, again4(skb, hook)),
             known => (known, 0),
         },
         0x86dd => match short6(skb, hook) {
+            UNKNOWN if maps::shadowed() => return LONG,
             UNKNOWN => (UNKNOWN, again6(skb, hook)),
             known => (known, 0),
         },
@@ -456,6 +468,38 @@ pub extern "C" fn consult(work: *mut Work) -> u32 {
     match maps::live() {
         Some(image) => judge::consult(&image, &work.scene.time, &mut work.plan),
         None => work.plan.without_policy(),
+    }
+    0
+}
+
+/// Asks the candidate policy.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn rehearse(work: *mut Work) -> u32 {
+    // SAFETY: as in `look`.
+    let (Some(work), Some(image)) = (unsafe { work.as_mut() }, maps::candidate()) else {
+        return 0;
+    };
+    let decision = judge::rehearse(&image, &work.scene.time, &mut work.plan);
+    work.shadow = Said::of(&decision, generation(&image));
+    0
+}
+
+/// Counts a packet of which the candidate says something else.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn compare(work: *mut Work) -> u32 {
+    // SAFETY: as in `look`.
+    if let Some(work) = unsafe { work.as_mut() }
+        && work.shadow.generation != 0
+        && differ(work.decision.outcome, work.shadow.outcome())
+    {
+        let key = DifferenceKey {
+            live: Said::of(&work.decision, work.plan.generation),
+            shadow: work.shadow,
+            hook: work.hook as u32,
+        };
+        shadow::count(&key, &events::case(work));
     }
     0
 }

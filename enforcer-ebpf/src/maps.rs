@@ -11,11 +11,12 @@ use enforcer_common::{
     image::Words,
     judge::{Plan, Scene},
     packet::Packet,
+    shadow::Said,
     table::Found,
     verdict::{COUNTERS as COUNTER_COUNT, Hook},
     wire::{
-        Control, DENIED_SLOTS, DeniedSlot, ETHERNET_LINKS, Event, FragmentEntry, FragmentKey,
-        Interface, Process, VLAN_JUDGED_THERE, slot,
+        CONTROL_SHADOW, Control, DENIED_SLOTS, DeniedSlot, ETHERNET_LINKS, Event, FragmentEntry,
+        FragmentKey, Interface, Process, VLAN_JUDGED_THERE, slot,
     },
 };
 
@@ -113,6 +114,25 @@ pub fn live() -> Option<Image> {
     } else {
         None
     }
+}
+
+/// The image of a candidate policy, if there is one this program can read.
+#[inline(always)]
+pub fn candidate() -> Option<Image> {
+    let image = Image(POLICY.get_value(slot::SHADOW, &0)?);
+    if decide::readable(&image) {
+        Some(image)
+    } else {
+        None
+    }
+}
+
+/// Whether there is a candidate to ask.
+#[inline(always)]
+pub fn shadowed() -> bool {
+    // SAFETY: as in `control`.
+    let flags = unsafe { (&raw const CONTROL.flags).read_volatile() };
+    flags & CONTROL_SHADOW != 0
 }
 
 /// The daemon's settings.
@@ -233,15 +253,25 @@ pub fn count(index: u32, packets: u64) {
 #[inline(always)]
 pub fn count_shared(index: u32) {
     if let Some(counter) = COUNTERS.get_ptr_mut(index) {
-        // SAFETY: this CPU's own slot of a live array map; one instruction that only writes there.
-        // The target has no `fetch_add`, the instruction set has always had this one.
-        unsafe {
-            core::arch::asm!(
-                "lock *(u64 *)({counter} + 0) += {one}",
-                counter = in(reg) counter,
-                one = in(reg) 1u64,
-            );
-        }
+        // SAFETY: this CPU's own slot of a live array map.
+        unsafe { increment(counter) };
+    }
+}
+
+/// Adds one where others add at the same time.
+///
+/// # Safety
+/// `count` is an aligned word of a live map.
+#[inline(always)]
+pub unsafe fn increment(count: *mut u64) {
+    // SAFETY: the caller's promise; one instruction that only writes there. The target has no
+    // `fetch_add`, the instruction set has always had this one.
+    unsafe {
+        core::arch::asm!(
+            "lock *(u64 *)({count} + 0) += {one}",
+            count = in(reg) count,
+            one = in(reg) 1u64,
+        );
     }
 }
 
@@ -256,6 +286,8 @@ pub struct Work {
     pub hook: Hook,
     /// What the parser said.
     pub form: u32,
+    /// What the shadow says.
+    pub shadow: Said,
 }
 
 /// Values of which all zeros are one.

@@ -17,16 +17,19 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use enforcer_common::{
+    case::Case,
     decide::{Ask, Decision, FAILSAFE_REPLY, Query, answer, generation},
     flow,
     image::{Address, LOCAL_UNKNOWN, MAX_LOCAL, MAX_LOCAL_CLASSES, Words as _, header},
     packet::{Kind, Tuple},
+    shadow::{DifferenceKey, Said},
     verdict::{Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::{CONTROL_SOCKET_REFUSE, Control, Event, Process},
 };
 
 use crate::flows::flow_known;
 use crate::maps::{self, EVENTS, Image, KernelTime, SOCKETS};
+use crate::shadow;
 
 const TCP: u32 = 6;
 const UDP: u32 = 17;
@@ -177,13 +180,21 @@ fn refuse(
     if unjudged(&image, &tuple) || essential(&tuple) {
         return false;
     }
-    let Some(words) = denied(generation(&image), &tuple) else {
+    let mut words = 0;
+    if !denied(LIVE, generation(&image), &tuple, &mut words) {
         return false;
-    };
+    }
     if answers_a_flow(&image, &mut tuple) {
         return false;
     }
     let decision = Decision::unpack(words);
+    if maps::shadowed() {
+        let shadow = candidate_passes(&tuple);
+        if shadow != 0 {
+            let live = Said::of(&decision, generation(&image));
+            compare(hook, &tuple, &live, shadow);
+        }
+    }
     maps::count_shared(packet_counter(hook, Outcome::Denied, decision.reason));
     let record = record(hook, &tuple, &decision, generation(&image), cookie);
     maps::count_shared(record_counter(hook, record));
@@ -299,6 +310,8 @@ fn local(image: &Image, v6: bool, i: u32) -> [u32; 4] {
 #[repr(C)]
 pub struct Turn {
     ask: Ask,
+    /// Which image: [`LIVE`] or [`CANDIDATE`].
+    image: u32,
     /// Which of the host's address classes the source is; [`BOUND`]: it is in `ask`.
     index: u32,
     /// Generation of the image that is looked into.
@@ -307,6 +320,10 @@ pub struct Turn {
     words: u64,
 }
 
+/// The one that judges.
+const LIVE: u32 = 0;
+/// The one that is only asked.
+const CANDIDATE: u32 = 1;
 /// The socket has an address.
 const BOUND: u32 = u32::MAX;
 /// TC would deny it.
@@ -325,7 +342,12 @@ pub extern "C" fn socket_turn(turn: *mut Turn) -> u32 {
     let Some(turn) = (unsafe { turn.as_mut() }) else {
         return LEAVE;
     };
-    let Some(image) = maps::live() else {
+    let image = if turn.image == LIVE {
+        maps::live()
+    } else {
+        maps::candidate()
+    };
+    let Some(image) = image else {
         return LEAVE;
     };
     if generation(&image) != turn.generation {
@@ -360,10 +382,11 @@ pub extern "C" fn socket_turn(turn: *mut Turn) -> u32 {
     }
 }
 
-/// The verdict words if TC would deny a packet from this socket: from the address it is bound to,
-/// or from every local one. `None` when one would pass, or the image names none.
-#[inline(always)]
-fn denied(generation: u32, tuple: &Tuple) -> Option<u64> {
+/// Whether TC would deny a packet from this socket: from the address it is bound to, or from every
+/// local one. `false` when one would pass, or the image names none. `words`: of the last denial.
+// A subprogram for its stack, as `remember`.
+#[inline(never)]
+fn denied(image: u32, generation: u32, tuple: &Tuple, words: &mut u64) -> bool {
     let bound = tuple.source != [0; 4];
     let mut ask = Ask::rules(&Query {
         source: tuple.source_address(),
@@ -378,28 +401,57 @@ fn denied(generation: u32, tuple: &Tuple) -> Option<u64> {
     }
     let mut turn = Turn {
         ask,
+        image,
         index: if bound { BOUND } else { 0 },
         generation,
         words: 0,
     };
     if bound {
-        return match socket_turn(&raw mut turn) {
-            DENIED => Some(turn.words),
-            _ => None,
-        };
+        let denied = socket_turn(&raw mut turn) == DENIED;
+        *words = turn.words;
+        return denied;
     }
-    let mut words = None;
+    let mut any = false;
     let mut i = 0;
     while i <= MAX_LOCAL_CLASSES {
         turn.index = i;
         match socket_turn(&raw mut turn) {
-            DENIED => words = Some(turn.words),
-            END => return words,
-            _ => return None,
+            DENIED => any = true,
+            END => return any,
+            _ => return false,
         }
+        *words = turn.words;
         i += 1;
     }
-    None
+    false
+}
+
+/// The generation of a candidate policy that lets TC decide what the live one denies; 0: there is
+/// none, or it denies it, too.
+#[inline(always)]
+fn candidate_passes(tuple: &Tuple) -> u32 {
+    let asked = || maps::candidate().map_or(0, |image| generation(&image));
+    let own = asked();
+    let mut words = 0;
+    // Should another have taken its place meanwhile, nobody knows which one answered.
+    if own == 0 || denied(CANDIDATE, own, tuple, &mut words) || asked() != own {
+        return 0;
+    }
+    own
+}
+
+/// Counts a call that the candidate would let pass.
+// A subprogram for its stack, as `remember`.
+#[inline(never)]
+fn compare(hook: Hook, tuple: &Tuple, live: &Said, generation: u32) {
+    let key = DifferenceKey {
+        live: *live,
+        shadow: Said::of(&Decision::pass(Reason::Deferred), generation),
+        hook: hook as u32,
+    };
+    let (ethertype, family) = if tuple.v6 { (0x86dd, 6) } else { (0x0800, 4) };
+    let case = Case::new(tuple, ethertype, family, hook, 0);
+    shadow::count_call(&key, &case);
 }
 
 /// Whether a datagram may be the answer to a flow that the other end opened. TC knows whether

@@ -19,6 +19,7 @@ use super::{
         RefusalCode, Reloaded, Status,
     },
 };
+use crate::plan::rehearsal::{ShadowRequest, Shadowing};
 
 /// Bytes of an answer that is not a stream.
 const LARGEST: usize = 16 << 20;
@@ -178,6 +179,31 @@ impl Client {
     /// [`ClientError`].
     pub async fn confirm(&self) -> Result<Changed, ClientError> {
         self.json(Method::POST, "/v1/confirm", Vec::new()).await
+    }
+
+    /// The candidate policy, and where it differs from the one in force.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn shadow(&self) -> Result<Shadowing, ClientError> {
+        self.json(Method::GET, "/v1/shadow", Vec::new()).await
+    }
+
+    /// Has a candidate policy asked beside the one in force.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the last candidate, if any, stays.
+    pub async fn begin_shadow(&self, request: &ShadowRequest) -> Result<Shadowing, ClientError> {
+        let body = serde_json::to_vec(request).map_err(broken)?;
+        self.json(Method::POST, "/v1/shadow/begin", body).await
+    }
+
+    /// Ends that; answers with what came of it.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn end_shadow(&self) -> Result<Shadowing, ClientError> {
+        self.json(Method::POST, "/v1/shadow/end", Vec::new()).await
     }
 
     /// Takes the programs off. The daemon ends then.

@@ -20,6 +20,7 @@ use super::{
         Peer, Plan, PlanRequest, Record, Refusal, Reloaded, Status, Time,
     },
 };
+use crate::plan::rehearsal::{ShadowRequest, Shadowing};
 
 impl JsonSchema for Time {
     fn schema_name() -> Cow<'static, str> {
@@ -128,6 +129,15 @@ fn operation(route: &Route, asked: &mut SchemaGenerator, told: &mut SchemaGenera
             "application/json",
             told.subschema_for::<Flows>(),
         ),
+        "/v1/shadow" | "/v1/shadow/begin" | "/v1/shadow/end" => (
+            match route.path {
+                "/v1/shadow" => "The candidate policy, and where it differs from the one in force.",
+                "/v1/shadow/begin" => "Ask a candidate policy beside the one in force.",
+                _ => "Ask it no more; the answer is what came of it.",
+            },
+            "application/json",
+            told.subschema_for::<Shadowing>(),
+        ),
         "/v1/openapi.json" => (
             "This description.",
             "application/json",
@@ -145,7 +155,7 @@ fn operation(route: &Route, asked: &mut SchemaGenerator, told: &mut SchemaGenera
         "content": content("application/json", &told.subschema_for::<Refusal>()),
     });
     let mut operation = json!({
-        "operationId": route.path.trim_start_matches("/v1/").replace('.', "_"),
+        "operationId": route.path.trim_start_matches("/v1/").replace(['.', '/'], "_"),
         "summary": summary,
         "description": who,
         "responses": {
@@ -158,6 +168,7 @@ fn operation(route: &Route, asked: &mut SchemaGenerator, told: &mut SchemaGenera
         "/v1/plan" => Some(asked.subschema_for::<PlanRequest>()),
         "/v1/apply" => Some(asked.subschema_for::<ApplyRequest>()),
         "/v1/rollback" => Some(asked.subschema_for::<RollbackRequest>()),
+        "/v1/shadow/begin" => Some(asked.subschema_for::<ShadowRequest>()),
         _ => None,
     };
     if let Some(schema) = body {

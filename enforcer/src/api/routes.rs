@@ -33,6 +33,7 @@ use crate::{
         state::Shared,
     },
     events::store::{Filter, Follower, UNSEGMENTED},
+    plan::rehearsal::{ShadowRequest, Shadowing},
 };
 
 /// What the answers are made of.
@@ -106,8 +107,12 @@ pub fn all() -> (Vec<Route>, Router<Context>) {
     add(tell.clone(), "/v1/apply", change, false, post(apply));
     add(tell.clone(), "/v1/confirm", change, false, post(confirm));
     add(tell.clone(), "/v1/rollback", change, false, post(rollback));
+    let (begin, end) = (post(begin_shadow), post(end_shadow));
+    add(tell.clone(), "/v1/shadow/begin", change, false, begin);
+    add(tell.clone(), "/v1/shadow/end", change, false, end);
     add(tell, "/v1/detach", change, false, post(detach));
     add(ask.clone(), "/v1/history", view, false, get(history));
+    add(ask.clone(), "/v1/shadow", view, false, get(shadow));
     add(ask, "/v1/openapi.json", view, false, get(openapi));
     (routes, router)
 }
@@ -351,6 +356,64 @@ async fn plan(
             no_plan(error)
         }
         Err(error) => internal(error.to_string()),
+    }
+}
+
+async fn begin_shadow(
+    State(context): State<Context>,
+    Extension(by): Extension<Arc<Named>>,
+    body: Bytes,
+) -> Response {
+    let request: ShadowRequest = match serde_json::from_slice(&body) {
+        Ok(request) => request,
+        Err(error) => return bad(format!("the body is no such request: {error}")),
+    };
+    let Ok(turn) = Arc::clone(&context.planning).try_acquire_owned() else {
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        let error = "a plan is being made: try again";
+        return refuse(status, RefusalCode::Busy, error);
+    };
+    let (who, path) = (Arc::clone(&by), request.path.clone());
+    let begin = move |shared: &Shared| {
+        let begun = crate::daemon::shadow::begin(shared, request.path, &who);
+        drop(turn);
+        begun
+    };
+    rehearsed(work(context, begin).await, &by, "a shadow begins", &path)
+}
+
+async fn end_shadow(
+    State(context): State<Context>,
+    Extension(by): Extension<Arc<Named>>,
+) -> Response {
+    let ended = work(context, crate::daemon::shadow::end).await;
+    rehearsed(ended, &by, "the shadow ends", "")
+}
+
+async fn shadow(State(context): State<Context>) -> Response {
+    match work(context, crate::daemon::shadow::report).await {
+        Ok(Ok(shadowing)) => Json(shadowing).into_response(),
+        Ok(Err(error)) => no_plan(error),
+        Err(answer) => answer,
+    }
+}
+
+fn rehearsed(
+    result: Result<Result<Shadowing, PlanError>, Response>,
+    by: &Named,
+    what: &str,
+    path: &str,
+) -> Response {
+    match result {
+        Ok(Ok(shadowing)) => {
+            tracing::info!(%by, path, "{what}");
+            Json(shadowing).into_response()
+        }
+        Ok(Err(error)) => {
+            tracing::info!(%by, path, "refused: {what}");
+            no_plan(error)
+        }
+        Err(answer) => answer,
     }
 }
 

@@ -219,6 +219,18 @@ pub struct RecordStatus {
     pub events: EventStatus,
 }
 
+/// A candidate policy in short; all of it is in the answer to `GET /v1/shadow`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+pub struct ShadowStatus {
+    /// Where it was read.
+    pub path: String,
+    /// Packets and calls that would have fared otherwise, as of a second ago.
+    pub differing: u64,
+    /// Why it is not asked as it should be.
+    pub problem: Option<String>,
+}
+
 /// The answer to `GET /v1/status`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -237,6 +249,9 @@ pub struct Status {
     /// The trial that it is on.
     #[serde(default)]
     pub trial: Option<TrialStatus>,
+    /// The candidate that is asked beside it, and never obeyed.
+    #[serde(default)]
+    pub shadow: Option<ShadowStatus>,
     /// What passes before it is asked.
     #[serde(default)]
     pub settings: SettingsStatus,

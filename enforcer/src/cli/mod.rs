@@ -12,6 +12,7 @@ mod history;
 mod out;
 mod plan;
 mod run;
+mod shadow;
 mod status;
 
 use std::{io::Write, path::PathBuf, process::ExitCode};
@@ -48,7 +49,7 @@ pub struct Kernel {
 /// Adopts what is there; with a number, loads the programs for images of so many words.
 pub type Open = fn(&Kernel, Option<u32>) -> Result<Option<Box<dyn Dataplane>>, DataplaneError>;
 
-const EXIT_CODES: &str = "Exit codes: 0 fine, 1 the policy is no good, or doctor found a fault, 2 plan: there are changes, \
+const EXIT_CODES: &str = "Exit codes: 0 fine, 1 the policy is no good, or doctor found a fault, 2 plan, shadow: there are changes, \
 3 the machine lacks something, 4 degraded, 5 not enforcing, 64 usage.";
 
 /// Microsegmentation for Linux: segments in YAML, enforced by eBPF.
@@ -93,6 +94,8 @@ enum Verb {
     Explain(explain::Args),
     /// Show what another policy would change, and which live flows it would cut; nothing is changed.
     Plan(plan::Args),
+    /// Ask another policy beside the one in force, without obeying it: count where they differ.
+    Shadow(shadow::Args),
     /// Show live flows, and the rules that admit them.
     Flows(flows::Args),
     /// Show what is enforced, and how well.
@@ -202,6 +205,7 @@ pub fn main(open: Open) -> ExitCode {
         Verb::Denials(args) => denials::run(args, &cli.globals, &mut out),
         Verb::Explain(args) => explain::run(args, &cli.globals, &mut out),
         Verb::Plan(args) => plan::run(args, &cli.globals, &mut out),
+        Verb::Shadow(args) => shadow::run(args, &cli.globals, &mut out),
         Verb::Flows(args) => flows::run(args, &cli.globals, &mut out),
         Verb::Status(args) => status::run(args, &cli.globals, &mut out),
         Verb::Doctor(args) => doctor::run(args, &cli.globals, &mut out),

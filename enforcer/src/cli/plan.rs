@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use crate::api::{
     client::{Client, ClientError},
     types::{
-        Because, ChangedFlow, End, Items, LiveFlow, Plan, PlanRequest, ReachChange, ReachGroup,
-        Refusal, Sign,
+        Because, ChangedFlow, End, FlowChanges, Items, LiveFlow, Plan, PlanRequest, ReachChange,
+        ReachGroup, Refusal, Sign,
     },
 };
 
@@ -127,15 +127,7 @@ pub(super) fn show(plan: &Plan, out: &mut Out) -> Result<(), Failure> {
     }
     reach(plan, out)?;
     let flows = &plan.flows;
-    let cut = "live flows that would be cut";
-    changed_flows(cut, Hue::Bad, '-', flows.cut, &flows.cut_flows, out)?;
-    let observed = "live flows that would be recorded as WOULD_DENY";
-    let list = &flows.would_deny_flows;
-    changed_flows(observed, Hue::Warn, '~', flows.would_deny, list, out)?;
-    if let Some(error) = &flows.error {
-        let label = out.paint(Hue::Warn, "live flows could not be judged");
-        out.line(format!("{label}: {}\n", clean(error)))?;
-    }
+    flow_changes(flows, out)?;
     let hue = if !plan.changed {
         Hue::Good
     } else if flows.cut > 0 || flows.error.is_some() {
@@ -298,6 +290,20 @@ pub(super) fn because(because: &Because) -> String {
         "unsegmented" => format!("{outcome}, no segment guards it"),
         other => format!("{outcome}: {}", other.replace('_', " ")),
     }
+}
+
+/// Live flows that do not go on as they do now.
+pub(super) fn flow_changes(flows: &FlowChanges, out: &mut Out) -> Result<(), Failure> {
+    let cut = "live flows that would be cut";
+    changed_flows(cut, Hue::Bad, '-', flows.cut, &flows.cut_flows, out)?;
+    let observed = "live flows that would be recorded as WOULD_DENY";
+    let list = &flows.would_deny_flows;
+    changed_flows(observed, Hue::Warn, '~', flows.would_deny, list, out)?;
+    if let Some(error) = &flows.error {
+        let label = out.paint(Hue::Warn, "live flows could not be judged");
+        out.line(format!("{label}: {}\n", clean(error)))?;
+    }
+    Ok(())
 }
 
 fn changed_flows(

@@ -11,7 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use enforcer_common::{table::Flow, wire::Event};
+use enforcer_common::{
+    shadow::{Difference, DifferenceKey},
+    table::Flow,
+    wire::Event,
+};
 
 use crate::{
     compile::Image,
@@ -69,6 +73,9 @@ pub struct Fake {
     pub adopted: Option<Adopted>,
     pub outlives: bool,
     pub tampered: Vec<Tamper>,
+    /// The candidate, and where it differs.
+    pub shadow: Option<Image>,
+    pub differences: BTreeMap<DifferenceKey, Difference>,
     pub recorded: Vec<Event>,
     events: VecDeque<Event>,
     wake: Option<UnixStream>,
@@ -226,6 +233,24 @@ impl Dataplane for Handle {
         fake.applied.extend(both);
         drop(fake);
         self.step()
+    }
+
+    fn set_shadow(&mut self, image: Option<&Image>) -> Result<(), DataplaneError> {
+        self.lock().shadow = image.cloned();
+        Ok(())
+    }
+
+    fn shadow(&self) -> Result<Option<Image>, DataplaneError> {
+        Ok(self.lock().shadow.clone())
+    }
+
+    fn differences(&self) -> Result<BTreeMap<DifferenceKey, Difference>, DataplaneError> {
+        Ok(self.lock().differences.clone())
+    }
+
+    fn forget_differences(&mut self, keys: &[DifferenceKey]) -> Result<(), DataplaneError> {
+        self.lock().differences.retain(|key, _| !keys.contains(key));
+        Ok(())
     }
 
     fn adopted(&self) -> Result<Option<Adopted>, DataplaneError> {

@@ -25,6 +25,7 @@ pub mod rest;
 mod rivals;
 pub mod routes;
 pub mod selection;
+pub mod shadow;
 pub mod slots;
 pub mod start;
 pub mod state;
@@ -305,6 +306,11 @@ pub async fn run(
         rules = live.policy.rules.len(),
         "enforcing"
     );
+    let shadow = supervised(
+        "the keeper of the shadow",
+        &shared,
+        shadow::keep(Arc::clone(&shared)),
+    );
     let (asked, asks) = mpsc::channel(8);
     let server = server::serve(Arc::clone(&sockets), Arc::clone(&shared), asked)?;
     let server = supervised("the server of the control socket", &shared, server);
@@ -317,6 +323,10 @@ pub async fn run(
     }
     notify.stopping();
     server.abort();
+    shadow.abort();
+    // What it has counted since it was last noted.
+    let last = Arc::clone(&shared);
+    drop(spawn_blocking(move || shadow::note(&last)).await);
     if let Some(reader) = reader {
         reader.abort();
     }

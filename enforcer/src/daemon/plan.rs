@@ -4,7 +4,7 @@
 use std::{
     net::IpAddr,
     path::{Path, PathBuf},
-    sync::PoisonError,
+    sync::{Arc, PoisonError},
 };
 
 use super::{
@@ -72,7 +72,7 @@ fn version(live: &Live) -> Version<'_> {
 }
 
 /// What a client names must be as well guarded as what the daemon was told to read.
-fn sources(ground: &Ground, request: &PlanRequest) -> Result<Sources, PlanError> {
+pub(super) fn sources(ground: &Ground, request: &PlanRequest) -> Result<Sources, PlanError> {
     let mut sources = ground.sources.clone();
     let Some(path) = &request.path else {
         return Ok(sources);
@@ -102,9 +102,14 @@ pub fn plan(shared: &Shared, request: &PlanRequest) -> Result<Plan, PlanError> {
     plan
 }
 
-fn make(shared: &Shared, request: &PlanRequest) -> Result<Plan, PlanError> {
+/// What a policy would be compiled for.
+pub(super) fn ground(shared: &Shared) -> Result<Arc<Ground>, PlanError> {
     let ground = shared.note(|board| board.ground.clone());
-    let ground = ground.ok_or_else(|| PlanError::Bad("the daemon is starting".to_owned()))?;
+    ground.ok_or_else(|| PlanError::Bad("the daemon is starting".to_owned()))
+}
+
+fn make(shared: &Shared, request: &PlanRequest) -> Result<Plan, PlanError> {
+    let ground = ground(shared)?;
     let sources = sources(&ground, request)?;
     let environment = &ground.environment;
     let loaded = progress::logged(|progress| load(&ground, &sources, progress))?;
@@ -139,7 +144,11 @@ fn make(shared: &Shared, request: &PlanRequest) -> Result<Plan, PlanError> {
 
 /// What the policy has in common with the one in force is not done again; what is found out about it
 /// is forgotten.
-fn load(ground: &Ground, sources: &Sources, progress: &Progress) -> Result<Loaded, Rejected> {
+pub(super) fn load(
+    ground: &Ground,
+    sources: &Sources,
+    progress: &Progress,
+) -> Result<Loaded, Rejected> {
     progress.enter(Stage::Reading);
     let texts = files::read_all(sources).map_err(Rejected::Files)?;
     let memory = ground.memory.lock();
@@ -177,7 +186,8 @@ fn reader(shared: &Shared) -> Result<(Box<dyn FlowReader>, Moment), DataplaneErr
     Ok((reader, moment))
 }
 
-fn changed_flows(
+/// Live flows that a policy would change.
+pub(super) fn changed_flows(
     shared: &Shared,
     live: &Live,
     new: Version<'_>,

@@ -158,12 +158,17 @@ impl Meaning {
 
     /// What their image depends on.
     fn relevant(&self, environment: &Environment) -> Environment {
-        let mut environment = environment.clone();
-        if !names_interfaces(&self.policy, &self.settings) {
-            environment.interfaces.clear();
-        }
-        environment
+        relevant(&self.policy, &self.settings, environment)
     }
+}
+
+/// What the image of a policy depends on.
+pub fn relevant(policy: &Policy, settings: &Settings, environment: &Environment) -> Environment {
+    let mut environment = environment.clone();
+    if !names_interfaces(policy, settings) {
+        environment.interfaces.clear();
+    }
+    environment
 }
 
 /// Whether an image depends on which interfaces there are: most do not, and need not be made anew

@@ -13,8 +13,8 @@ use crate::{
         changes::{Origin, TrialStatus},
         types::{
             CounterStatus, EventStatus, ExplainRequest, Explanation, FailsafeStatus,
-            InterfaceState, InterfaceStatus, PolicyStatus, RecordStatus, SettingsStatus, State,
-            Status, Time,
+            InterfaceState, InterfaceStatus, PolicyStatus, RecordStatus, SettingsStatus,
+            ShadowStatus, State, Status, Time,
         },
     },
     compile::Image,
@@ -30,7 +30,7 @@ use super::{
     explain::{explain, now},
     files::Sources,
     load::Memory,
-    reload,
+    reload, shadow,
     store::Store as Changes,
 };
 
@@ -106,6 +106,8 @@ pub struct Shared {
     pub store: Arc<Store>,
     /// The history, and what can come back.
     pub changes: Arc<Changes>,
+    /// A candidate policy that is asked beside the one in force.
+    pub shadow: shadow::Desk,
     /// Of the server of the control socket.
     pub serving: Pulse,
     /// Short grace periods.
@@ -128,6 +130,7 @@ impl Shared {
             generations,
             store: Arc::default(),
             changes,
+            shadow: shadow::Desk::default(),
             serving: Pulse::default(),
             expedite: Expedite::default(),
             live: RwLock::new(Arc::new(live)),
@@ -207,6 +210,10 @@ impl Shared {
         };
         let mut warnings = board.warnings;
         warnings.extend(board.notice);
+        let shadow = self.shadow.in_short();
+        if let Some((path, _, Some(problem))) = &shadow {
+            warnings.push(format!("the shadow of {}: {problem}", path.display()));
+        }
         Status {
             state,
             problems,
@@ -222,6 +229,11 @@ impl Shared {
                 origin: board.origin,
             },
             trial: board.trial.as_ref().map(reload::remaining),
+            shadow: shadow.map(|(path, differing, problem)| ShadowStatus {
+                path: path.display().to_string(),
+                differing,
+                problem,
+            }),
             settings: settings(&live),
             interfaces: board.interfaces,
             socket_hooks: hooks_name(board.socket_hooks).to_owned(),

@@ -106,6 +106,10 @@ impl KernelDataplane {
                 .update(&self.meta)
                 .map_err(syscall("note the generation"))?;
         }
+        self.pin_image(image)
+    }
+
+    pub(super) fn pin_image(&self, image: &WrittenImage) -> Result<(), DataplaneError> {
         self.pins
             .set(false)
             .pin_image(image.generation, image.map.as_fd())

@@ -10,6 +10,7 @@ use aya::{
     programs::SchedClassifier,
 };
 use enforcer_common::{
+    shadow::{Difference, DifferenceKey},
     verdict::{COUNTERS, Hook, Outcome, Reason, Record, packet_counter, record_counter},
     wire::{
         CONTROL_DEBUG, CONTROL_SOCKET_REFUSE, Control, DeniedSlot, ETHERNET_LINKS, Event,
@@ -409,6 +410,22 @@ impl Dataplane for KernelDataplane {
 
     fn apply_both(&mut self, previous: &Image, live: &Image) -> Result<(), DataplaneError> {
         self.apply_during_trial(previous, live)
+    }
+
+    fn set_shadow(&mut self, image: Option<&Image>) -> Result<(), DataplaneError> {
+        self.put_shadow(image)
+    }
+
+    fn shadow(&self) -> Result<Option<Image>, DataplaneError> {
+        self.candidate()
+    }
+
+    fn differences(&self) -> Result<BTreeMap<DifferenceKey, Difference>, DataplaneError> {
+        self.shadow_counts()
+    }
+
+    fn forget_differences(&mut self, keys: &[DifferenceKey]) -> Result<(), DataplaneError> {
+        self.forget_counts(keys)
     }
 
     fn set_clock(&mut self, clock: WallClock) -> Result<(), DataplaneError> {

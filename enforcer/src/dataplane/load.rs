@@ -32,7 +32,7 @@ pub(super) const CLASSIFIERS: [&str; 5] = ["tc_ingress", "tc_egress", "clock", "
 /// Programs for the socket hooks.
 pub(super) const SOCKET_PROGRAMS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
 /// What the programs of every build share. Their layouts are counted by `pins::LAYOUT`.
-pub(super) const MAPS: [&str; 19] = [
+pub(super) const MAPS: [&str; 20] = [
     CONTROL,
     ".bss.woken",
     "COUNTERS",
@@ -50,10 +50,15 @@ pub(super) const MAPS: [&str; 19] = [
     "FRAGMENTS",
     "INTERFACES",
     POLICY,
+    SHADOWED,
     "SOCKETS",
     "VLANS",
 ];
 pub(super) const POLICY: &str = "POLICY";
+/// Counts where a candidate policy differs.
+pub(super) const SHADOWED: &str = "SHADOWED";
+/// Those that builds of this layout did not have at first: made anew beside the older ones.
+const NEWER: [&str; 1] = [SHADOWED];
 /// Where the programs keep [`Control`].
 pub(super) const CONTROL: &str = ".bss.control";
 
@@ -120,7 +125,8 @@ pub(super) fn load(
         let shared = MAPS
             .iter()
             .filter(|name| same || **name != POLICY)
-            .filter(|name| table || !SIZED.contains(name));
+            .filter(|name| table || !SIZED.contains(name))
+            .filter(|name| !NEWER.contains(name) || current.map(name).exists());
         shared.map(|name| (*name, current.map(name))).collect()
     });
     for (name, path) in &shared {

@@ -18,6 +18,7 @@ mod off;
 mod pins;
 mod query;
 mod resize;
+mod shadow;
 mod sys;
 mod trial;
 
@@ -34,6 +35,7 @@ use std::{
 };
 
 use enforcer_common::{
+    shadow::{Difference, DifferenceKey},
     table::Flow,
     verdict::{Hook, Outcome, Reason},
     wire::Event,
@@ -302,6 +304,32 @@ pub trait Dataplane: Send {
     /// # Errors
     /// [`DataplaneError`]; the second may be the old one.
     fn apply_both(&mut self, previous: &Image, live: &Image) -> Result<(), DataplaneError>;
+
+    /// Has the programs ask a candidate beside the image in force, or no more; what they drop stays
+    /// the same. Its generation must be none that ever judged. While there was none, the counts begin
+    /// anew.
+    ///
+    /// # Errors
+    /// [`DataplaneError`]; the candidate that is asked, if any, stays.
+    fn set_shadow(&mut self, image: Option<&Image>) -> Result<(), DataplaneError>;
+
+    /// The candidate that is asked, read back.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn shadow(&self) -> Result<Option<Image>, DataplaneError>;
+
+    /// Where the candidate said something else than the image in force.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn differences(&self) -> Result<BTreeMap<DifferenceKey, Difference>, DataplaneError>;
+
+    /// Takes counts out to which nothing is added any more.
+    ///
+    /// # Errors
+    /// [`DataplaneError::Syscall`].
+    fn forget_differences(&mut self, keys: &[DifferenceKey]) -> Result<(), DataplaneError>;
 
     /// What an earlier daemon has left at work.
     ///

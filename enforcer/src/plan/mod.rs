@@ -8,6 +8,7 @@
 
 pub mod flows;
 mod reach;
+pub mod rehearsal;
 mod services;
 mod settings;
 #[cfg(test)]

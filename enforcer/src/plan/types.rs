@@ -138,7 +138,7 @@ impl From<enforcer_common::verdict::Outcome> for Outcome {
 }
 
 /// Who decided about a flow.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
 pub struct Because {
     /// What happens.

@@ -6,8 +6,10 @@ use std::net::IpAddr;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
+    api::{peer::Named, types::Time},
     compile::Image,
     daemon::files::Texts,
+    plan::rehearsal::SavedTally,
     policy::{SourceFile, model::Environment},
 };
 
@@ -79,6 +81,22 @@ struct SavedFile {
     text: String,
 }
 
+impl SavedFile {
+    fn of(file: &SourceFile) -> Self {
+        Self {
+            name: file.name.clone(),
+            text: file.text.clone(),
+        }
+    }
+
+    fn source(&self) -> SourceFile {
+        SourceFile {
+            name: self.name.clone(),
+            text: self.text.clone(),
+        }
+    }
+}
+
 /// Bytes of a file with a line before them that names format, length and hash.
 pub fn seal(body: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(body.len() + 28);
@@ -132,14 +150,10 @@ pub fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
 
 /// Texts for a file.
 pub fn state(texts: &Texts) -> Vec<u8> {
-    let file = |file: &SourceFile| SavedFile {
-        name: file.name.clone(),
-        text: file.text.clone(),
-    };
     to_json(&State {
         content: Content::of(texts),
-        policy: texts.policy.iter().map(file).collect(),
-        settings: texts.settings.as_ref().map(file),
+        policy: texts.policy.iter().map(SavedFile::of).collect(),
+        settings: texts.settings.as_ref().map(SavedFile::of),
     })
 }
 
@@ -149,15 +163,55 @@ pub fn state(texts: &Texts) -> Vec<u8> {
 /// In words.
 pub fn read_state(bytes: &[u8]) -> Result<Texts, String> {
     let state: State = from_json(bytes)?;
-    let file = |file: SavedFile| SourceFile {
-        name: file.name,
-        text: file.text,
-    };
-    let policy: Vec<SourceFile> = state.policy.into_iter().map(file).collect();
+    let policy: Vec<SourceFile> = state.policy.iter().map(SavedFile::source).collect();
     Ok(Texts {
         policy: policy.into(),
-        settings: state.settings.map(file),
+        settings: state.settings.as_ref().map(SavedFile::source),
     })
+}
+
+/// A candidate policy, and what it has seen.
+#[derive(Serialize, Deserialize)]
+pub struct SavedShadow {
+    /// Where it was read.
+    pub path: String,
+    /// Who began.
+    pub by: Named,
+    /// When.
+    pub since: Time,
+    policy: Vec<SavedFile>,
+    settings: Option<SavedFile>,
+    /// Generation of its image.
+    pub generation: u32,
+    /// Counts that the kernel does not have any more.
+    pub past: SavedTally,
+    /// Those that it has while it runs.
+    pub present: SavedTally,
+}
+
+impl SavedShadow {
+    /// Of these texts, and nothing seen.
+    pub fn new(path: String, by: Named, since: Time, texts: &Texts, generation: u32) -> Self {
+        Self {
+            path,
+            by,
+            since,
+            policy: texts.policy.iter().map(SavedFile::of).collect(),
+            settings: texts.settings.as_ref().map(SavedFile::of),
+            generation,
+            past: SavedTally::default(),
+            present: SavedTally::default(),
+        }
+    }
+
+    /// Its texts.
+    pub fn texts(&self) -> Texts {
+        let policy: Vec<SourceFile> = self.policy.iter().map(SavedFile::source).collect();
+        Texts {
+            policy: policy.into(),
+            settings: self.settings.as_ref().map(SavedFile::source),
+        }
+    }
 }
 
 /// An image that may judge packets before any text was read.

@@ -23,7 +23,7 @@ use super::files::Texts;
 use crate::{api::changes::History, policy::model::Environment};
 use disk::Disk;
 
-pub use format::{Content, SavedImage};
+pub use format::{Content, SavedImage, SavedShadow};
 pub use journal::{Force, Journal, Kept, Material, Measure, Note, Pending};
 
 /// What a first trial goes back to, in words.
@@ -32,6 +32,7 @@ pub const PASS_ALL: &str = "(everything passes)";
 const JOURNAL: &str = "journal";
 const IMAGE: &str = "image";
 const STATE: &str = "state-";
+const SHADOW: &str = "shadow";
 /// Bytes of files that are read.
 const LARGEST: u64 = 1 << 30;
 /// Changes that nobody waits for are written after so much time, several at once.
@@ -47,6 +48,7 @@ pub struct Store {
     written: watch::Receiver<Written>,
     path: Option<PathBuf>,
     saved: Mutex<Option<Arc<SavedImage>>>,
+    shadow: Mutex<Option<SavedShadow>>,
     /// What was wrong with the directory at the start.
     troubles: Vec<String>,
 }
@@ -63,6 +65,8 @@ struct Wanted {
     texts: BTreeMap<u64, Texts>,
     /// An image that is not on disk yet.
     image: Option<SavedImage>,
+    /// A candidate that is not on disk yet, or that is to go.
+    shadow: Option<Option<Arc<SavedShadow>>>,
     /// Counts what is to be written.
     version: u64,
     urgent: bool,
@@ -100,6 +104,20 @@ impl Store {
             .as_ref()
             .map(|disk| read(disk, &mut troubles))
             .unwrap_or_default();
+        let shadow = disk.as_ref().and_then(|disk| {
+            let read = disk.read(SHADOW, LARGEST).map_err(|e| e.to_string());
+            let shadow = read.and_then(|bytes| {
+                let shadow = bytes.map(|bytes| format::from_json::<SavedShadow>(&bytes));
+                shadow.transpose()
+            });
+            shadow.unwrap_or_else(|error| {
+                let kept = disk.set_aside(SHADOW);
+                troubles.push(format!(
+                    "the state directory's {SHADOW} cannot be used: {error}; {kept}"
+                ));
+                None
+            })
+        });
         for trouble in &troubles {
             tracing::error!("{trouble}");
         }
@@ -121,6 +139,7 @@ impl Store {
             written,
             path: path.filter(|_| kept).map(Path::to_owned),
             saved: Mutex::new(saved.map(Arc::new)),
+            shadow: Mutex::new(shadow),
             troubles,
         }
     }
@@ -194,6 +213,23 @@ impl Store {
     pub fn forget_saved_image(&self) {
         let mut saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner);
         *saved = None;
+    }
+
+    /// The candidate that was there when the daemon last ran; once.
+    pub fn take_shadow(&self) -> Option<SavedShadow> {
+        let mut shadow = self.shadow.lock().unwrap_or_else(PoisonError::into_inner);
+        shadow.take()
+    }
+
+    /// What is to be there when the daemon starts again.
+    pub fn save_shadow(&self, shadow: Option<SavedShadow>) {
+        if self.path.is_none() {
+            return;
+        }
+        let mut wanted = self.inner.lock();
+        wanted.shadow = Some(shadow.map(Arc::new));
+        wanted.version += 1;
+        self.inner.changed.notify_one();
     }
 
     /// The texts of a state.
@@ -367,15 +403,17 @@ fn write_on(disk: &Disk, inner: &Inner, written: &watch::Sender<Written>) {
         if wanted.version == done {
             return;
         }
-        let (version, journal, texts, image) = (
+        let (version, journal, texts, image, shadow) = (
             wanted.version,
             wanted.journal.clone(),
             wanted.texts.clone(),
             wanted.image.take(),
+            wanted.shadow.take(),
         );
         drop(wanted);
         attempts += 1;
-        let error = match write(disk, &journal, &texts, image.as_ref()) {
+        let written_all = write(disk, &journal, &texts, image.as_ref());
+        let error = match written_all.and_then(|()| write_shadow(disk, shadow.as_ref())) {
             Ok(()) => {
                 (failed, done) = (None, version);
                 let mut wanted = inner.lock();
@@ -389,6 +427,7 @@ fn write_on(disk: &Disk, inner: &Inner, written: &watch::Sender<Written>) {
                 failed = Some(Instant::now());
                 let mut wanted = inner.lock();
                 wanted.image = wanted.image.take().or(image);
+                wanted.shadow = wanted.shadow.take().or(shadow);
                 Some(error.to_string())
             }
         };
@@ -426,4 +465,12 @@ fn write(
         }
     }
     Ok(())
+}
+
+fn write_shadow(disk: &Disk, shadow: Option<&Option<Arc<SavedShadow>>>) -> std::io::Result<()> {
+    match shadow {
+        None => Ok(()),
+        Some(None) => disk.remove(SHADOW),
+        Some(Some(shadow)) => disk.write(SHADOW, &format::to_json(&**shadow)),
+    }
 }
