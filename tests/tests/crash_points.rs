@@ -25,7 +25,7 @@ use aya::{
 use enforcer::{
     compile::Image,
     dataplane::{
-        Dataplane as _,
+        Dataplane as _, DataplaneError,
         faults::{self, Fault},
         kernel::{Keep, KernelDataplane, LoadOptions},
     },
@@ -366,6 +366,17 @@ fn an_image_to_go_back_to_that_somebody_unpinned_is_left_where_it_is() {
     wait_for("the programs to go back", soon * 2, || {
         (judging(&pins) == FIRST).then_some(())
     });
+    let error = dataplane.revert().unwrap_err();
+    assert!(matches!(error, DataplaneError::LostPrevious), "{error}");
+    assert_eq!(judging(&pins), FIRST);
+    // A trial that brings its own way back ends it, as any image that is applied does.
+    let before = image(FIRST, 4, false);
+    let second = image(SECOND, 3, false);
+    dataplane.trial(&second, Some(&before), LATER).unwrap();
+    assert_eq!(judging(&pins), SECOND);
+    dataplane.revert().unwrap();
+    assert_eq!(judging(&pins), FIRST);
+    assert_eq!(dataplane.inspect().unwrap(), []);
 }
 
 /// Of a trial that was taken back half-way: the live image is the one before.

@@ -264,7 +264,9 @@ fn interfaces(patient: &Patient, version: Option<(u32, u32)>) -> Vec<Check> {
 fn enforcers(status: Option<&Status>, interfaces: &[String]) -> Vec<Check> {
     let name = "enforcers";
     let pinned = elsewhere(None);
+    // By what they are, not by their names.
     let own = status.and_then(|status| status.pins.as_deref().map(Path::new));
+    let foreign = elsewhere(own);
     let mend = |others: &BTreeSet<&Path>| {
         let commands = others.iter().map(|pins| {
             let pins = quoted(pins);
@@ -291,8 +293,9 @@ fn enforcers(status: Option<&Status>, interfaces: &[String]) -> Vec<Check> {
                 continue;
             }
         };
-        let others = found.iter().flatten().map(PathBuf::as_path);
-        let others: BTreeSet<_> = others.filter(|pins| Some(*pins) != own).collect();
+        let here = found.iter().flatten();
+        let others = here.filter(|pins| foreign.iter().any(|place| place.root == **pins));
+        let others: BTreeSet<_> = others.map(PathBuf::as_path).collect();
         let said = format!(
             "{interface}: {} enforcers judge here, each by its own policy",
             found.len()
@@ -300,15 +303,17 @@ fn enforcers(status: Option<&Status>, interfaces: &[String]) -> Vec<Check> {
         checks.push(not(Health::Fail, name, said, &mend(&others)));
     }
     if checks.is_empty() && status.is_some() {
-        let here = pinned.iter().filter(|place| place.here);
-        let others = here.map(|place| place.root.as_path());
-        let others: BTreeSet<_> = others.filter(|root| Some(*root) != own).collect();
-        checks.extend(others.iter().map(|root| {
+        checks.extend(foreign.iter().filter(|place| place.here).map(|place| {
             let said = format!(
-                "what is pinned in {} is not the daemon's, and for the same interfaces",
-                root.display()
+                "what is pinned in {} is not the daemon's, and for this network namespace",
+                place.root.display()
             );
-            not(Health::Warn, name, said, &mend(&BTreeSet::from([*root])))
+            not(
+                Health::Warn,
+                name,
+                said,
+                &mend(&BTreeSet::from([&*place.root])),
+            )
         }));
     }
     checks

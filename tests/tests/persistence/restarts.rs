@@ -222,6 +222,8 @@ fn a_table_of_another_size_has_the_same_flows() {
 
 #[test]
 fn what_was_told_before_a_restart_is_not_told_again_and_the_rest_is() {
+    // Each CPU counts for itself, and has records of its own.
+    enforcer_tests::kernel::pin();
     let (net, pins) = (Routed::new(), Pins::default());
     let daemon = gateway(&net, &pins).start();
     let to = (Family::V4.address(2, 2), FORBIDDEN);
