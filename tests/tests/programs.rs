@@ -9,6 +9,7 @@
 
 use std::net::IpAddr;
 
+use enforcer::{compile::Image, dataplane::Dataplane as _};
 use enforcer_common::{
     image::SIZE_CLASSES,
     verdict::{Hook, Outcome, Reason},
@@ -154,15 +155,10 @@ fn size_classes_judge_alike() {
     assert_eq!(verdicts[0], verdicts[2]);
 }
 
-#[test]
-fn an_image_that_outgrows_the_programs_replaces_them_and_keeps_flows_and_counts() {
-    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
-    programs.apply(&image(ALLOWS));
-    let tcp = |flags| between(false, 6, &frame::tcp(4000, 8080, flags));
-    let verdict = programs.judge(Hook::TcIngress, &tcp(SYN));
-    assert_eq!(verdict.reason, Reason::RuleAllow);
+/// One that the smallest programs cannot take.
+fn large() -> Image {
     // 600 kinds of address: 360 000 pairs of them.
-    let mut text = "version: 1\nsegments:\n".to_owned();
+    let mut text = "version: 1\ndefaults: { unsegmented: deny }\nsegments:\n".to_owned();
     for i in 0..600 {
         let address = format!("10.9.{}.{}", i / 250, i % 250);
         text += &format!("  s{i}: {{ members: [{{cidr: {address}/32}}] }}\n");
@@ -170,6 +166,50 @@ fn an_image_that_outgrows_the_programs_replaces_them_and_keeps_flows_and_counts(
     text += "rules:\n  - { name: x, from: [s0], to: [s1], services: [tcp/1] }\n";
     let large = image(&text);
     assert!(large.words().len() > SIZE_CLASSES[0] as usize);
+    large
+}
+
+#[test]
+fn a_candidate_that_outgrows_the_programs_replaces_them_and_is_asked_before_and_after() {
+    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
+    programs.apply(&image("version: 1\ndefaults: { unsegmented: allow }\n"));
+    let candidate = |image: Image, number: u32| image.with_generation(1 << 31 | number);
+    let deny = image("version: 1\ndefaults: { unsegmented: deny }\n");
+    let set = |programs: &mut Programs, image| programs.dataplane.set_shadow(Some(&image));
+    let syn = |port| between(false, 6, &frame::tcp(port, 8080, SYN));
+    let counts = |programs: &Programs| -> Vec<(u32, u64)> {
+        let all = programs.dataplane.differences().unwrap().into_iter();
+        let all = all.map(|(key, count)| (key.shadow.generation & 0xff, count.packets));
+        all.collect()
+    };
+    set(&mut programs, candidate(deny, 1)).unwrap();
+    let verdict = programs.judge(Hook::TcIngress, &syn(4000));
+    assert_eq!(verdict.reason, Reason::Unsegmented);
+    assert_eq!(counts(&programs), [(0, 0), (1, 1)]);
+    // The image in force, its flows and all counts go with it.
+    set(&mut programs, candidate(large(), 2)).unwrap();
+    assert_eq!(programs.dataplane.image_words(), SIZE_CLASSES[1]);
+    assert_eq!(counts(&programs), [(0, 0), (1, 1)]);
+    for (port, want) in [(4000, Reason::Unsegmented), (4001, Reason::Unsegmented)] {
+        let verdict = programs.judge(Hook::TcIngress, &syn(port));
+        assert_eq!((verdict.passed, verdict.reason), (true, want));
+    }
+    // Two keys, in their order: each candidate's own.
+    assert_eq!(counts(&programs), [(0, 0), (1, 1), (2, 2)]);
+    programs.dataplane.set_shadow(None).unwrap();
+    let verdict = programs.judge(Hook::TcIngress, &syn(4002));
+    assert_eq!(verdict.reason, Reason::Unsegmented);
+    assert_eq!(counts(&programs).last(), Some(&(2, 2)));
+}
+
+#[test]
+fn an_image_that_outgrows_the_programs_replaces_them_and_keeps_flows_and_counts() {
+    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
+    programs.apply(&image(ALLOWS));
+    let tcp = |flags| between(false, 6, &frame::tcp(4000, 8080, flags));
+    let verdict = programs.judge(Hook::TcIngress, &tcp(SYN));
+    assert_eq!(verdict.reason, Reason::RuleAllow);
+    let large = large();
     let before = (programs.flows(), programs.counters());
     assert_eq!(before.0.0.len(), 1);
     programs.apply(&large);

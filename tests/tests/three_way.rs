@@ -8,10 +8,13 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-use enforcer::policy::{
-    arbitrary,
-    model::{Environment, FlowQuery, Policy, is_multicast},
-    reference,
+use enforcer::{
+    dataplane::Dataplane as _,
+    policy::{
+        arbitrary,
+        model::{Environment, FlowQuery, Policy, is_multicast},
+        reference,
+    },
 };
 use enforcer_common::{
     decide::{Query, decide},
@@ -263,4 +266,100 @@ fn reference_image_and_bytecode_agree() {
         "only {compared} pairs were compared"
     );
     println!("{compared} pairs compared");
+}
+
+/// What two policies say of packets, and how often: hook, one policy's outcome and reason, the
+/// other's.
+type Said = std::collections::BTreeMap<(u32, [(u32, u32); 2]), u64>;
+
+#[test]
+fn a_shadow_says_what_its_policy_would_say_alone() {
+    let policies = scale::rounds(60, 12);
+    let load = || std::cell::RefCell::new(Programs::load(SIZE_CLASSES[0] as usize));
+    let (one, other, both) = (load(), load(), load());
+    let (asked, differing) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let mut runner = TestRunner::new(Config {
+        cases: policies as u32,
+        max_shrink_iters: 200,
+        failure_persistence: None,
+        ..Config::default()
+    });
+    let cases = (case(), arbitrary::policy()).prop_flat_map(|(case, second)| {
+        let more = proptest::collection::vec(arbitrary::query(&second), QUERIES);
+        (Just(case), Just(second), more)
+    });
+    let result = runner.run(&cases, |((first, env, queries, unix), second, more)| {
+        let mut all = [one.borrow_mut(), other.borrow_mut(), both.borrow_mut()];
+        let images = [&first, &second].map(|policy| kernel::compile(policy, &env));
+        let (slot, _) = env
+            .interfaces
+            .first_key_value()
+            .unwrap_or((&0, &String::new()));
+        for (programs, image) in all.iter_mut().zip([&images[0], &images[1], &images[0]]) {
+            programs.forget_flows();
+            programs.dataplane.set_shadow(None).unwrap();
+            programs.apply(image);
+            programs.set_unix(unix);
+            programs.set_interface(1, 0, *slot);
+            programs.settle();
+        }
+        // Of a generation that never judges.
+        let shadow = images[1]
+            .clone()
+            .with_generation(images[1].generation() | 1 << 31);
+        all[2].dataplane.set_shadow(Some(&shadow)).unwrap();
+        let mut expected = Said::new();
+        let mut seen: HashSet<(IpAddr, IpAddr, u8)> = HashSet::new();
+        for (number, query) in (20_000u16..).zip(queries.iter().chain(&more)) {
+            let (there, back) = (
+                (query.src, query.dst, query.protocol),
+                (query.dst, query.src, query.protocol),
+            );
+            if !has_ports(query) && (seen.contains(&back) || !seen.insert(there)) {
+                continue;
+            }
+            let hook = if number % 2 == 0 {
+                Hook::TcIngress
+            } else {
+                Hook::TcEgress
+            };
+            let bytes = match first_packet(query, number) {
+                Frame::Judged(bytes) | Frame::Unrelated(bytes) => bytes,
+                Frame::Skip => continue,
+            };
+            let got = [0, 1, 2].map(|which: usize| all[which].judge(hook, &bytes));
+            prop_assert_eq!(got[2], got[0], "a shadow was obeyed, {:?}", query);
+            asked.fetch_add(1, Ordering::Relaxed);
+            let said = [got[0], got[1]].map(|v| (v.outcome as u32, v.reason as u32));
+            if enforcer_common::shadow::differ(got[0].outcome, got[1].outcome) {
+                *expected.entry((hook as u32, said)).or_default() += 1;
+            }
+        }
+        differing.fetch_add(expected.values().sum::<u64>() as usize, Ordering::Relaxed);
+        let mut counted = Said::new();
+        for (key, count) in all[2].dataplane.differences().unwrap() {
+            if key == enforcer_common::shadow::DifferenceKey::REST {
+                prop_assert_eq!(count.packets, 0);
+                continue;
+            }
+            let generations = (key.live.generation, key.shadow.generation);
+            prop_assert_eq!(generations, (images[0].generation(), shadow.generation()));
+            let said = [key.live, key.shadow].map(|s| (s.outcome() as u32, s.reason() as u32));
+            *counted.entry((key.hook, said)).or_default() += count.packets;
+            prop_assert!(
+                count.first.case(key.hook).is_some() && count.last.case(key.hook).is_some()
+            );
+        }
+        prop_assert_eq!(counted, expected);
+        Ok(())
+    });
+    if let Err(error) = result {
+        panic!("{error}");
+    }
+    let (asked, differing) = (asked.into_inner(), differing.into_inner());
+    assert!(
+        asked >= policies * AT_LEAST && differing * 20 >= asked,
+        "{differing} of {asked} packets differ"
+    );
+    println!("{differing} of {asked} packets differ");
 }

@@ -19,7 +19,7 @@ use super::{
         RefusalCode, Reloaded, Status,
     },
 };
-use crate::plan::rehearsal::{ShadowRequest, Shadowing};
+use crate::events::rehearsal::{ShadowRequest, Shadowing};
 
 /// Bytes of an answer that is not a stream.
 const LARGEST: usize = 16 << 20;

@@ -20,7 +20,7 @@ use super::{
         Peer, Plan, PlanRequest, Record, Refusal, Reloaded, Status, Time,
     },
 };
-use crate::plan::rehearsal::{ShadowRequest, Shadowing};
+use crate::events::rehearsal::{ShadowRequest, Shadowing};
 
 impl JsonSchema for Time {
     fn schema_name() -> Cow<'static, str> {

@@ -32,8 +32,8 @@ use crate::{
         plan::PlanError,
         state::Shared,
     },
+    events::rehearsal::{ShadowRequest, Shadowing},
     events::store::{Filter, Follower, UNSEGMENTED},
-    plan::rehearsal::{ShadowRequest, Shadowing},
 };
 
 /// What the answers are made of.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     api::client::{Client, ClientError},
-    plan::rehearsal::{DifferenceCount, Sample, ShadowRequest, Shadowing},
+    events::rehearsal::{DifferenceCount, Sample, ShadowRequest, Shadowing},
 };
 
 use super::{

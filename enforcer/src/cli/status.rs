@@ -86,6 +86,17 @@ fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
         );
         field(out, "on trial", &out.paint(Hue::Warn, &text))?;
     }
+    if let Some(shadow) = &status.shadow {
+        let text = format!(
+            "{}: {} would have fared otherwise; see `enforcer shadow`",
+            clean(&shadow.path),
+            match shadow.differing {
+                1 => "1 packet".to_owned(),
+                packets => format!("{packets} packets"),
+            }
+        );
+        field(out, "shadow", &text)?;
+    }
     let error = policy.last_error.as_deref().map(clean);
     field(out, "last error", error.as_deref().unwrap_or("none"))?;
 

@@ -26,12 +26,11 @@ use crate::{
     },
     compile::{Image, Known},
     dataplane::{Dataplane, DataplaneError, release_memory},
-    events::enrich::{Clock, Local as _},
-    plan::{
-        Version,
+    events::{
+        enrich::{Clock, Local as _},
         rehearsal::{Names, Rehearsal, Shadowing, Tally, differs, summary},
-        types::FlowChanges,
     },
+    plan::{Version, types::FlowChanges},
     policy::model::{Environment, Policy},
     settings::Settings,
 };

@@ -11,6 +11,7 @@ pub mod detail;
 pub mod enrich;
 pub mod generations;
 pub mod reader;
+pub mod rehearsal;
 pub mod store;
 pub mod tally;
 

@@ -416,7 +416,7 @@ fn ends(flow: &Flow) -> (IpAddr, IpAddr) {
     (address(opener_is_low), address(!opener_is_low))
 }
 
-pub(super) fn address(words: [u32; 4], v6: bool) -> IpAddr {
+pub(crate) fn address(words: [u32; 4], v6: bool) -> IpAddr {
     let bits = words
         .iter()
         .fold(0u128, |bits, word| bits << 32 | u128::from(*word));

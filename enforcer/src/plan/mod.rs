@@ -8,8 +8,7 @@
 
 pub mod flows;
 mod reach;
-pub mod rehearsal;
-mod services;
+pub(crate) mod services;
 mod settings;
 #[cfg(test)]
 mod tests;
@@ -115,7 +114,7 @@ pub fn unknown(live: Version<'_>, new: Version<'_>) -> Plan {
 }
 
 /// Who decided, in names.
-fn because(policy: &Policy, decision: &Decision) -> Because {
+pub(crate) fn because(policy: &Policy, decision: &Decision) -> Because {
     let rule = policy.rule(RuleId(decision.rule));
     let rule = rule.filter(|_| decision.rule != EMPTY);
     let segment = policy.segment(SegmentId(decision.segment));
@@ -139,7 +138,7 @@ fn because(policy: &Policy, decision: &Decision) -> Because {
 }
 
 /// `1 rule`, `2 rules`.
-fn count(number: u64, one: &str, more: &str) -> String {
+pub(crate) fn count(number: u64, one: &str, more: &str) -> String {
     format!("{number} {}", if number == 1 { one } else { more })
 }
 

@@ -144,7 +144,7 @@ fn icmp(run: &Run) -> Vec<String> {
 }
 
 /// One point.
-pub(super) fn point(v6: bool, protocol: u8, selector: u16) -> String {
+pub(crate) fn point(v6: bool, protocol: u8, selector: u16) -> String {
     let index = match (v6, protocol) {
         (false, 58) | (true, 1) => return format!("proto/{protocol}"),
         (_, protocol) => u32::from(protocol),

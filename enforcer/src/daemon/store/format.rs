@@ -9,7 +9,7 @@ use crate::{
     api::{peer::Named, types::Time},
     compile::Image,
     daemon::files::Texts,
-    plan::rehearsal::SavedTally,
+    events::rehearsal::SavedTally,
     policy::{SourceFile, model::Environment},
 };
 

@@ -15,15 +15,15 @@ use enforcer_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{
-    because,
-    flows::address,
-    services,
-    types::{Because, FlowChanges},
-};
 use crate::{
     api::{peer::Named, types::Time},
     compile::segments_of,
+    plan::{
+        because, count,
+        flows::address,
+        services,
+        types::{Because, FlowChanges},
+    },
     policy::model::Policy,
 };
 
@@ -390,10 +390,7 @@ pub fn summary(rehearsal: &Rehearsal) -> String {
     let mut parts = Vec::new();
     let mut part = |number: u64, what: &str| {
         if number > 0 {
-            parts.push(format!(
-                "{} {what}",
-                super::count(number, "packet", "packets")
-            ));
+            parts.push(format!("{} {what}", count(number, "packet", "packets")));
         }
     };
     part(rehearsal.newly_denied, "would be denied and are not");
@@ -408,7 +405,7 @@ pub fn summary(rehearsal: &Rehearsal) -> String {
         "of more differences than are told apart",
     );
     if rehearsal.flows.cut > 0 {
-        let flows = super::count(rehearsal.flows.cut, "live flow", "live flows");
+        let flows = count(rehearsal.flows.cut, "live flow", "live flows");
         parts.push(format!("{flows} would be cut"));
     }
     if parts.is_empty() {
