@@ -261,6 +261,11 @@ impl<'a> Daemon<'a> {
         self.process.signal(signal);
     }
 
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.process.0.try_wait().unwrap().is_some()
+    }
+
     /// Waits for its end.
     pub fn wait(&mut self) -> ExitStatus {
         wait_for("the daemon to end", LONG, || {

@@ -39,10 +39,15 @@ pub enum Place {
     Last = 1 << 4,
 }
 
+const MAP_CREATE: i64 = 0;
+const MAP_UPDATE: i64 = 2;
 const MAP_DELETE: i64 = 3;
 const PROG_LOAD: i64 = 5;
+const OBJ_PIN: i64 = 6;
+const OBJ_GET: i64 = 7;
 const PROG_ATTACH: i64 = 8;
 const LINK_CREATE: i64 = 28;
+const LINK_DETACH: i64 = 34;
 
 fn bpf(command: i64, attributes: &[u32]) -> nix::Result<i32> {
     let size = size_of_val(attributes);
@@ -76,6 +81,35 @@ fn set(register: u64, number: u32) -> u64 {
 /// Loads a program that returns `verdict`.
 pub fn program(hook: Hook, verdict: i32) -> nix::Result<OwnedFd> {
     load(hook, &[set(0, verdict.cast_unsigned()), EXIT])
+}
+
+/// Puts a map into an element of an array of maps.
+pub fn fill_slot(map: &impl std::os::fd::AsRawFd, index: u32, inner: &impl std::os::fd::AsRawFd) {
+    let inner = number(inner);
+    let ([key, key_high], [value, value_high]) = (words(&raw const index), words(&raw const inner));
+    let attributes = [number(map), 0, key, key_high, value, value_high, 0, 0];
+    bpf(MAP_UPDATE, &attributes).unwrap();
+}
+
+/// An array map of one element of so many bytes.
+pub fn array(bytes: u32) -> nix::Result<OwnedFd> {
+    const ARRAY: u32 = 2;
+    bpf(MAP_CREATE, &[ARRAY, 4, bytes, 1, 0]).map(owned)
+}
+
+/// Pins anything.
+pub fn pin(object: &OwnedFd, path: &Path) -> nix::Result<()> {
+    let path = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+    let [low, high] = words(path.as_ptr());
+    bpf(OBJ_PIN, &[low, high, number(object), 0]).map(drop)
+}
+
+/// Takes off what a pinned link has attached.
+pub fn detach_pinned(link: &Path) -> nix::Result<()> {
+    let path = std::ffi::CString::new(link.to_str().unwrap()).unwrap();
+    let [low, high] = words(path.as_ptr());
+    let link = owned(bpf(OBJ_GET, &[low, high, 0, 0])?);
+    bpf(LINK_DETACH, &[number(&link)]).map(drop)
 }
 
 /// Takes the map out of an element of an array of maps.

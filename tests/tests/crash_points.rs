@@ -11,24 +11,32 @@
 
 use std::{
     net::IpAddr,
+    os::fd::AsFd as _,
     os::unix::process::ExitStatusExt as _,
     process::Command,
     sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
-use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+use aya::{
+    maps::MapData,
+    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+};
 use enforcer::{
     compile::Image,
     dataplane::{
-        Dataplane as _,
+        Dataplane as _, DataplaneError,
         faults::{self, Fault},
         kernel::{Keep, KernelDataplane, LoadOptions},
     },
     policy::{SourceFile, model::Environment, parse},
 };
-use enforcer_common::image::SIZE_CLASSES;
-use enforcer_tests::{daemon::wait_for, frame, kernel, pins::Pins, scale};
+use enforcer_common::{image::SIZE_CLASSES, wire::slot};
+use enforcer_tests::{daemon::wait_for, frame, kernel, pins::Pins, rival, scale};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+};
 
 /// Allowed by both policies, by the first, by the second.
 const BOTH: u16 = 7001;
@@ -79,8 +87,12 @@ fn image(port: u16, generation: u32, large: bool) -> Image {
 }
 
 fn open(pins: &std::path::Path, anew: bool) -> KernelDataplane {
+    open_for(pins, SIZE_CLASSES[0], anew)
+}
+
+fn open_for(pins: &std::path::Path, image_words: u32, anew: bool) -> KernelDataplane {
     KernelDataplane::load(&LoadOptions {
-        image_words: SIZE_CLASSES[0] as usize,
+        image_words: image_words as usize,
         debug: false,
         flows: kernel::FLOWS,
         keep: Keep::Pinned(pins.to_owned()),
@@ -259,6 +271,7 @@ fn every_step(which: Act, fault: &str) {
         }
         prepare(&pins, which);
         let before = judging(&pins);
+        let mut said = false;
         match child(&pins, number, fault, at) {
             Fate::Died => {}
             Fate::Done(done, steps) if steps < at => {
@@ -266,6 +279,7 @@ fn every_step(which: Act, fault: &str) {
                 break;
             }
             Fate::Done(done, _) => {
+                said = done;
                 let now = judging(&pins);
                 let changes = !matches!(which, Act::Confirm | Act::ApplyBoth | Act::Replace);
                 if !done && changes && which != Act::Revert {
@@ -274,6 +288,20 @@ fn every_step(which: Act, fault: &str) {
             }
         }
         let judged = judging(&pins);
+        if which == Act::Confirm && fault == "refuse" {
+            // What was not confirmed can be again.
+            let mut dataplane = open(pins.path(), false);
+            assert_eq!(judged, SECOND);
+            assert_eq!(
+                dataplane.on_trial().unwrap().is_some(),
+                !said,
+                "at step {at}"
+            );
+            if !said {
+                dataplane.confirm().unwrap();
+            }
+            assert_eq!(dataplane.on_trial().unwrap(), None);
+        }
         seen.insert(judged);
         goes_on(&pins, judged);
         at += 1;
@@ -338,4 +366,67 @@ fn an_image_to_go_back_to_that_somebody_unpinned_is_left_where_it_is() {
     wait_for("the programs to go back", soon * 2, || {
         (judging(&pins) == FIRST).then_some(())
     });
+    let error = dataplane.revert().unwrap_err();
+    assert!(matches!(error, DataplaneError::LostPrevious), "{error}");
+    assert_eq!(judging(&pins), FIRST);
+    // A trial that brings its own way back ends it, as any image that is applied does.
+    let before = image(FIRST, 4, false);
+    let second = image(SECOND, 3, false);
+    dataplane.trial(&second, Some(&before), LATER).unwrap();
+    assert_eq!(judging(&pins), SECOND);
+    dataplane.revert().unwrap();
+    assert_eq!(judging(&pins), FIRST);
+    assert_eq!(dataplane.inspect().unwrap(), []);
+}
+
+/// Of a trial that was taken back half-way: the live image is the one before.
+#[test]
+fn one_image_in_two_slots_is_one_in_larger_programs_as_well() {
+    let pins = Pins::default();
+    let mut dataplane = open(pins.path(), false);
+    dataplane.apply(&image(FIRST, 1, false)).unwrap();
+    let second = image(SECOND, 2, false);
+    dataplane.trial(&second, None, LATER).unwrap();
+    drop(dataplane);
+    let map = |name: &str| MapData::from_pin(pins.path().join("current").join(name)).unwrap();
+    let (policy, before) = (map("maps/POLICY"), map("images/1"));
+    rival::fill_slot(&policy.fd().as_fd(), slot::LIVE, &before.fd().as_fd());
+    drop(policy);
+    drop(open_for(pins.path(), SIZE_CLASSES[1], false));
+    for time in ["grown", "and once more"] {
+        let mut dataplane = open(pins.path(), false);
+        let live = dataplane.adopted().unwrap().unwrap().live;
+        assert_eq!(live.expect(time).generation(), 1);
+        assert_eq!(dataplane.inspect().unwrap(), [], "{time}");
+        assert_eq!(judging(&pins), FIRST, "{time}");
+    }
+    let mut dataplane = open(pins.path(), false);
+    dataplane.revert().unwrap();
+    assert_eq!(judging(&pins), FIRST);
+}
+
+/// A directory that something is mounted on cannot be put in another's place.
+#[test]
+fn programs_that_cannot_be_put_in_their_place_are_not_at_work() {
+    let pins = Pins::default();
+    let work = || {
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        let none = None::<&str>;
+        mount(none, "/", none, private, none).unwrap();
+        let mut dataplane = open(pins.path(), false);
+        dataplane.apply(&image(FIRST, 1, false)).unwrap();
+        let current = pins.path().join("current");
+        mount(Some(&current), &current, none, MsFlags::MS_BIND, none).unwrap();
+        let error = dataplane.apply(&image(SECOND, 2, true)).unwrap_err();
+        assert!(error.to_string().contains("in their place"), "{error}");
+        assert_eq!(judging(&pins), FIRST);
+        // It goes on as before.
+        assert_eq!(dataplane.image_words(), SIZE_CLASSES[0]);
+        dataplane.apply(&image(SECOND, 3, false)).unwrap();
+        assert_eq!(dataplane.inspect().unwrap(), []);
+    };
+    // Mounts are this thread's.
+    std::thread::scope(|scope| scope.spawn(work).join().unwrap());
+    goes_on(&pins, SECOND);
 }

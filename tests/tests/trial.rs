@@ -263,6 +263,42 @@ fn an_address_that_comes_during_a_trial_counts_after_it() {
     );
 }
 
+#[test]
+fn a_start_gets_out_of_a_trial_whose_way_back_somebody_unpinned() {
+    let (net, pins) = (net(), Pins::default());
+    let daemon = setup(&net, &pins).start();
+    let before = daemon.generation();
+    let other = other(&daemon.setup, 7002);
+    let trial = apply(&daemon, &other, short())["trial"].clone();
+    only(&net, 7002);
+    let files = daemon.kill();
+    fs::remove_file(pins.path().join(format!("current/images/{before}"))).unwrap();
+    // What is in the kernel is not in danger.
+    goes_back(&net, deadline(&trial), port_of_b(7001));
+    let daemon = files.start();
+    only(&net, 7001);
+    assert!(
+        daemon.log().contains("is pinned no more"),
+        "{}",
+        daemon.log()
+    );
+    assert_eq!(daemon.status()["trial"], Value::Null);
+    assert_eq!(outcomes(&daemon, "apply"), ["reverted"]);
+    let history = told(&daemon, "history", &[]).to_string();
+    assert!(
+        history.contains("has unpinned the image before it"),
+        "{history}"
+    );
+    let images = pins.list().into_iter();
+    let images: Vec<_> = images.filter(|pin| pin.contains("/images/")).collect();
+    assert_eq!(images, [format!("current/images/{}", daemon.generation())]);
+    // All goes on, with another trial as well.
+    apply(&daemon, &other, LONG * 10);
+    only(&net, 7002);
+    told(&daemon, "rollback", &[]);
+    only(&net, 7001);
+}
+
 /// As after a boot: nothing is in the kernel, and the files are broken.
 #[test]
 fn the_last_image_is_in_force_before_the_files_are_read() {

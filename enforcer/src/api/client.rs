@@ -51,6 +51,9 @@ pub enum ClientError {
     /// The daemon said no.
     #[error("{0}")]
     Refused(String),
+    /// The daemon wanted to, and the kernel or the machine did not let it.
+    #[error("{0}")]
+    Failed(String),
     /// Another change is in the way.
     #[error("{0}")]
     Conflict(String),
@@ -311,6 +314,9 @@ impl Client {
             }
             Ok(refusal) if refusal.code == RefusalCode::Busy => {
                 return Err(ClientError::Busy(refusal.error));
+            }
+            Ok(refusal) if refusal.code == RefusalCode::Internal => {
+                return Err(ClientError::Failed(refusal.error));
             }
             other => other,
         };

@@ -289,6 +289,9 @@ pub struct Status {
     pub version: String,
     /// Process id of the daemon.
     pub pid: u32,
+    /// Where programs, maps and links are pinned; `None`: they go with the daemon.
+    #[serde(default)]
+    pub pins: Option<String>,
     /// When the daemon started.
     pub started_at: Time,
 }

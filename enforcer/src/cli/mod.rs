@@ -166,9 +166,10 @@ impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let exit = match error {
             ClientError::Unreachable { .. } | ClientError::Broken(_) => Exit::NotEnforcing,
-            ClientError::Forbidden(_) | ClientError::NotAllowed(_) | ClientError::Busy(_) => {
-                Exit::Environment
-            }
+            ClientError::Forbidden(_)
+            | ClientError::NotAllowed(_)
+            | ClientError::Busy(_)
+            | ClientError::Failed(_) => Exit::Environment,
             ClientError::Rejected(_) | ClientError::Conflict(_) => Exit::Policy,
             // The daemon understood, and does not know what was named.
             ClientError::Refused(_) => Exit::Usage,

@@ -137,6 +137,9 @@ fn text(status: &Status, out: &mut Out) -> Result<(), Failure> {
     section(out, "daemon", "")?;
     let daemon = format!("{}, pid {}", status.version, status.pid);
     field(out, "version", &daemon)?;
+    let pins = status.pins.as_deref().map(clean);
+    let pins = pins.unwrap_or_else(|| "nowhere: enforcement ends with the daemon".to_owned());
+    field(out, "pinned in", &pins)?;
     field(out, "up since", &when(status.started_at))?;
     Ok(())
 }

@@ -395,14 +395,14 @@ impl Control {
     fn report(&self) {
         let mut warnings = self.links.warnings(&self.host);
         warnings.extend(self.clock.warning());
+        warnings.extend(self.watchman.warnings());
         let problems = [
             self.hooks_error.clone(),
             self.verify_error.clone(),
             self.reloads.problem(),
-            self.links.problem(),
             self.clock.problem(),
         ];
-        let problems = problems.into_iter().flatten();
+        let problems = problems.into_iter().flatten().chain(self.links.problems());
         let trial = self.reloads.trial_problems();
         let problems = problems.chain(self.watchman.problems()).chain(trial);
         let problems: Vec<_> = problems.collect();

@@ -1,12 +1,13 @@
 //! What a host has and lacks for being enforced, and how to mend it. Nothing is changed.
 
 use std::{
+    collections::BTreeSet,
     fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
-use nix::unistd::geteuid;
+use nix::{net::if_::if_nametoindex, unistd::geteuid};
 use serde::Serialize;
 
 use super::{
@@ -20,7 +21,7 @@ use crate::{
         types::{State, Status},
     },
     clock::Sample,
-    dataplane::{DataplaneError, cgroup::cgroup2_root, clock_is_kept},
+    dataplane::{DataplaneError, cgroup::cgroup2_root, clock_is_kept, elsewhere, enforcers_on},
     policy::pattern::Pattern,
     settings::{Access, Settings},
 };
@@ -252,8 +253,68 @@ fn interfaces(patient: &Patient, version: Option<(u32, u32)>) -> Vec<Check> {
         let mend = "name some: enforcer doctor --interface eth0";
         checks.push(not(Health::Warn, name, "none to look at", mend));
     }
-    for interface in names {
-        checks.extend(rivals::checks(&interface, version >= Some(TCX)));
+    for interface in &names {
+        checks.extend(rivals::checks(interface, version >= Some(TCX)));
+    }
+    checks.extend(enforcers(patient.status.as_ref().ok(), &names));
+    checks
+}
+
+/// Other enforcers than the daemon, on the same hooks or in the same network namespace.
+fn enforcers(status: Option<&Status>, interfaces: &[String]) -> Vec<Check> {
+    let name = "enforcers";
+    let pinned = elsewhere(None);
+    // By what they are, not by their names.
+    let own = status.and_then(|status| status.pins.as_deref().map(Path::new));
+    let foreign = elsewhere(own);
+    let mend = |others: &BTreeSet<&Path>| {
+        let commands = others.iter().map(|pins| {
+            let pins = quoted(pins);
+            format!("end the one at {pins} if it runs, then: enforcer detach --pins {pins}")
+        });
+        let commands: Vec<_> = commands.collect();
+        match commands.is_empty() {
+            true => "end the enforcer that is not the service".to_owned(),
+            false => commands.join("; "),
+        }
+    };
+    let mut checks = Vec::new();
+    for interface in interfaces {
+        let Ok(ifindex) = if_nametoindex(interface.as_str()) else {
+            continue;
+        };
+        let found = enforcers_on(ifindex, &pinned);
+        let found = match found {
+            Ok(found) if found.len() > 1 => found,
+            Ok(_) => continue,
+            Err(error) => {
+                let said = format!("{interface}: {error}");
+                checks.push(not(Health::Warn, name, said, "run it as root"));
+                continue;
+            }
+        };
+        let here = found.iter().flatten();
+        let others = here.filter(|pins| foreign.iter().any(|place| place.root == **pins));
+        let others: BTreeSet<_> = others.map(PathBuf::as_path).collect();
+        let said = format!(
+            "{interface}: {} enforcers judge here, each by its own policy",
+            found.len()
+        );
+        checks.push(not(Health::Fail, name, said, &mend(&others)));
+    }
+    if checks.is_empty() && status.is_some() {
+        checks.extend(foreign.iter().filter(|place| place.here).map(|place| {
+            let said = format!(
+                "what is pinned in {} is not the daemon's, and for this network namespace",
+                place.root.display()
+            );
+            not(
+                Health::Warn,
+                name,
+                said,
+                &mend(&BTreeSet::from([&*place.root])),
+            )
+        }));
     }
     checks
 }

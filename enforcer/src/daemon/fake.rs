@@ -48,6 +48,7 @@ pub struct Fake {
     pub detached_all: bool,
     pub refuse_apply: bool,
     pub refuse_attach: bool,
+    pub refuse_detach: bool,
     /// What each attachment takes.
     pub slow_attach: std::time::Duration,
     pub counters: Counters,
@@ -60,6 +61,8 @@ pub struct Fake {
     /// What is on trial in the kernel: what came before, and until when.
     pub trial: Option<(Image, Instant)>,
     pub refuse_trial: bool,
+    /// The next confirmation, and no other.
+    pub refuse_confirm: bool,
     /// Steps of changes until one never returns: as if the daemon were killed there.
     pub halt: Option<u32>,
     pub halted: bool,
@@ -198,6 +201,9 @@ impl Dataplane for Handle {
         let mut fake = self.lock();
         let (_, end) = fake.trial.as_ref().unwrap();
         if end.saturating_duration_since(Instant::now()) < Duration::from_secs(1) {
+            return Err(DataplaneError::Trial("too late"));
+        }
+        if std::mem::take(&mut fake.refuse_confirm) {
             return Err(refused("confirm"));
         }
         fake.trial = None;
@@ -303,6 +309,9 @@ impl Dataplane for Handle {
 
     fn detach(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
         let mut fake = self.lock();
+        if fake.refuse_detach {
+            return Err(refused("detach"));
+        }
         fake.attached.remove(&ifindex);
         fake.log.push(format!("detach {ifindex}"));
         Ok(())

@@ -68,6 +68,8 @@ pub struct Links {
     /// Gone, with what the dataplane keeps of them not yet let go: the kernel takes the lock that
     /// births need for each of them.
     leaving: BTreeMap<u32, String>,
+    /// Not asked for any more, and their programs cannot be taken off: tried again at each look.
+    stuck: BTreeMap<u32, String>,
     failed: BTreeMap<u32, Failure>,
     /// Somebody took the programs off.
     stolen: BTreeSet<u32>,
@@ -91,6 +93,7 @@ impl Links {
             hooks_reason: None,
             attached: BTreeMap::new(),
             leaving: BTreeMap::new(),
+            stuck: BTreeMap::new(),
             failed: BTreeMap::new(),
             stolen: BTreeSet::new(),
             restored: Vec::new(),
@@ -101,8 +104,7 @@ impl Links {
     }
 
     /// Has the kernel's grace periods end soon while programs are attached.
-    pub fn expedited(self) -> Self {
-        let expedite = Expedite::of_kernel();
+    pub fn expedited(self, expedite: Expedite) -> Self {
         Self { expedite, ..self }
     }
 
@@ -169,9 +171,12 @@ impl Links {
         warnings
     }
 
-    /// Why packets with VLAN tags may be judged in the wrong place.
-    pub fn problem(&self) -> Option<String> {
-        self.tags_error.clone()
+    /// Why packets may be judged in the wrong place: those with VLAN tags, and where nobody asks for it.
+    pub fn problems(&self) -> impl Iterator<Item = String> {
+        let stuck = self.stuck.values().map(|name| {
+            format!("{name} is still enforced, at least one way: its programs cannot be taken off")
+        });
+        self.tags_error.clone().into_iter().chain(stuck)
     }
 
     /// Interfaces that had lost their programs to somebody, and have them again, since the last call.
@@ -246,15 +251,18 @@ impl Links {
         while time()
             && let Some((ifindex, name)) = self.leaving.pop_first()
         {
-            Self::detach(dataplane, ifindex, &name);
+            self.detach(dataplane, ifindex, name);
         }
         self.leaving.len()
     }
 
-    fn detach(dataplane: &mut dyn Dataplane, ifindex: u32, name: &str) {
+    fn detach(&mut self, dataplane: &mut dyn Dataplane, ifindex: u32, name: String) {
         match dataplane.detach(ifindex) {
             Ok(()) => tracing::info!(interface = name, "interface gone, detached"),
-            Err(error) => tracing::error!(interface = name, %error, "cannot detach"),
+            Err(error) => {
+                tracing::error!(interface = name, %error, "cannot detach");
+                self.stuck.insert(ifindex, name);
+            }
         }
     }
 
@@ -267,6 +275,8 @@ impl Links {
         let mut dataplane = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
         // They are not missed.
         self.let_go(&mut **dataplane, || true);
+        self.stuck
+            .retain(|ifindex, _| dataplane.detach(*ifindex).is_err());
         let missing = dataplane.missing()?;
         self.take_tags_back(&mut **dataplane, &missing);
         for ifindex in missing {
@@ -333,7 +343,7 @@ impl Links {
         let (mut waiting, mut newly_failed) = (0, false);
         for link in new {
             if let Some(name) = self.leaving.remove(&link.ifindex) {
-                Self::detach(&mut **guard, link.ifindex, &name);
+                self.detach(&mut **guard, link.ifindex, name);
             }
             let known = self.failed.get(&link.ifindex).map(|f| f.error.clone());
             let error = if time() {
@@ -352,7 +362,7 @@ impl Links {
         self.set_tags(&mut **guard, tags);
         // Last: what takes over is enforced before another is let go.
         for (ifindex, name) in gone {
-            Self::detach(&mut **guard, ifindex, &name);
+            self.detach(&mut **guard, ifindex, name);
         }
         let leaving = self.let_go(&mut **guard, time);
         drop(guard);
@@ -458,6 +468,7 @@ impl Links {
         };
         match result {
             Ok(()) => {
+                self.stuck.remove(&link.ifindex);
                 if self.stolen.remove(&link.ifindex) {
                     self.restored.push(link.name.clone());
                     tracing::warn!(

@@ -75,6 +75,7 @@ use crate::{
 use adopt::Before;
 use control::Control;
 use environment::Host;
+use expedite::Expedite;
 use files::{SettingsPath, Sources};
 use guard::Trust;
 use links::{Effort, Links};
@@ -185,13 +186,16 @@ pub async fn run(
         None => Before::default(),
     };
     let mut host = Host::read().map_err(system("cannot list interfaces"))?;
-    let mut links = Links::new(config.interfaces.clone(), config.socket_hooks).expedited();
+    let changes = Arc::new(Store::open(config.state_dir.as_deref()));
+    let expedite = Expedite::of_kernel(changes.path(), &config.socket);
+    expedite.mend();
+    let links = Links::new(config.interfaces.clone(), config.socket_hooks);
+    let mut links = links.expedited(expedite.clone());
     links.adopt(&before.adopted.slots);
     if links.follow_default_route() {
         host.look_at_routes()
             .map_err(system("cannot list default routes"))?;
     }
-    let changes = Arc::new(Store::open(config.state_dir.as_deref()));
     let mut left = start::trial(&mut before, &changes)?;
     let mut fresh = before.dataplane.is_none();
     // Nothing is at work: what was in force when the daemon last ran is so before anything is parsed.
@@ -262,11 +266,12 @@ pub async fn run(
     };
     let events = dataplane.take_events();
     let dataplane = Arc::new(Mutex::new(dataplane));
-    let shared = Shared::new(dataplane, Arc::clone(&generations), changes, live);
+    let mut shared = Shared::new(dataplane, Arc::clone(&generations), changes, live);
+    shared.expedite = expedite;
     let shared = Arc::new(shared);
     shared.note(|board| board.last_error = error);
     // What was there before this start stays when it fails half-way.
-    let mut detach = Detach((fresh || !outlives).then(|| Arc::clone(&shared.dataplane)));
+    let mut detach = Detach((fresh || !outlives).then(|| Arc::clone(&shared)));
     // What the parser and the compiler have left behind; nobody waits for it.
     drop(spawn_blocking(release_memory));
 
@@ -430,27 +435,20 @@ fn size_class(image: &Image) -> u32 {
 }
 
 /// Takes the programs off, also when a start fails half-way.
-struct Detach(Option<SharedDataplane>);
+struct Detach(Option<Arc<Shared>>);
 
 impl Detach {
     fn now(mut self) -> Result<(), DataplaneError> {
-        self.0
-            .take()
-            .map_or(Ok(()), |dataplane| detach_all(&dataplane))
+        self.0.take().map_or(Ok(()), |shared| shared.detach_all())
     }
 }
 
 impl Drop for Detach {
     fn drop(&mut self) {
-        if let Some(dataplane) = self.0.take()
-            && let Err(error) = detach_all(&dataplane)
+        if let Some(shared) = self.0.take()
+            && let Err(error) = shared.detach_all()
         {
             tracing::error!(%error, "cannot take all programs off");
         }
     }
-}
-
-fn detach_all(dataplane: &SharedDataplane) -> Result<(), DataplaneError> {
-    let mut dataplane = dataplane.lock().unwrap_or_else(PoisonError::into_inner);
-    dataplane.detach_all()
 }

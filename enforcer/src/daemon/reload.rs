@@ -30,7 +30,6 @@ use crate::{
 use super::{
     acts::{Answer, Ask, Proposal, Refused, What},
     control::log_warnings,
-    expedite::Expedite,
     files::{self, Sources, Texts},
     load::{self, Loaded, Memory, Rejected},
     progress,
@@ -241,13 +240,7 @@ impl Reloads {
             enforced.map(|i| i.name.clone()).collect()
         });
         let shared = Arc::clone(&self.shared);
-        let taken_off = spawn_blocking(move || {
-            let expedite = Expedite::of_kernel();
-            let _short = expedite.begin();
-            let dataplane = shared.dataplane.lock();
-            let mut dataplane = dataplane.unwrap_or_else(PoisonError::into_inner);
-            dataplane.detach_all()
-        });
+        let taken_off = spawn_blocking(move || shared.detach_all());
         let taken_off = taken_off.await.map_err(|error| error.to_string());
         let taken_off = taken_off.and_then(|result| result.map_err(|error| error.to_string()));
         let mut note = self.note(

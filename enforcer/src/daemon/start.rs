@@ -27,6 +27,8 @@ use super::{
 const OPEN: &str = "version: 1\ndefaults: {unsegmented: allow}\n";
 /// Where a policy was read that an earlier daemon has left in the kernel.
 const UNKNOWN: &str = "(not known)";
+/// Why a trial ended that could not go back.
+const LOST: &str = "somebody has unpinned the image before it: the policy was read anew";
 
 /// What to put in force.
 pub struct Chosen {
@@ -107,9 +109,10 @@ pub fn trial(before: &mut Before, changes: &Store) -> Result<Option<Duration>, D
         tracing::warn!(left = left.as_secs(), "a policy is on trial");
         return Ok(Some(left));
     }
+    let mut lost = false;
     if on.is_some() {
         // Nobody knows what is on trial, or the deadline has passed.
-        revert(before)?;
+        lost = revert(before)?;
     }
     let Some(pending) = pending else {
         return Ok(None);
@@ -121,6 +124,7 @@ pub fn trial(before: &mut Before, changes: &Store) -> Result<Option<Duration>, D
         return Ok(None);
     }
     let cause = match on {
+        Some(_) if lost => LOST,
         Some(_) if left.is_none() => "the deadline passed",
         Some(_) => "the texts of what was on trial are gone",
         None => "the kernel knows nothing of it any more",
@@ -135,20 +139,38 @@ pub fn trial(before: &mut Before, changes: &Store) -> Result<Option<Duration>, D
 /// # Errors
 /// What the kernel says.
 pub fn give_up(before: &mut Before, changes: &Store) -> Result<(), DataplaneError> {
-    revert(before)?;
-    let cause = "what is on trial cannot be compiled any more";
+    let lost = revert(before)?;
+    let cause = match lost {
+        true => LOST,
+        false => "what is on trial cannot be compiled any more",
+    };
     tracing::error!(cause, "the trial was taken back");
     changes.change(|journal| journal.revert(None, Some(cause.to_owned())));
     Ok(())
 }
 
-/// What was before the trial is in force again.
-fn revert(before: &mut Before) -> Result<(), DataplaneError> {
-    if let Some(dataplane) = &mut before.dataplane {
-        dataplane.revert()?;
-        before.adopted = dataplane.adopted()?.unwrap_or_default();
+/// What was before the trial is in force again; or else, if the answer is yes, the kernel's own way back
+/// is all there is, until the policy has been read and takes over.
+fn revert(before: &mut Before) -> Result<bool, DataplaneError> {
+    let Some(dataplane) = &mut before.dataplane else {
+        return Ok(false);
+    };
+    match dataplane.revert() {
+        Err(error @ DataplaneError::LostPrevious) => {
+            tracing::error!(
+                %error,
+                "the programs judge as they did until the policy is read and takes over"
+            );
+            // It is not what judges.
+            before.adopted.live = None;
+            Ok(true)
+        }
+        reverted => {
+            reverted?;
+            before.adopted = dataplane.adopted()?.unwrap_or_default();
+            Ok(false)
+        }
     }
-    Ok(())
 }
 
 /// Reads, chooses and compiles. `left` is what a trial that goes on has left, `within` how long a

@@ -18,7 +18,7 @@ use crate::{
         },
     },
     compile::Image,
-    dataplane::{Counters, SocketHooks},
+    dataplane::{Counters, DataplaneError, SocketHooks},
     events::{Generations, Store, enrich::Local, reader::SharedDataplane},
     policy::model::{Environment, Policy},
     pulse::Pulse,
@@ -26,6 +26,7 @@ use crate::{
 };
 
 use super::{
+    expedite::Expedite,
     explain::{explain, now},
     files::Sources,
     load::Memory,
@@ -109,6 +110,8 @@ pub struct Shared {
     pub shadow: shadow::Desk,
     /// Of the server of the control socket.
     pub serving: Pulse,
+    /// Short grace periods.
+    pub expedite: Expedite,
     live: RwLock<Arc<Live>>,
     board: Mutex<Board>,
     started_at: Time,
@@ -129,6 +132,7 @@ impl Shared {
             changes,
             shadow: shadow::Desk::default(),
             serving: Pulse::default(),
+            expedite: Expedite::default(),
             live: RwLock::new(Arc::new(live)),
             board: Mutex::default(),
             started_at: Time::now(),
@@ -155,6 +159,19 @@ impl Shared {
         change(&mut self.board.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Takes every program off.
+    ///
+    /// # Errors
+    /// As [`crate::dataplane::Dataplane::detach_all`].
+    pub fn detach_all(&self) -> Result<(), DataplaneError> {
+        let _short = self.expedite.begin();
+        let mut dataplane = self
+            .dataplane
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        dataplane.detach_all()
+    }
+
     /// Asks the live image about a flow.
     ///
     /// # Errors
@@ -171,9 +188,10 @@ impl Shared {
 
     /// Everything there is to say. Reads the kernel's counters: blocks for a moment.
     pub fn status(&self) -> Status {
-        let counters = {
+        let (counters, pins) = {
             let dataplane = self.dataplane.lock();
-            dataplane.unwrap_or_else(PoisonError::into_inner).counters()
+            let dataplane = dataplane.unwrap_or_else(PoisonError::into_inner);
+            (dataplane.counters(), dataplane.pins())
         };
         let live = self.live();
         let board = self.note(|board| board.clone());
@@ -228,6 +246,7 @@ impl Shared {
             flows,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
+            pins: pins.map(|pins| pins.display().to_string()),
             started_at: self.started_at,
         }
     }

@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     api::types::{Record, TamperVerdict, Tampered, Time},
-    dataplane::{Dataplane, Tamper},
+    dataplane::{Beside, Dataplane, Tamper},
 };
 
 use super::state::Shared;
@@ -20,6 +20,7 @@ const READ_BACK: Duration = Duration::from_secs(60);
 #[derive(Debug, Default)]
 pub struct Watchman {
     open: BTreeSet<(String, String)>,
+    beside: Vec<Beside>,
     error: Option<String>,
     read_back: Option<Instant>,
 }
@@ -44,6 +45,14 @@ impl Watchman {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
             dataplane.inspect().and_then(|mut found| {
+                let beside = dataplane.beside();
+                if beside != self.beside {
+                    beside
+                        .iter()
+                        .map(other)
+                        .for_each(|what| tracing::error!("{what}"));
+                    self.beside = beside;
+                }
                 if due {
                     self.read_back = Some(Instant::now());
                     found.extend(other_image(&mut **dataplane, shared)?);
@@ -80,8 +89,42 @@ impl Watchman {
     /// What is wrong and stays so.
     pub fn problems(&self) -> impl Iterator<Item = String> {
         let open = self.open.iter();
+        let beside = self.beside.iter().filter(|b| !b.interfaces.is_empty());
         open.map(|(target, what)| format!("{target} {what}"))
+            .chain(beside.map(other))
             .chain(self.error.clone())
+    }
+
+    /// What is not wrong, but should be known.
+    pub fn warnings(&self) -> impl Iterator<Item = String> {
+        let beside = self.beside.iter().filter(|b| b.interfaces.is_empty());
+        beside.map(other)
+    }
+}
+
+/// Says of another enforcer where it is, and how to be rid of it.
+fn other(beside: &Beside) -> String {
+    let names: Vec<_> = beside.interfaces.iter().map(String::as_str).collect();
+    let names = names.join(", ");
+    match &beside.pins {
+        Some(pins) if names.is_empty() => {
+            let pins = pins.display();
+            format!(
+                "what is pinned in {pins} is another enforcer's, for this network namespace: if it \
+                 is not wanted, `enforcer detach --pins {pins}` takes it off"
+            )
+        }
+        Some(pins) => {
+            let pins = pins.display();
+            format!(
+                "another enforcer, pinned in {pins}, judges as well on {names}, each by its own \
+                 policy: end it if it runs, then take it off with `enforcer detach --pins {pins}`"
+            )
+        }
+        None => format!(
+            "another enforcer, pinned nowhere that is known, judges as well on {names}, each by its \
+             own policy: end it"
+        ),
     }
 }
 

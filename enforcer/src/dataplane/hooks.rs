@@ -10,20 +10,15 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
 };
 
-use aya::{
-    maps::{Map, MapData},
-    programs::TcAttachType,
-    util::KernelVersion,
-};
+use aya::{programs::TcAttachType, util::KernelVersion};
 
 use super::{
     DataplaneError, Interface, cgroup, clsact,
     errors::{attach_error, syscall},
     kernel::KernelDataplane,
     load::SOCKET_PROGRAMS,
-    pins::{Keep, Pins},
     query::interface_name,
-    sys::objects::{self, AttachType},
+    sys::objects::{self, AttachType, LinkInfo},
 };
 
 pub(super) const TC_PROGRAMS: [(&str, TcAttachType, AttachType); 2] = [
@@ -35,6 +30,8 @@ pub(super) const TC_PROGRAMS: [(&str, TcAttachType, AttachType); 2] = [
 pub(super) struct Attached {
     pub(super) name: String,
     pub(super) slot: u32,
+    /// It was to be taken off, and could not be.
+    pub(super) going: bool,
     pub(super) hooks: BTreeMap<&'static str, Hook>,
 }
 
@@ -42,6 +39,13 @@ pub(super) struct Attached {
 pub(super) enum Hook {
     Tcx(OwnedFd),
     Clsact,
+}
+
+/// A hook as the kernel has it.
+pub(super) struct Seen {
+    pub(super) link: LinkInfo,
+    /// All programs on it, in the order in which they are asked.
+    pub(super) programs: Vec<u32>,
 }
 
 /// tcx links came with Linux 6.6; before, clsact through netlink.
@@ -71,6 +75,8 @@ impl KernelDataplane {
         let (ifindex, slot) = (interface.ifindex, interface.slot);
         if let Some(attached) = self.attached.get_mut(&ifindex) {
             attached.name.clone_from(&interface.name);
+            // What is off already is missing at the next look.
+            attached.going = false;
             if attached.slot == slot {
                 return Ok(());
             }
@@ -83,6 +89,7 @@ impl KernelDataplane {
         let mut attached = Attached {
             name: interface.name.clone(),
             slot,
+            going: false,
             hooks: BTreeMap::new(),
         };
         for (program, direction, tcx) in TC_PROGRAMS {
@@ -92,7 +99,10 @@ impl KernelDataplane {
                 }
                 Err(error) => {
                     // Half an interface is worse than none: take the first hook off again.
-                    let _ = self.unhook(ifindex, attached);
+                    if let (_, Some(left)) = self.unhook(ifindex, attached) {
+                        self.attached.insert(ifindex, left);
+                        return Err(error);
+                    }
                     // Nor may its number mean anything to the next one that gets it.
                     self.forget_interface(ifindex)?;
                     return Err(error);
@@ -133,19 +143,32 @@ impl KernelDataplane {
         let Some(attached) = self.attached.remove(&ifindex) else {
             return Ok(());
         };
-        let result = self.unhook(ifindex, attached);
+        let (result, left) = self.unhook(ifindex, attached);
+        if let Some(mut left) = left {
+            left.going = true;
+            self.attached.insert(ifindex, left);
+            return result;
+        }
         result.and(self.forget_interface(ifindex))
     }
 
-    fn unhook(&mut self, ifindex: u32, attached: Attached) -> Result<(), DataplaneError> {
-        let mut result = Ok(());
-        for (program, hook) in attached.hooks {
-            let done = match hook {
+    /// Takes programs off; answers with those that stay, as their pins cannot be removed.
+    fn unhook(
+        &mut self,
+        ifindex: u32,
+        attached: Attached,
+    ) -> (Result<(), DataplaneError>, Option<Attached>) {
+        let Attached {
+            name, slot, hooks, ..
+        } = attached;
+        let (mut result, mut left) = (Ok(()), BTreeMap::new());
+        for (program, hook) in hooks {
+            let done = match &hook {
                 // The last who knows of the link is `hook`, dropped here.
                 Hook::Tcx(_) => self
                     .pins
                     .forget_link(program, Some(ifindex))
-                    .map_err(|error| attach_error(program, &attached.name, &error)),
+                    .map_err(|error| attach_error(program, &name, &error)),
                 Hook::Clsact => {
                     // Renamed, perhaps; and if it is gone, so is the filter.
                     let name = interface_name(ifindex);
@@ -156,9 +179,18 @@ impl KernelDataplane {
                         })
                 }
             };
+            if done.is_err() {
+                left.insert(program, hook);
+            }
             result = result.and(done);
         }
-        result
+        let left = (!left.is_empty()).then_some(Attached {
+            name,
+            slot,
+            going: false,
+            hooks: left,
+        });
+        (result, left)
     }
 
     /// Finds what an earlier daemon has attached. Links that name other programs than ours are led to
@@ -167,24 +199,24 @@ impl KernelDataplane {
         let slots = self.interfaces()?;
         let mut found: BTreeMap<u32, Attached> = BTreeMap::new();
         let links = self.pins.links().map_err(syscall("open pinned links"))?;
-        for (program, ifindex, link) in links {
-            let socket = SOCKET_PROGRAMS.iter().find(|name| **name == program);
-            let tc = TC_PROGRAMS.iter().find(|(name, ..)| *name == program);
+        for (name, ifindex, link) in links {
             let info = objects::link_info(link.as_fd()).map_err(syscall("read a link"))?;
-            match (socket, tc, ifindex) {
-                (Some(name), _, None) => {
+            match ifindex {
+                None => {
                     self.socket_links.insert(name, link);
                 }
-                (_, Some((name, ..)), Some(ifindex)) if info.ifindex == ifindex => {
+                Some(ifindex) if info.ifindex == ifindex => {
                     let attached = found.entry(ifindex).or_insert_with(|| Attached {
                         name: interface_name(ifindex).unwrap_or_default(),
                         slot: slots.get(&ifindex).copied().unwrap_or(0),
+                        going: false,
                         hooks: BTreeMap::new(),
                     });
                     attached.hooks.insert(name, Hook::Tcx(link));
                 }
-                _ => {
-                    let forgotten = self.pins.forget_link(&program, ifindex);
+                // Its interface is gone.
+                Some(_) => {
+                    let forgotten = self.pins.forget_link(name, ifindex);
                     forgotten.map_err(syscall("unpin a link"))?;
                 }
             }
@@ -198,6 +230,7 @@ impl KernelDataplane {
                 let attached = Attached {
                     name,
                     slot: *slot,
+                    going: false,
                     hooks: hooks.into(),
                 };
                 found.insert(*ifindex, attached);
@@ -274,7 +307,8 @@ impl KernelDataplane {
             return Ok(Vec::new());
         }
         let mut lost = Vec::new();
-        for (ifindex, attached) in &self.attached {
+        self.seen.clear();
+        for (ifindex, attached) in self.attached.iter().filter(|(_, a)| !a.going) {
             for (program, _, attach_type) in TC_PROGRAMS {
                 let ours = self.id_of(program)?;
                 let programs = match objects::programs_on(*ifindex, attach_type) {
@@ -292,6 +326,9 @@ impl KernelDataplane {
                         || link.is_some_and(|l| programs.contains(&l.program)))
                 {
                     lost.push((*ifindex, program, attach_type));
+                } else if let Some(link) = link {
+                    self.seen
+                        .insert((*ifindex, program), Seen { link, programs });
                 }
             }
         }
@@ -334,6 +371,7 @@ impl KernelDataplane {
         }
         let root = cgroup::cgroup2_root()?;
         let directory = File::open(&root).map_err(syscall("open the root cgroup"))?;
+        let mut result = Ok(());
         for program in SOCKET_PROGRAMS {
             if self.socket_links.contains_key(program) {
                 continue;
@@ -341,21 +379,26 @@ impl KernelDataplane {
             let Some(ours) = self.opened.socket.get(program) else {
                 continue;
             };
-            let failed = |error| attach_error(program, &root.display().to_string(), &error);
-            let link = objects::link_cgroup(ours.as_fd(), directory.as_fd(), attach_type(program))
-                .map_err(failed)?;
-            self.pins
-                .pin_link(program, None, link.as_fd())
-                .map_err(failed)?;
-            self.socket_links.insert(program, link);
+            let link = objects::link_cgroup(ours.as_fd(), directory.as_fd(), attach_type(program));
+            let pinned = link.and_then(|link| {
+                self.pins.pin_link(program, None, link.as_fd())?;
+                self.socket_links.insert(program, link);
+                Ok(())
+            });
+            let at = root.display().to_string();
+            result = result.and(pinned.map_err(|error| attach_error(program, &at, &error)));
         }
-        Ok(())
+        result
     }
 
     pub(super) fn detach_socket_hooks(&mut self) -> Result<(), DataplaneError> {
         let mut result = Ok(());
-        for (program, _) in std::mem::take(&mut self.socket_links) {
+        for (program, link) in std::mem::take(&mut self.socket_links) {
             let forgotten = self.pins.forget_link(program, None);
+            if forgotten.is_err() {
+                // It stays where it is pinned.
+                self.socket_links.insert(program, link);
+            }
             result = result.and(forgotten.map_err(|e| attach_error(program, "a cgroup", &e)));
         }
         result
@@ -368,40 +411,4 @@ fn replace(link: &OwnedFd, program: std::os::fd::BorrowedFd<'_>) -> io::Result<(
         return Ok(());
     }
     objects::update_link(link.as_fd(), program)
-}
-
-/// Takes off what is pinned in a directory, whoever made it, while no daemon is at work there. Names
-/// of the interfaces that are not enforced any more; `None` when nothing is pinned.
-///
-/// # Errors
-/// [`DataplaneError`]; what could be taken off is off.
-pub fn take_off(root: &std::path::Path) -> Result<Option<Vec<String>>, DataplaneError> {
-    if !root.exists() {
-        return Ok(None);
-    }
-    let pins = Pins::open(&Keep::Pinned(root.to_owned()))?;
-    let mut interfaces = std::collections::BTreeSet::new();
-    for (_, ifindex, _) in pins.links().map_err(syscall("open pinned links"))? {
-        interfaces.extend(ifindex);
-    }
-    let mut result = Ok(());
-    if !tcx() {
-        let map = MapData::from_pin(pins.set(false).map("INTERFACES"));
-        let map = map.and_then(Map::from_map_data);
-        let map: Result<aya::maps::HashMap<_, u32, [u32; 2]>, _> = map.and_then(TryInto::try_into);
-        for ifindex in map.iter().flat_map(|map| map.keys().flatten()) {
-            interfaces.insert(ifindex);
-            let Some(name) = interface_name(ifindex) else {
-                continue;
-            };
-            for (program, direction, _) in TC_PROGRAMS {
-                result = result.and(clsact::detach(program, direction, &name));
-            }
-        }
-    }
-    let removed = pins.remove().map_err(syscall("remove the pins"));
-    result.and(removed)?;
-    Ok(Some(
-        interfaces.into_iter().filter_map(interface_name).collect(),
-    ))
 }

@@ -169,13 +169,23 @@ impl KernelDataplane {
         let policy = objects::get(&current.map(POLICY));
         let policy = policy.map_err(syscall("open the pinned POLICY"))?;
         let mut slots = in_slots(policy.as_fd(), &pinned)?;
+        let mut moved: BTreeMap<u32, WrittenImage> = BTreeMap::new();
         for (slot, kept) in &mut slots {
             if before.image_words != self.meta.image_words {
-                let words = read(kept, before.image_words)?;
-                let fits = words.len().min(self.meta.image_words as usize);
-                let image = self.write_words(words.get(..fits).unwrap_or(&[]), kept.generation)?;
+                // One that is in two slots stays one: the pin has its generation's name.
+                let image = match moved.remove(&kept.generation) {
+                    Some(image) => image,
+                    None => {
+                        let words = read(kept, before.image_words)?;
+                        let fits = words.len().min(self.meta.image_words as usize);
+                        let words = words.get(..fits).unwrap_or(&[]);
+                        self.write_words(words, kept.generation)?
+                    }
+                };
                 self.put(*slot, &image)?;
-                kept.map = image.map;
+                let map = image.map.try_clone();
+                kept.map = map.map_err(syscall("keep the image"))?;
+                moved.insert(kept.generation, image);
             }
             set.pin_image(kept.generation, kept.map.as_fd())
                 .map_err(syscall("pin the image"))?;

@@ -4,6 +4,7 @@
 //! does that takes the hooks for its own.
 
 use std::{
+    collections::BTreeMap,
     io,
     os::fd::{AsFd as _, BorrowedFd},
     path::Path,
@@ -15,10 +16,10 @@ use enforcer_common::wire::{Control, NO_DEADLINE, slot};
 use super::{
     DataplaneError, Tamper, clsact,
     errors::{map_error, syscall},
-    hooks::{Hook, TC_PROGRAMS, tcx},
+    hooks::{Hook, Seen, TC_PROGRAMS, tcx},
     images::Kept,
     kernel::KernelDataplane,
-    load::{CONTROL, MAPS},
+    load::{CONTROL, MAPS, SOCKET_PROGRAMS},
     query::interface_name,
     sys::{self, objects},
 };
@@ -34,6 +35,7 @@ impl KernelDataplane {
         let mut found: Vec<_> = restored
             .map(|target| Tamper::of(&target, "was taken off", true))
             .collect();
+        self.forget_previous();
         self.look_at_settings(&mut found)?;
         self.look_at_images(&mut found)?;
         self.look_at_hooks(&mut found)?;
@@ -95,16 +97,35 @@ impl KernelDataplane {
 
     fn look_at_hooks(&mut self, found: &mut Vec<Tamper>) -> Result<(), DataplaneError> {
         let mut last = Vec::new();
+        let (mut elsewhere, mut strangers) = (None, BTreeMap::new());
+        let mut seen = std::mem::take(&mut self.seen);
         for (ifindex, attached) in &self.attached {
             for (program, hook) in &attached.hooks {
                 let Hook::Tcx(link) = hook else { continue };
                 let ours = self.classifier(program)?.fd();
                 let ours = ours.map_err(|e| syscall("use a program")(io::Error::other(e)))?;
                 let id = self.id_of(program)?;
-                let info = objects::link_info(link.as_fd()).map_err(syscall("read a link"))?;
+                let Some((.., attach_type)) = TC_PROGRAMS.iter().find(|(name, ..)| name == program)
+                else {
+                    continue;
+                };
+                let Seen {
+                    link: info,
+                    programs: all,
+                } = match seen.remove(&(*ifindex, *program)) {
+                    Some(seen) => seen,
+                    None => Seen {
+                        link: objects::link_info(link.as_fd()).map_err(syscall("read a link"))?,
+                        programs: objects::programs_on(*ifindex, *attach_type).unwrap_or_default(),
+                    },
+                };
                 // What is gone is `missing`.
                 if info.ifindex != *ifindex {
                     continue;
+                }
+                if all.iter().any(|other| *other != id) {
+                    let others = all.iter().copied().filter(|other| *other != id);
+                    strangers.insert((*ifindex, *program), others.collect());
                 }
                 let target = format!("{program} on {}", attached.name);
                 if info.program != id {
@@ -113,17 +134,21 @@ impl KernelDataplane {
                     found.push(Tamper::of(&target, what, back.is_ok()));
                     continue;
                 }
-                let Some((.., attach_type)) = TC_PROGRAMS.iter().find(|(name, ..)| name == program)
-                else {
-                    continue;
-                };
-                let all = objects::programs_on(*ifindex, *attach_type).unwrap_or_default();
-                let others: Vec<_> = all.iter().take_while(|other| **other != id).collect();
-                if !others.is_empty() && others.len() < all.len() {
+                let mut others: Vec<_> = all.iter().take_while(|other| **other != id).collect();
+                if others.len() == all.len() {
+                    continue; // It is gone by now.
+                }
+                if !others.is_empty() {
+                    // Another enforcer would fight for the place as well; it is told of elsewhere.
+                    let known = elsewhere.get_or_insert_with(|| self.programs_elsewhere());
+                    others.retain(|other| !known.contains(other));
+                }
+                if !others.is_empty() {
                     last.push((*ifindex, *program, target, format!("{others:?}")));
                 }
             }
         }
+        self.strangers = strangers;
         for (ifindex, program, target, others) in last {
             let repaired = self.come_first(ifindex, program);
             let what = format!("was not the first to be asked, programs {others} were before it");
@@ -225,9 +250,17 @@ impl KernelDataplane {
         for program in &lost {
             self.socket_links.remove(program);
         }
-        if !lost.is_empty() {
-            let back = self.attach_socket_hooks().is_ok();
-            for program in lost {
+        // Those that could not be put back the last time, too.
+        if self.socket_wanted && self.socket_links.len() < SOCKET_PROGRAMS.len() {
+            let missing: Vec<_> = SOCKET_PROGRAMS
+                .into_iter()
+                .filter(|program| !self.socket_links.contains_key(program))
+                .collect();
+            if let Err(error) = self.attach_socket_hooks() {
+                tracing::debug!(%error, "cannot attach the socket hooks again");
+            }
+            for program in missing {
+                let back = self.socket_links.contains_key(program);
                 found.push(Tamper::of(program, "was taken off the root cgroup", back));
             }
         }

@@ -21,18 +21,18 @@ use enforcer_common::{
 
 use super::errors::{load_error, map_error, missing, syscall};
 use super::{
-    Adopted, Counters, Dataplane, DataplaneError, EventSource, FlowReader, Interface, LinkType,
-    OnTrial, PacketCount, RecordCount, SocketHooks, Tamper, WallClock, flows,
-    hooks::Attached,
+    Adopted, Beside, Counters, Dataplane, DataplaneError, EventSource, FlowReader, Interface,
+    LinkType, OnTrial, PacketCount, RecordCount, SocketHooks, Tamper, WallClock, flows,
+    hooks::{Attached, Seen},
     images::Kept,
     load::{self, Opened},
     pins::{Meta, Pins},
     sys,
 };
 pub use super::{
-    hooks::take_off,
     images::WrittenImage,
     load::LoadOptions,
+    off::{TakenOff, take_off},
     pins::{DEFAULT_PINS, Keep},
 };
 use crate::compile::Image;
@@ -48,11 +48,18 @@ pub struct KernelDataplane {
     /// Keys in `VLANS`.
     vlans: BTreeSet<u64>,
     pub(super) socket_links: BTreeMap<&'static str, OwnedFd>,
+    /// Somebody has asked for the socket hooks: those that are missing are attached at each look.
+    pub(super) socket_wanted: bool,
     /// What is in the slots of `POLICY`.
     pub(super) slots: BTreeMap<u32, Kept>,
     events: Option<RingBuf<MapData>>,
     /// Hooks that had lost their programs, and have them again.
     pub(super) restored: Vec<String>,
+    /// What [`KernelDataplane::missing_hooks`] has just seen: each question takes the lock that births
+    /// of interfaces need.
+    pub(super) seen: BTreeMap<(u32, &'static str), Seen>,
+    /// Programs of others on our hooks, at the last look.
+    pub(super) strangers: BTreeMap<(u32, &'static str), Vec<u32>>,
     /// How often the first place on a hook was taken again.
     pub(super) fought: BTreeMap<(u32, &'static str), u32>,
     /// What was there before this process.
@@ -170,9 +177,12 @@ impl KernelDataplane {
             attached: BTreeMap::new(),
             vlans: BTreeSet::new(),
             socket_links: BTreeMap::new(),
+            socket_wanted: false,
             slots: BTreeMap::new(),
             events: Some(events),
             restored: Vec::new(),
+            seen: BTreeMap::new(),
+            strangers: BTreeMap::new(),
             fought: BTreeMap::new(),
             adopted: false,
             extra: &[],
@@ -218,7 +228,11 @@ impl KernelDataplane {
         let next = self.pins.set(true);
         let moved = self
             .adopt_images(&next, &before)
-            .and_then(|()| self.replace_programs());
+            .and_then(|()| self.replace_programs())
+            .and_then(|()| {
+                let committed = self.pins.commit();
+                committed.map_err(syscall("put the pins in their place"))
+            });
         if let Err(error) = moved {
             self.opened = old;
             self.staging = smaller;
@@ -233,9 +247,7 @@ impl KernelDataplane {
             }
             return Err(error);
         }
-        self.pins
-            .commit()
-            .map_err(syscall("put the pins in their place"))
+        Ok(())
     }
 
     /// Words that an image may have.
@@ -359,12 +371,21 @@ impl Dataplane for KernelDataplane {
     }
 
     fn outlives(&self) -> bool {
-        self.pins.kept()
+        self.pins.place().is_some()
+    }
+
+    fn pins(&self) -> Option<std::path::PathBuf> {
+        std::path::absolute(self.pins.place()?).ok()
+    }
+
+    fn beside(&self) -> Vec<Beside> {
+        self.enforcers_beside()
     }
 
     fn apply(&mut self, image: &Image) -> Result<(), DataplaneError> {
         let written = self.write_image(image)?;
-        self.make_live(&written)
+        self.make_live(&written)?;
+        self.leave_lost_trial()
     }
 
     fn trial(
@@ -471,6 +492,7 @@ impl Dataplane for KernelDataplane {
             self.control.flags = flags;
             self.write_control()?;
         }
+        self.socket_wanted = mode != SocketHooks::Off;
         match mode {
             SocketHooks::Off => self.detach_socket_hooks(),
             SocketHooks::Refuse | SocketHooks::Observe => self.attach_socket_hooks(),
@@ -554,14 +576,25 @@ impl Dataplane for KernelDataplane {
     }
 
     fn detach_all(&mut self) -> Result<(), DataplaneError> {
+        let (wanted, flags) = (self.socket_wanted, self.control.flags);
         // First: what they refuse, TC must deny as well.
         let mut result = self.socket_hooks(SocketHooks::Off);
-        for ifindex in self.attached.keys().copied().collect::<Vec<_>>() {
-            let detached = self.detach(ifindex);
-            result = result.and(detached);
+        if result.is_ok() {
+            for ifindex in self.attached.keys().copied().collect::<Vec<_>>() {
+                let detached = self.detach(ifindex);
+                result = result.and(detached);
+            }
         }
-        let removed = self.pins.remove().map_err(syscall("remove the pins"));
-        result.and(removed)
+        // While a program is at work, so are its pins.
+        if result.is_ok() {
+            result = self.pins.remove().map_err(syscall("remove the pins"));
+        }
+        if result.is_err() {
+            // The next look puts all of it back.
+            (self.socket_wanted, self.control.flags) = (wanted, flags);
+            let _ = self.write_control();
+        }
+        result
     }
 }
 

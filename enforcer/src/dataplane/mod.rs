@@ -5,6 +5,7 @@
 
 pub mod cgroup;
 mod clsact;
+mod elsewhere;
 mod errors;
 pub mod flows;
 mod hooks;
@@ -13,6 +14,7 @@ mod inspect;
 pub mod kernel;
 mod load;
 mod objects;
+mod off;
 mod pins;
 mod query;
 mod resize;
@@ -20,6 +22,7 @@ mod shadow;
 mod sys;
 mod trial;
 
+pub use elsewhere::{Elsewhere, elsewhere, enforcers_on};
 pub use query::{Hanging, hanging};
 #[cfg(feature = "testing")]
 pub use sys::faults;
@@ -27,6 +30,7 @@ pub use sys::{clock_is_kept, peer_groups, release_memory, share_heaps};
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -171,6 +175,15 @@ impl Tamper {
     }
 }
 
+/// Another enforcer's programs and pins, beside those of this one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Beside {
+    /// Where they are pinned; `None`: nowhere that is known.
+    pub pins: Option<PathBuf>,
+    /// Interfaces on which both judge.
+    pub interfaces: BTreeSet<String>,
+}
+
 /// A trial in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OnTrial {
@@ -221,6 +234,10 @@ pub enum DataplaneError {
     /// Asked for what does not go with the trial that is, or is not, running.
     #[error("{0}")]
     Trial(&'static str),
+    /// A trial cannot be ended: somebody has unpinned the image that it goes back to. Another image that
+    /// is applied ends it.
+    #[error("the image that was in force before the trial is pinned no more")]
+    LostPrevious,
     /// A program could not be attached.
     #[error("cannot attach {hook} to {target}: {message}")]
     Attach {
@@ -280,7 +297,8 @@ pub trait Dataplane: Send {
     /// Ends a trial by the image before it; also after the programs have gone back by themselves.
     ///
     /// # Errors
-    /// [`DataplaneError`]; the deadline stands.
+    /// [`DataplaneError`]; the deadline stands. [`DataplaneError::LostPrevious`] when there is nothing to
+    /// go back to but what the programs go back to by themselves.
     fn revert(&mut self) -> Result<(), DataplaneError>;
 
     /// Puts others in the place of both images of a trial, the one to go back to first.
@@ -323,6 +341,17 @@ pub trait Dataplane: Send {
 
     /// Whether enforcement goes on when this is dropped.
     fn outlives(&self) -> bool;
+
+    /// Where that is pinned which outlives this.
+    fn pins(&self) -> Option<PathBuf> {
+        None
+    }
+
+    /// Other enforcers whose pins are for the same network namespace, or whose programs were on the
+    /// same hooks at the last [`Dataplane::inspect`].
+    fn beside(&self) -> Vec<Beside> {
+        Vec::new()
+    }
 
     /// Tells the programs the time; before the first image, and when the clock was set.
     ///
@@ -415,7 +444,8 @@ pub trait Dataplane: Send {
     /// Takes every program off. Enforcement ends.
     ///
     /// # Errors
-    /// The first [`DataplaneError::Syscall`]; the rest is attempted all the same.
+    /// The first [`DataplaneError::Syscall`]; what is off then comes back with the next
+    /// [`Dataplane::inspect`] and [`Dataplane::attach`].
     fn detach_all(&mut self) -> Result<(), DataplaneError>;
 }
 

@@ -13,6 +13,8 @@
 //! Every step leaves behind what the next start can go on from: `next` is thrown away, a link that
 //! names a program of `next` is led back, an image in no slot is forgotten.
 
+mod ours;
+
 use std::{
     fs::{self, DirBuilder, File, Metadata},
     io::{self, ErrorKind},
@@ -36,6 +38,8 @@ use super::{
     sys::{self, faults, objects},
 };
 
+pub(super) use ours::programs;
+
 /// Where pins are unless told otherwise.
 pub const DEFAULT_PINS: &str = "/sys/fs/bpf/enforcer";
 /// "enforcer" in ASCII.
@@ -53,7 +57,7 @@ pub enum Keep {
     Ephemeral,
 }
 
-/// What the pins belong to.
+/// What the pins belong to. Up to the network namespace every layout has the same fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub(super) struct Meta {
@@ -197,11 +201,13 @@ impl Pins {
     }
 
     fn pinned(root: &Path) -> Result<Self, DataplaneError> {
+        let made = !root.exists();
         directory(root).map_err(|error| cannot_pin(root, &error))?;
         let kind = statfs(root).map_err(|error| cannot_pin(root, &error.into()))?;
         if kind.filesystem_type() != BPF_FS_MAGIC {
-            // Made in vain; only if it is empty.
-            let _ = fs::remove_dir(root);
+            if made {
+                let _ = fs::remove_dir(root);
+            }
             let error = io::Error::other("it is not in a BPF file system");
             return Err(cannot_pin(root, &error));
         }
@@ -239,11 +245,6 @@ impl Pins {
         directory(&links).map_err(|error| cannot_pin(&links, &error))
     }
 
-    /// Whether what is pinned outlives this process.
-    pub(super) fn kept(&self) -> bool {
-        self.kept
-    }
-
     /// Programs and maps that are in use, or are about to be.
     pub(super) fn set(&self, next: bool) -> Set {
         Set {
@@ -251,34 +252,32 @@ impl Pins {
         }
     }
 
-    /// What is pinned in `current`, if anything is.
+    /// Where what is pinned outlives this process.
+    pub(super) fn place(&self) -> Option<&Path> {
+        self.kept.then_some(&*self.root)
+    }
+
+    /// What is pinned in `current`, if anything is. What is for interfaces of another network
+    /// namespace that are all gone enforces nothing, and is removed.
     ///
     /// # Errors
     /// [`DataplaneError::Environment`] when another kind of enforcer made it, or for another network
     /// namespace.
     pub(super) fn meta(&self, netns_cookie: u64) -> Result<Option<Meta>, DataplaneError> {
-        let set = self.set(false);
-        let map = match objects::get(&set.path.join("meta")) {
-            Ok(map) => map,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(syscall("open the pinned description")(error)),
+        let Some(meta) = self.described_by()? else {
+            return Ok(None);
         };
-        let foreign = |what: &str, help: &str| DataplaneError::Environment {
-            what: format!("what is pinned in {} {what}", self.root.display()),
-            help: help.to_owned(),
-        };
-        let mut words = [0; META_WORDS];
-        sys::lookup(map.as_fd(), 0, &mut words).map_err(syscall("read the pinned description"))?;
-        let meta = Meta::from_words(&words);
-        let detach = "it goes on enforcing; to replace it, start the enforcer that made it, or take \
-                      it off with `enforcer detach` (nothing is enforced from then on) and start \
-                      this one";
-        if meta.magic != MAGIC {
-            return Err(foreign(
-                "is not an enforcer's",
-                "name another directory with --pins",
-            ));
+        let elsewhere = meta.netns_cookie != netns_cookie;
+        if elsewhere && self.is_abandoned().map_err(syscall("read a pinned link"))? {
+            tracing::warn!(
+                pins = %self.root.display(),
+                "what is pinned is on no interface any more, and was for another network \
+                 namespace: it is removed, and this enforcer begins anew"
+            );
+            self.clear().map_err(syscall("remove abandoned pins"))?;
+            return Ok(None);
         }
+        let root = self.root.display();
         if (meta.layout, meta.abi) != (LAYOUT, ABI_VERSION) {
             let made = if (meta.layout, meta.abi) > (LAYOUT, ABI_VERSION) {
                 "a newer"
@@ -289,15 +288,55 @@ impl Pins {
                 "was made by {made} enforcer (layout {}.{}, this one has {LAYOUT}.{ABI_VERSION})",
                 meta.layout, meta.abi
             );
-            return Err(foreign(&what, detach));
+            let help = format!(
+                "it goes on enforcing; to replace it, start the enforcer that made it, or take it \
+                 off with `enforcer detach --pins {root}` (nothing is enforced from then on) and \
+                 start this one"
+            );
+            return Err(self.foreign(&what, help));
         }
-        if meta.netns_cookie != netns_cookie {
-            return Err(foreign(
-                "is for the interfaces of another network namespace",
-                "give each its own directory (--pins)",
-            ));
+        if elsewhere {
+            let help = format!(
+                "it goes on enforcing there; give each its own directory (--pins), or take it off \
+                 with `enforcer detach --pins {root}` (nothing is enforced there from then on)"
+            );
+            let what = "is for the interfaces of another network namespace, which are there";
+            return Err(self.foreign(what, help));
         }
         Ok(Some(meta))
+    }
+
+    fn foreign(&self, what: &str, help: String) -> DataplaneError {
+        DataplaneError::Environment {
+            what: format!("what is pinned in {} {what}", self.root.display()),
+            help,
+        }
+    }
+
+    /// The description of `current`, whichever enforcer made it.
+    fn described_by(&self) -> Result<Option<Meta>, DataplaneError> {
+        match ours::description(&self.set(false).path.join("meta")) {
+            Ok(Some(meta)) => Ok(Some(meta)),
+            Ok(None) => Err(self.foreign(
+                "is not an enforcer's",
+                "name another directory with --pins".to_owned(),
+            )),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(syscall("open the pinned description")(error)),
+        }
+    }
+
+    /// For which network namespace it is, if anything is pinned.
+    ///
+    /// # Errors
+    /// [`DataplaneError`], when it is not an enforcer's.
+    pub(super) fn netns(&self) -> Result<Option<u64>, DataplaneError> {
+        Ok(self.described_by()?.map(|meta| meta.netns_cookie))
+    }
+
+    /// Whether a start has got as far as making directories.
+    pub(super) fn is_begun(&self) -> bool {
+        self.set(true).path.exists() || self.set(false).path.exists()
     }
 
     /// What is in `next` becomes what is in use; what was, goes.
@@ -313,25 +352,11 @@ impl Pins {
             }
             moved => moved?,
         }
-        next.remove()
-    }
-
-    /// Pinned links: the program's name, the ifindex if it is on an interface, and the link.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub(super) fn links(&self) -> io::Result<Vec<(String, Option<u32>, OwnedFd)>> {
-        let mut links = Vec::new();
-        for name in names(&self.root.join("links"))? {
-            let link = objects::get(&self.root.join("links").join(&name))?;
-            match name.split_once('-') {
-                None => links.push((name, None, link)),
-                Some((program, ifindex)) => {
-                    links.push((program.to_owned(), ifindex.parse().ok(), link));
-                }
-            }
+        // It is done: what is left goes with the next change.
+        if let Err(error) = next.remove() {
+            tracing::warn!(%error, "cannot remove the programs of before");
         }
-        Ok(links)
+        Ok(())
     }
 
     /// Pins a link, in the place of an old one.
@@ -363,20 +388,31 @@ impl Pins {
         }
     }
 
-    /// Takes everything off: links first.
+    /// Takes everything off: links first. What is not an enforcer's stays.
     ///
     /// # Errors
     /// The first of the kernel's; the rest is attempted all the same.
     pub(super) fn remove(&self) -> io::Result<()> {
-        let mut result = clear(&self.root.join("links"));
+        let result = self.clear();
+        match self.kept {
+            true => result.and(ours::unless_filled(fs::remove_dir(&self.root))),
+            false => result,
+        }
+    }
+
+    fn clear(&self) -> io::Result<()> {
+        let mut result = self.remove_links();
         for set in [self.set(true), self.set(false)] {
             result = result.and(set.remove());
         }
-        if self.kept {
-            result = result.and(gone(fs::remove_dir(&self.root)));
-        }
         result
     }
+}
+
+/// The network namespace that the pins in a directory are for, if an enforcer made them.
+pub(super) fn netns_of(root: &Path) -> Option<u64> {
+    let meta = ours::description(&root.join("current/meta")).ok()??;
+    Some(meta.netns_cookie)
 }
 
 /// Programs of one build, and their maps.

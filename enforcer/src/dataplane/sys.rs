@@ -119,11 +119,12 @@ pub(in crate::dataplane) mod faults {
 }
 
 /// Calls that only read.
-const READS: [libc::c_long; 5] = [
+const READS: [libc::c_long; 6] = [
     BPF_MAP_LOOKUP_ELEM,
     BPF_MAP_LOOKUP_BATCH,
     objects::BPF_OBJ_GET,
     objects::BPF_OBJ_GET_INFO_BY_FD,
+    objects::BPF_PROG_GET_FD_BY_ID,
     objects::BPF_PROG_QUERY,
 ];
 

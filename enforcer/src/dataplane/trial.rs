@@ -21,7 +21,9 @@ impl KernelDataplane {
         previous: Option<&Image>,
         within: Duration,
     ) -> Result<(), DataplaneError> {
-        if self.control.deadline != NO_DEADLINE {
+        // One that has lost what it goes back to gets it from this one.
+        let lost = self.has_lost_previous() && previous.is_some();
+        if self.control.deadline != NO_DEADLINE && !lost {
             return Err(DataplaneError::Trial("a trial is running"));
         }
         let begun = self.arm(image, previous, within);
@@ -107,15 +109,22 @@ impl KernelDataplane {
         }
         let deadline = self.control.deadline;
         self.disarm()?;
-        if ticks(self.classifier("clock")?)? >= deadline {
-            // This process was held up: they had gone back already.
+        let now = self.classifier("clock").and_then(ticks);
+        if !now.as_ref().is_ok_and(|now| *now < deadline) {
+            // This process was held up: they had gone back already. Or nobody knows, and the trial
+            // goes on; what cannot be written now is at the next look.
             self.control.deadline = deadline;
             self.write_control()?;
+            now?;
             return Err(DataplaneError::Trial(
                 "the trial ended before it was confirmed",
             ));
         }
-        self.clear_previous()
+        // It is confirmed, whatever becomes of what it would have gone back to.
+        if let Err(error) = self.clear_previous() {
+            tracing::warn!(%error, "cannot forget the image before the one in force");
+        }
+        Ok(())
     }
 
     pub(super) fn revert_trial(&mut self) -> Result<(), DataplaneError> {
@@ -123,7 +132,7 @@ impl KernelDataplane {
             return Err(DataplaneError::Trial("no trial is running"));
         }
         let Some(kept) = self.slots.get(&slot::PREVIOUS) else {
-            return Err(DataplaneError::Trial("there is nothing to go back to"));
+            return Err(DataplaneError::LostPrevious);
         };
         let map = kept.map.try_clone();
         let previous = WrittenImage {
@@ -131,6 +140,25 @@ impl KernelDataplane {
             generation: kept.generation,
         };
         self.make_live(&previous)?;
+        self.disarm()?;
+        if let Err(error) = self.clear_previous() {
+            tracing::warn!(%error, "the image in force is kept twice");
+        }
+        Ok(())
+    }
+
+    /// Whether a trial is running, or has expired, whose image to go back to is in the kernel at most:
+    /// somebody has unpinned it.
+    fn has_lost_previous(&self) -> bool {
+        self.control.deadline != NO_DEADLINE && !self.slots.contains_key(&slot::PREVIOUS)
+    }
+
+    /// Ends a trial that cannot go back, now that another image is live. Until the deadline is gone the
+    /// programs judge as they did, by one image or the other.
+    pub(super) fn leave_lost_trial(&mut self) -> Result<(), DataplaneError> {
+        if !self.has_lost_previous() {
+            return Ok(());
+        }
         self.disarm()?;
         self.clear_previous()
     }
@@ -171,6 +199,12 @@ impl KernelDataplane {
         if let Err(error) = self.pins.set(true).remove() {
             tracing::warn!(%error, "cannot remove what was to take over");
         }
+        self.forget_previous();
+        self.forget_unused();
+    }
+
+    /// Forgets the image before a trial that is over.
+    pub(super) fn forget_previous(&mut self) {
         let over = self.control.deadline == NO_DEADLINE;
         if over
             && self.slots.contains_key(&slot::PREVIOUS)
@@ -178,7 +212,6 @@ impl KernelDataplane {
         {
             tracing::warn!(%error, "cannot forget the image before the one in force");
         }
-        self.forget_unused();
     }
 
     /// Gives its memory back.

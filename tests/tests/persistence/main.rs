@@ -7,7 +7,9 @@
     reason = "a test fails by panicking"
 )]
 
+mod beside;
 mod detaching;
+mod readonly;
 mod refusals;
 mod restarts;
 mod tamper;

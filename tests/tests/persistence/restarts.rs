@@ -6,7 +6,7 @@ use enforcer_tests::{
     netns::{Family, Routed},
     numbers::{ALLOWED, FORBIDDEN, under_load},
     pins::Pins,
-    scale,
+    rival, scale,
     seen::moved,
     traffic::{self, QUIET},
 };
@@ -14,6 +14,18 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::{gateway, policy};
+
+const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
+
+/// Whether a switch of the kernel is off at some moment: daemons of other tests use it as well.
+fn is_off(switch: &str) -> bool {
+    let off = || std::fs::read_to_string(switch).is_ok_and(|text| text.trim() == "0");
+    let start = std::time::Instant::now();
+    while !off() && start.elapsed() < scale::within(Duration::from_secs(3)) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    off()
+}
 
 fn packets(status: &Value) -> u64 {
     let counters = status["counters"].as_array().unwrap().iter();
@@ -127,9 +139,31 @@ fn what_changed_while_no_daemon_lived_is_brought_in_line() {
     net.b.addresses("eth0", &["10.2.0.2/24", "fd02::2/64"]);
     net.b
         .ip("route add default via 10.2.0.1\nroute add default via fd02::1\n");
+    // Names of somebody else's are not the enforcer's to sweep.
+    let strange = ["foo-bar", "tc_ingress"].map(|name| pins.path().join("links").join(name));
+    std::fs::create_dir_all(pins.path().join("links")).unwrap();
+    for path in &strange {
+        rival::pin(&rival::array(8).unwrap(), path).unwrap();
+    }
+    // It was killed while it attached, with grace periods expedited.
+    let note = setup.socket().with_file_name("control.sock.expedited");
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let expedited = is_off(EXPEDITED);
+    if expedited {
+        std::fs::write(&note, boot).unwrap();
+        std::fs::write(EXPEDITED, "1").unwrap();
+    }
     // And the policy is another one.
     setup.write(&policy("-new"));
     let daemon = setup.start();
+    for path in &strange {
+        std::fs::remove_file(path).unwrap();
+    }
+    assert!(
+        !expedited || is_off(EXPEDITED),
+        "grace periods stay expedited"
+    );
+    wait_for("no note", LONG, || (!note.exists()).then_some(()));
     in_order(&net, &pins, &daemon);
     assert!(first.is_empty() || pins.links() != first);
     under_load(&net, || std::thread::sleep(QUIET));
@@ -188,6 +222,8 @@ fn a_table_of_another_size_has_the_same_flows() {
 
 #[test]
 fn what_was_told_before_a_restart_is_not_told_again_and_the_rest_is() {
+    // Each CPU counts for itself, and has records of its own.
+    enforcer_tests::kernel::pin();
     let (net, pins) = (Routed::new(), Pins::default());
     let daemon = gateway(&net, &pins).start();
     let to = (Family::V4.address(2, 2), FORBIDDEN);

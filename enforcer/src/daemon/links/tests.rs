@@ -126,6 +126,31 @@ fn a_failure_is_reported_and_tried_again() {
 }
 
 #[test]
+fn what_cannot_be_taken_off_is_a_problem_and_tried_again() {
+    let (fake, dataplane, mut links) = setup(&["veth*"]);
+    sync(&mut links, &dataplane, &host(&[(3, "veth1")]));
+    fake.lock().refuse_detach = true;
+    sync(&mut links, &dataplane, &host(&[(3, "eth1")]));
+    links.verify(&dataplane).unwrap();
+    assert_eq!(attached(&fake), [3]);
+    let problems: Vec<_> = links.problems().collect();
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    assert!(problems[0].starts_with("veth1 is still enforced"));
+    fake.lock().refuse_detach = false;
+    links.verify(&dataplane).unwrap();
+    assert!(attached(&fake).is_empty());
+    assert_eq!(links.problems().count(), 0);
+    // One that is asked for again is not taken off by that.
+    sync(&mut links, &dataplane, &host(&[(3, "veth1")]));
+    fake.lock().refuse_detach = true;
+    sync(&mut links, &dataplane, &host(&[(3, "eth1")]));
+    sync(&mut links, &dataplane, &host(&[(3, "veth1")]));
+    fake.lock().refuse_detach = false;
+    links.verify(&dataplane).unwrap();
+    assert_eq!(attached(&fake), [3]);
+}
+
+#[test]
 fn a_glob_spares_the_loopback_and_a_name_does_not() {
     let (fake, dataplane, mut links) = setup(&["*"]);
     let all = host(&[(1, "lo"), (2, "eth0"), (3, "can0")]);

@@ -240,9 +240,24 @@ impl Reloads {
             .filter(|t| t.over.is_none())
             .ok_or_else(none)?;
         let what = trial.status.path.clone();
-        if let Err(failure) = self.kernel(|kernel| kernel.confirm()).await {
-            let error = format!("cannot be confirmed any more: {}", failure.summary());
-            return Err(Refused::conflict(error));
+        let until = trial.status.deadline;
+        match self.kernel(|kernel| kernel.confirm()).await {
+            Ok(()) => {}
+            Err(Failure::Dataplane(DataplaneError::Trial(why))) => {
+                return Err(Refused::conflict(format!(
+                    "cannot be confirmed any more: {why}"
+                )));
+            }
+            Err(failure) => {
+                let error = failure.summary();
+                return Err(Refused {
+                    code: RefusalCode::Internal,
+                    error: format!(
+                        "was not confirmed: {error}\n  help: {what} stays on trial until {until}: try \
+                         again"
+                    ),
+                });
+            }
         }
         self.trial = None;
         let changes = &self.shared.changes;

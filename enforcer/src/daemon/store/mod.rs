@@ -144,6 +144,11 @@ impl Store {
         }
     }
 
+    /// The directory, if it can be used.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
     /// Looks at the memory.
     pub fn read<T>(&self, look: impl FnOnce(&Journal) -> T) -> T {
         look(&self.inner.lock().journal)

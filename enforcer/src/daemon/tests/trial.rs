@@ -143,6 +143,13 @@ async fn an_unconfirmed_trial_goes_back_and_a_confirmed_one_stays() {
 
     let trial = site.apply(&other, Some(60)).await.unwrap().trial.unwrap();
     site.only(5433).await;
+    // One that the kernel refuses can be said again.
+    site.fake.lock().refuse_confirm = true;
+    match site.client.confirm().await {
+        Err(ClientError::Failed(said)) => assert!(said.contains("stays on trial"), "{said}"),
+        other => panic!("{other:?}"),
+    }
+    assert!(site.status().await.trial.is_some());
     site.client.confirm().await.unwrap();
     assert!(site.fake.lock().trial.is_none());
     site.only(5433).await;

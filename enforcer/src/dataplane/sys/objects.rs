@@ -5,7 +5,7 @@ use std::{
     ffi::{CString, c_int},
     io,
     os::{
-        fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
@@ -15,6 +15,7 @@ use super::bpf;
 
 const BPF_OBJ_PIN: libc::c_long = 6;
 pub(super) const BPF_OBJ_GET: libc::c_long = 7;
+pub(super) const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 pub(super) const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 pub(super) const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_CREATE: libc::c_long = 28;
@@ -243,6 +244,58 @@ pub(in crate::dataplane) fn id(object: BorrowedFd<'_>) -> io::Result<u32> {
     let mut front = Front::default();
     get_info(object, &mut front)?;
     Ok(front.id)
+}
+
+/// Words of the elements of an array map; `None` when it is none.
+///
+/// # Errors
+/// The kernel's.
+pub(in crate::dataplane) fn array_words(object: BorrowedFd<'_>) -> io::Result<Option<usize>> {
+    /// The front of `bpf_map_info`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Front {
+        kind: u32,
+        id: u32,
+        key_size: u32,
+        value_size: u32,
+    }
+    const BPF_MAP_TYPE_ARRAY: u32 = 2;
+    let mut front = Front::default();
+    get_info(object, &mut front)?;
+    let is_array = front.kind == BPF_MAP_TYPE_ARRAY && front.key_size == 4;
+    Ok(is_array.then_some(front.value_size as usize / 4))
+}
+
+/// The name of a program. Needs CAP_SYS_ADMIN.
+///
+/// # Errors
+/// The kernel's: EPERM, ENOENT.
+pub(in crate::dataplane) fn program_name(id: u32) -> io::Result<String> {
+    /// `bpf_attr` of BPF_PROG_GET_FD_BY_ID.
+    #[repr(C)]
+    struct IdAttr {
+        id: u32,
+        next: u32,
+        flags: u32,
+    }
+    /// `bpf_prog_info` up to the name.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Front {
+        before: [u64; 8],
+        name: [u8; 16],
+    }
+    let mut attr = IdAttr {
+        id,
+        next: 0,
+        flags: 0,
+    };
+    let program = bpf(BPF_PROG_GET_FD_BY_ID, &mut attr).map(owned)?;
+    let mut front = Front::default();
+    get_info(program.as_fd(), &mut front)?;
+    let name = front.name.split(|byte| *byte == 0).next();
+    Ok(String::from_utf8_lossy(name.unwrap_or_default()).into_owned())
 }
 
 /// Ids of the programs on a tcx hook, in the order in which they are asked.
