@@ -268,7 +268,6 @@ fn refused(family6: bool, eighths: u32, seeds: std::ops::Range<u64>) -> f64 {
         sent += count;
         refused += count - taken.len() as u32;
     }
-    println!("{eighths}/8 full: {refused} of {sent} refused");
     f64::from(refused) / f64::from(sent)
 }
 
