@@ -17,6 +17,22 @@ use crate::{gateway, policy};
 
 const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
 
+/// The switch is on until somebody switches it off; a test that fails leaves it off.
+struct Switched;
+
+impl Switched {
+    fn on() -> Self {
+        std::fs::write(EXPEDITED, "1").unwrap();
+        Self
+    }
+}
+
+impl Drop for Switched {
+    fn drop(&mut self) {
+        let _ = std::fs::write(EXPEDITED, "0");
+    }
+}
+
 /// Whether a switch of the kernel is off at some moment: daemons of other tests use it as well.
 fn is_off(switch: &str) -> bool {
     let off = || std::fs::read_to_string(switch).is_ok_and(|text| text.trim() == "0");
@@ -148,11 +164,10 @@ fn what_changed_while_no_daemon_lived_is_brought_in_line() {
     // It was killed while it attached, with grace periods expedited.
     let note = setup.socket().with_file_name("control.sock.expedited");
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
-    let expedited = is_off(EXPEDITED);
-    if expedited {
+    let switch = is_off(EXPEDITED).then(|| {
         std::fs::write(&note, boot).unwrap();
-        std::fs::write(EXPEDITED, "1").unwrap();
-    }
+        Switched::on()
+    });
     // And the policy is another one.
     setup.write(&policy("-new"));
     let daemon = setup.start();
@@ -160,7 +175,7 @@ fn what_changed_while_no_daemon_lived_is_brought_in_line() {
         std::fs::remove_file(path).unwrap();
     }
     assert!(
-        !expedited || is_off(EXPEDITED),
+        switch.is_none() || is_off(EXPEDITED),
         "grace periods stay expedited"
     );
     wait_for("no note", LONG, || (!note.exists()).then_some(()));
