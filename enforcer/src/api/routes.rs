@@ -11,7 +11,7 @@ use axum::{
     routing::{MethodRouter, get, post},
 };
 use futures_util::stream::{self, Stream, StreamExt};
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     sync::{Semaphore, mpsc, oneshot},
     task::spawn_blocking,
@@ -145,6 +145,11 @@ fn bad(error: impl Into<String>) -> Response {
     refuse(StatusCode::BAD_REQUEST, RefusalCode::BadRequest, error)
 }
 
+fn parsed<T: DeserializeOwned>(body: &Bytes) -> Result<T, Response> {
+    serde_json::from_slice(body)
+        .map_err(|error| bad(format!("the body is no such request: {error}")))
+}
+
 /// Work that takes a moment of a processor, or waits for the kernel, when it is its turn.
 async fn work<T: Send + 'static>(
     context: Context,
@@ -159,10 +164,7 @@ async fn work<T: Send + 'static>(
         drop(turn);
         done
     });
-    done.await.map_err(|error| {
-        let status = StatusCode::INTERNAL_SERVER_ERROR;
-        refuse(status, RefusalCode::Internal, error.to_string())
-    })
+    done.await.map_err(|error| internal(error.to_string()))
 }
 
 async fn status(State(context): State<Context>) -> Response {
@@ -173,9 +175,9 @@ async fn status(State(context): State<Context>) -> Response {
 }
 
 async fn explain(State(context): State<Context>, body: Bytes) -> Response {
-    let request: ExplainRequest = match serde_json::from_slice(&body) {
+    let request: ExplainRequest = match parsed(&body) {
         Ok(request) => request,
-        Err(error) => return bad(format!("the body is no such request: {error}")),
+        Err(answer) => return answer,
     };
     match work(context, move |shared| shared.explain(&request)).await {
         Ok(Ok(explanation)) => Json(explanation).into_response(),
@@ -238,9 +240,9 @@ async fn apply(
     Extension(by): Extension<Arc<Named>>,
     body: Bytes,
 ) -> Response {
-    let request: ApplyRequest = match serde_json::from_slice(&body) {
+    let request: ApplyRequest = match parsed(&body) {
         Ok(request) => request,
-        Err(error) => return bad(format!("the body is no such request: {error}")),
+        Err(answer) => return answer,
     };
     if !request.path.is_absolute() {
         return bad("the path must be absolute: the daemon is elsewhere");
@@ -264,11 +266,11 @@ async fn rollback(
     let request = if body.is_empty() {
         Ok(RollbackRequest::default())
     } else {
-        serde_json::from_slice(&body)
+        parsed(&body)
     };
-    let request: RollbackRequest = match request {
+    let request = match request {
         Ok(request) => request,
-        Err(error) => return bad(format!("the body is no such request: {error}")),
+        Err(answer) => return answer,
     };
     let proposal = Proposal {
         what: What::State(request.to),
@@ -324,29 +326,37 @@ async fn history(State(context): State<Context>) -> Response {
     }
 }
 
-/// Reads and compiles what may be large: one at a time, beside all others.
+/// Work that reads and compiles what may be large: one at a time, beside all others.
+async fn alone<T: Send + 'static>(
+    context: &Context,
+    work: impl FnOnce(&Shared) -> T + Send + 'static,
+) -> Result<T, Response> {
+    let Ok(turn) = Arc::clone(&context.planning).try_acquire_owned() else {
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        let error = "another plan is being made: try again";
+        return Err(refuse(status, RefusalCode::Busy, error));
+    };
+    let shared = Arc::clone(&context.shared);
+    let done = spawn_blocking(move || {
+        let done = work(&shared);
+        // The client may have left; the next one waits for the work, not for the answer.
+        drop(turn);
+        done
+    });
+    done.await.map_err(|error| internal(error.to_string()))
+}
+
 async fn plan(
     State(context): State<Context>,
     Extension(by): Extension<Arc<Named>>,
     body: Bytes,
 ) -> Response {
-    let request: PlanRequest = match serde_json::from_slice(&body) {
+    let request: PlanRequest = match parsed(&body) {
         Ok(request) => request,
-        Err(error) => return bad(format!("the body is no such request: {error}")),
+        Err(answer) => return answer,
     };
-    let Ok(turn) = Arc::clone(&context.planning).try_acquire_owned() else {
-        let status = StatusCode::SERVICE_UNAVAILABLE;
-        let error = "another plan is being made: try again";
-        return refuse(status, RefusalCode::Busy, error);
-    };
-    let shared = context.shared;
-    let done = spawn_blocking(move || {
-        let done = crate::daemon::plan::plan(&shared, &request);
-        // The client may have left; the next one waits for the work, not for the answer.
-        drop(turn);
-        done
-    });
-    match done.await {
+    let plan = move |shared: &Shared| crate::daemon::plan::plan(shared, &request);
+    match alone(&context, plan).await {
         Ok(Ok(plan)) => {
             tracing::info!(%by, path = plan.path, summary = plan.summary, "made a plan");
             Json(plan).into_response()
@@ -355,7 +365,7 @@ async fn plan(
             tracing::info!(%by, "made no plan");
             no_plan(error)
         }
-        Err(error) => internal(error.to_string()),
+        Err(answer) => answer,
     }
 }
 
@@ -364,29 +374,14 @@ async fn begin_shadow(
     Extension(by): Extension<Arc<Named>>,
     body: Bytes,
 ) -> Response {
-    let request: ShadowRequest = match serde_json::from_slice(&body) {
+    let request: ShadowRequest = match parsed(&body) {
         Ok(request) => request,
-        Err(error) => return bad(format!("the body is no such request: {error}")),
-    };
-    let Ok(turn) = Arc::clone(&context.planning).try_acquire_owned() else {
-        let status = StatusCode::SERVICE_UNAVAILABLE;
-        let error = "a plan is being made: try again";
-        return refuse(status, RefusalCode::Busy, error);
+        Err(answer) => return answer,
     };
     let (who, path) = (Arc::clone(&by), request.path.clone());
-    let begin = move |shared: &Shared| {
-        let begun = crate::daemon::shadow::begin(shared, request.path, &who);
-        drop(turn);
-        begun
-    };
-    let shared = Arc::clone(&context.shared);
-    let mut begun = work(context, begin).await;
-    if let Ok(Ok(shadowing)) = &mut begun
-        && let Some(unkept) = shared.changes.persist().await
-        && let Some(rehearsal) = &mut shadowing.shadow
-    {
-        rehearsal.problem.get_or_insert(unkept);
-    }
+    let begin = move |shared: &Shared| crate::daemon::shadow::begin(shared, request.path, &who);
+    let mut begun = alone(&context, begin).await;
+    kept(&context.shared, &mut begun).await;
     rehearsed(begun, &by, "a shadow begins", &path)
 }
 
@@ -394,8 +389,20 @@ async fn end_shadow(
     State(context): State<Context>,
     Extension(by): Extension<Arc<Named>>,
 ) -> Response {
-    let ended = work(context, crate::daemon::shadow::end).await;
+    let shared = Arc::clone(&context.shared);
+    let mut ended = work(context, crate::daemon::shadow::end).await;
+    kept(&shared, &mut ended).await;
     rehearsed(ended, &by, "the shadow ends", "")
+}
+
+/// What is answered is on disk, or the answer says why not.
+async fn kept(shared: &Shared, done: &mut Result<Result<Shadowing, PlanError>, Response>) {
+    if let Ok(Ok(shadowing)) = done
+        && let Some(unkept) = shared.changes.persist().await
+        && let Some(rehearsal) = &mut shadowing.shadow
+    {
+        rehearsal.problem.get_or_insert(unkept);
+    }
 }
 
 async fn shadow(State(context): State<Context>) -> Response {

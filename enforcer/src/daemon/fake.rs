@@ -73,6 +73,7 @@ pub struct Fake {
     pub adopted: Option<Adopted>,
     pub outlives: bool,
     pub tampered: Vec<Tamper>,
+    pub refuse_shadow: bool,
     /// The candidate, and where it differs.
     pub shadow: Option<Image>,
     pub differences: BTreeMap<DifferenceKey, Difference>,
@@ -235,8 +236,15 @@ impl Dataplane for Handle {
         self.step()
     }
 
-    fn set_shadow(&mut self, image: Option<&Image>) -> Result<(), DataplaneError> {
-        self.lock().shadow = image.cloned();
+    fn set_shadow(&mut self, image: Option<&Image>, anew: bool) -> Result<(), DataplaneError> {
+        let mut fake = self.lock();
+        if fake.refuse_shadow {
+            return Err(refused("shadow"));
+        }
+        if anew || fake.shadow.is_none() {
+            fake.differences.clear();
+        }
+        fake.shadow = image.cloned();
         Ok(())
     }
 

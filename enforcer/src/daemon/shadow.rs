@@ -2,6 +2,7 @@
 //! ended. It never judges; whatever goes wrong here changes no verdict.
 
 use std::{
+    collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -11,16 +12,16 @@ use enforcer_common::shadow::DifferenceKey;
 use tokio::task::spawn_blocking;
 
 use super::{
-    files::Texts,
     load::{self, Loaded, Memory},
     plan::{self, PlanError},
     progress,
     reload::relevant,
-    state::{Ground, Shared},
-    store::SavedShadow,
+    state::Shared,
+    store::{SavedCounts, SavedShadow},
 };
 use crate::{
     api::{
+        changes::LONGEST_TRIAL,
         peer::Named,
         types::{PlanRequest, Time},
     },
@@ -44,8 +45,10 @@ const OFTEN: Duration = Duration::from_secs(1);
 const KEPT: Duration = Duration::from_secs(10);
 /// After a failure for the host as it is now the next attempt comes so much later.
 const RETRY: Duration = Duration::from_secs(10);
-/// Looks after which nothing is added to the counts of a generation that was replaced.
-const SETTLED: u32 = 2;
+/// So long after a swap nothing is taken for settled that the generation before it has counted.
+const SETTLED: Duration = Duration::from_secs(3);
+/// A generation that has not judged for so long is not remembered: longer than a trial may take.
+const FORGOTTEN: Duration = Duration::from_secs(2 * LONGEST_TRIAL);
 
 /// What is known of the candidate.
 #[derive(Default)]
@@ -62,7 +65,6 @@ struct Shadow {
     path: PathBuf,
     by: Named,
     since: Time,
-    texts: Texts,
     policy: Arc<Policy>,
     settings: Arc<Settings>,
     image: Image,
@@ -72,25 +74,91 @@ struct Shadow {
     unfit: Option<(Environment, Instant, String)>,
     /// Why its counts cannot be had.
     problem: Option<String>,
-    /// Counts that the kernel does not have any more, and all examples.
+    /// Counts that the kernel is not asked for any more, and all examples.
     past: Tally,
     /// Those that it has.
     present: Tally,
-    /// The generation that judges, and how often it was seen.
-    live: (u32, u32),
-    /// When it was last written to disk, and how many packets it had counted.
-    kept: Option<(Instant, u64)>,
+    /// Keys of counts in `past` that the kernel has still: until that is on disk.
+    moved: Vec<DifferenceKey>,
+    /// Number of the write that says so.
+    noted: u64,
+    /// Generations that judged, and when that was last seen.
+    judged: BTreeMap<u32, Instant>,
+    /// The one before the last.
+    before: u32,
+    /// Policies of generations that the kernel has counts of.
+    names: BTreeMap<u32, Arc<Policy>>,
+    /// When the counts were last written to disk, and how many packets there were.
+    kept: (Instant, u64),
 }
 
 impl Shadow {
-    fn saved(&self) -> SavedShadow {
-        let path = self.path.display().to_string();
-        let generation = self.image.generation();
-        let (by, texts) = (self.by.clone(), &self.texts);
-        let mut saved = SavedShadow::new(path, by, self.since, texts, generation);
-        saved.past = self.past.saved();
-        saved.present = self.present.saved();
-        saved
+    fn new(saved: &SavedShadow, loaded: Loaded, environment: &Environment, image: Image) -> Self {
+        Self {
+            path: PathBuf::from(&saved.path),
+            by: saved.by.clone(),
+            since: saved.since,
+            environment: relevant(&loaded.policy, &loaded.settings, environment),
+            policy: Arc::new(loaded.policy),
+            settings: Arc::new(loaded.settings),
+            image,
+            unfit: None,
+            problem: None,
+            past: Tally::default(),
+            present: Tally::default(),
+            moved: Vec::new(),
+            noted: 0,
+            judged: BTreeMap::new(),
+            before: 0,
+            names: BTreeMap::new(),
+            kept: (Instant::now(), 0),
+        }
+    }
+
+    fn counted(&self) -> u64 {
+        self.past.differing() + self.present.differing()
+    }
+
+    fn problem(&self) -> Option<String> {
+        let unfit = self.unfit.as_ref().map(|(_, _, why)| why.clone());
+        self.problem.clone().or(unfit)
+    }
+
+    fn save(&mut self, shared: &Shared) {
+        self.kept = (Instant::now(), self.counted());
+        self.noted = shared.changes.save_counts(SavedCounts {
+            since: self.since,
+            generation: self.image.generation(),
+            past: self.past.saved(),
+            present: self.present.saved(),
+            moved: self.moved.iter().map(DifferenceKey::words).collect(),
+        });
+    }
+
+    /// Notes what judges now.
+    fn judges(&mut self, live: u32, policy: &Arc<Policy>) {
+        if !self.judged.contains_key(&live) {
+            let newest = self.judged.iter().max_by_key(|(_, at)| **at);
+            self.before = newest.map_or(0, |(generation, _)| *generation);
+        }
+        self.judged.insert(live, Instant::now());
+        self.names.insert(live, Arc::clone(policy));
+    }
+
+    /// Whether nothing is added to a count any more. During a trial the image before it may judge
+    /// again at any moment, and may be one that was never seen to judge.
+    fn is_over(&self, key: &DifferenceKey, live: u32, on_trial: bool) -> bool {
+        if *key == DifferenceKey::REST {
+            return false;
+        }
+        if key.shadow.generation != self.image.generation() {
+            return true;
+        }
+        let own = key.live.generation;
+        let seen = self.judged.get(&own);
+        let recently = seen.is_some_and(|at| at.elapsed() < SETTLED);
+        let may_return = on_trial && (own == self.before || seen.is_none());
+        own != live && own != 0 && !recently && !may_return
     }
 }
 
@@ -99,14 +167,11 @@ impl Desk {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// For the status: where the candidate comes from and what it has seen.
+    /// For the status: where the candidate comes from, what it has seen, and what is wrong.
     pub fn in_short(&self) -> Option<(PathBuf, u64, Option<String>)> {
         let inside = self.lock();
         let shadow = inside.shadow.as_ref()?;
-        let unfit = shadow.unfit.as_ref().map(|(_, _, why)| why.clone());
-        let problem = shadow.problem.clone().or(unfit);
-        let counted = shadow.past.differing() + shadow.present.differing();
-        Some((shadow.path.clone(), counted, problem))
+        Some((shadow.path.clone(), shadow.counted(), shadow.problem()))
     }
 }
 
@@ -122,7 +187,7 @@ fn kernel<T>(
 /// plan.
 ///
 /// # Errors
-/// [`PlanError`]; the last candidate, if any, stays.
+/// [`PlanError`]; the last candidate, if any, stays, unless the kernel refused half-way.
 pub fn begin(shared: &Shared, path: String, by: &Named) -> Result<Shadowing, PlanError> {
     let ground = plan::ground(shared)?;
     let request = PlanRequest { path: Some(path) };
@@ -130,56 +195,35 @@ pub fn begin(shared: &Shared, path: String, by: &Named) -> Result<Shadowing, Pla
     let loaded = progress::logged(|progress| plan::load(&ground, &sources, progress))?;
     {
         let mut inside = shared.shadow.lock();
-        if let Some(last) = shared.changes.take_shadow() {
+        if let Some((_, Some(last))) = shared.changes.take_shadow() {
             inside.generation = last.generation & !GENERATIONS;
         }
-        let texts = loaded.texts.clone();
-        let mut shadow = shadow(
-            sources.segments,
-            by.clone(),
-            texts,
-            loaded,
-            &ground,
-            &mut inside,
-        );
-        kernel(shared, |kernel| {
-            // Between two candidates nothing is counted for either.
-            kernel.set_shadow(None)?;
-            kernel.set_shadow(Some(&shadow.image))
-        })
-        .inspect_err(|_| drop(inside.shadow.take()))?;
-        shadow.kept = Some((Instant::now(), 0));
-        shared.changes.save_shadow(Some(shadow.saved()));
+        let path = sources.segments.display().to_string();
+        let saved = SavedShadow::new(path, by.clone(), Time::now(), &loaded.texts);
+        let image = loaded.image.clone().with_generation(next(&mut inside));
+        let put = kernel(shared, |kernel| kernel.set_shadow(Some(&image), true));
+        if let Err(error) = put {
+            gone(shared, &mut inside);
+            return Err(error.into());
+        }
+        let mut shadow = Shadow::new(&saved, loaded, &ground.environment, image);
+        shared.changes.save_shadow(Some(saved));
+        shadow.save(shared);
         inside.shadow = Some(shadow);
     }
     release_memory();
     report(shared)
 }
 
-fn shadow(
-    path: PathBuf,
-    by: Named,
-    texts: Texts,
-    loaded: Loaded,
-    ground: &Ground,
-    inside: &mut Inside,
-) -> Shadow {
-    let environment = relevant(&loaded.policy, &loaded.settings, &ground.environment);
-    Shadow {
-        path,
-        by,
-        since: Time::now(),
-        texts,
-        policy: Arc::new(loaded.policy),
-        settings: Arc::new(loaded.settings),
-        image: loaded.image.with_generation(next(inside)),
-        environment,
-        unfit: None,
-        problem: None,
-        past: Tally::default(),
-        present: Tally::default(),
-        live: (0, 0),
-        kept: None,
+/// After a refusal: forgets the candidate if the kernel does not have it any more.
+fn gone(shared: &Shared, inside: &mut Inside) {
+    let asked = kernel(shared, |kernel| kernel.shadow());
+    let asked = asked.ok().flatten().map(|image| image.generation());
+    let known = inside.shadow.as_ref().map(|s| s.image.generation());
+    if known.is_some() && asked != known {
+        tracing::error!("the candidate is not asked any more");
+        inside.shadow = None;
+        shared.changes.save_shadow(None);
     }
 }
 
@@ -193,10 +237,10 @@ fn next(inside: &mut Inside) -> u32 {
 /// # Errors
 /// [`PlanError::Dataplane`]; the candidate stays.
 pub fn end(shared: &Shared) -> Result<Shadowing, PlanError> {
-    turn(shared);
     let last = report(shared)?;
-    kernel(shared, |kernel| kernel.set_shadow(None))?;
-    drop(shared.shadow.lock().shadow.take());
+    let mut inside = shared.shadow.lock();
+    kernel(shared, |kernel| kernel.set_shadow(None, false))?;
+    inside.shadow = None;
     shared.changes.save_shadow(None);
     Ok(last)
 }
@@ -208,14 +252,13 @@ pub fn end(shared: &Shared) -> Result<Shadowing, PlanError> {
 pub fn report(shared: &Shared) -> Result<Shadowing, PlanError> {
     gather(shared);
     let live = shared.live();
-    let (mut rehearsal, version) = {
+    let (mut rehearsal, tally, policy, settings, image) = {
         let inside = shared.shadow.lock();
         let Some(shadow) = &inside.shadow else {
             return Ok(Shadowing::default());
         };
         let tally = shadow.past.clone().with(&shadow.present);
         let (newly_denied, newly_allowed) = tally.turned();
-        let unfit = shadow.unfit.as_ref().map(|(_, _, why)| why.clone());
         let rehearsal = Rehearsal {
             path: shadow.path.display().to_string(),
             hash: format!("{:016x}", shadow.image.hash()),
@@ -227,24 +270,21 @@ pub fn report(shared: &Shared) -> Result<Shadowing, PlanError> {
             newly_denied,
             newly_allowed,
             unlisted: tally.unlisted(),
-            differences: tally.list(&shadow.policy),
+            differences: Vec::new(),
             flows: FlowChanges::default(),
             differs: false,
-            problem: shadow.problem.clone().or(unfit),
+            problem: shadow.problem(),
             summary: String::new(),
         };
-        let version = (
-            Arc::clone(&shadow.policy),
-            Arc::clone(&shadow.settings),
-            shadow.image.clone(),
-        );
-        (rehearsal, version)
+        let (policy, settings) = (Arc::clone(&shadow.policy), Arc::clone(&shadow.settings));
+        (rehearsal, tally, policy, settings, shadow.image.clone())
     };
-    let (policy, settings, image) = &version;
+    // What takes long waits for nobody, and nobody for it.
+    rehearsal.differences = tally.list(&policy);
     let candidate = Version {
-        policy,
-        image,
-        settings,
+        policy: &policy,
+        image: &image,
+        settings: &settings,
     };
     rehearsal.flows =
         plan::changed_flows(shared, &live, candidate).unwrap_or_else(|error| FlowChanges {
@@ -260,70 +300,84 @@ pub fn report(shared: &Shared) -> Result<Shadowing, PlanError> {
 
 /// Goes on with the candidate that the last daemon had, in the kernel if it is there still.
 fn resume(shared: &Shared, environment: &Environment) {
-    let asked = kernel(shared, |kernel| kernel.shadow()).unwrap_or_default();
-    let Some(saved) = shared.changes.take_shadow() else {
-        if asked.is_some() {
-            // Nobody knows what it says.
-            let _ = kernel(shared, |kernel| kernel.set_shadow(None));
-        }
+    let saved = shared.changes.take_shadow();
+    let loaded = saved.as_ref().map(|(saved, _)| {
+        let texts = saved.texts();
+        progress::logged(|progress| {
+            load::compile_again(texts, environment, &mut Memory::default(), progress)
+        })
+    });
+    let mut inside = shared.shadow.lock();
+    if inside.shadow.is_some() {
+        // Somebody was quicker.
         return;
-    };
-    if let Err(error) = take_up(shared, &saved, asked, environment) {
-        tracing::error!(path = saved.path, error, "the shadow cannot go on");
-        let _ = kernel(shared, |kernel| kernel.set_shadow(None));
     }
+    let asked = kernel(shared, |kernel| kernel.shadow()).unwrap_or_default();
+    let taken = match (saved, loaded) {
+        (Some((saved, counts)), Some(Ok(loaded))) => {
+            let taken = take_up(
+                shared,
+                &mut inside,
+                &saved,
+                counts,
+                loaded,
+                asked,
+                environment,
+            );
+            taken.map_err(|error| error.to_string())
+        }
+        (_, Some(Err(rejected))) => Err(rejected.summary()),
+        _ if asked.is_some() => Err("nobody knows what it says".to_owned()),
+        _ => Ok(()),
+    };
+    if let Err(error) = taken {
+        tracing::error!(error, "the shadow cannot go on");
+        if let Err(error) = kernel(shared, |kernel| kernel.set_shadow(None, false)) {
+            tracing::error!(%error, "the programs ask it still: they are slower than need be");
+        }
+        shared.changes.save_shadow(None);
+    }
+    drop(inside);
     release_memory();
 }
 
 fn take_up(
     shared: &Shared,
+    inside: &mut Inside,
     saved: &SavedShadow,
+    counts: Option<SavedCounts>,
+    loaded: Loaded,
     asked: Option<Image>,
     environment: &Environment,
-) -> Result<(), String> {
-    let texts = saved.texts();
-    let loaded = progress::logged(|progress| {
-        load::compile_again(texts.clone(), environment, &mut Memory::default(), progress)
-    });
-    let loaded = loaded.map_err(|rejected| rejected.summary())?;
-    let mut inside = shared.shadow.lock();
-    if inside.shadow.is_some() {
-        // Somebody was quicker.
-        return Ok(());
-    }
-    inside.generation = saved.generation & !GENERATIONS;
-    let mut image = loaded.image.with_generation(saved.generation);
-    let kept = asked.as_ref().is_some_and(|asked| {
-        (asked.generation(), asked.hash()) == (image.generation(), image.hash())
-    });
-    let past = Tally::from_saved(saved.past.clone());
-    let present = Tally::from_saved(saved.present.clone());
-    let past = if asked.is_some() {
-        past
-    } else {
-        past.with(&present)
+) -> Result<(), DataplaneError> {
+    let generation = counts.as_ref().map_or(0, |counts| counts.generation);
+    let asked_of = asked.as_ref().map_or(0, Image::generation);
+    inside.generation = generation.max(asked_of) & !GENERATIONS;
+    let image = loaded.image.clone();
+    let same = asked.as_ref().filter(|asked| asked.hash() == image.hash());
+    let image = match same {
+        Some(asked) => image.with_generation(asked.generation()),
+        None => {
+            let image = image.with_generation(next(inside));
+            kernel(shared, |kernel| {
+                kernel.set_shadow(Some(&image), asked.is_none())
+            })?;
+            image
+        }
     };
-    if !kept {
-        image = image.with_generation(next(&mut inside));
-        kernel(shared, |kernel| kernel.set_shadow(Some(&image))).map_err(|e| e.to_string())?;
+    let mut shadow = Shadow::new(saved, loaded, environment, image);
+    if let Some(counts) = counts {
+        shadow.past = Tally::from_saved(counts.past);
+        if asked.is_none() {
+            // The kernel knows nothing of those.
+            shadow.past = shadow.past.with(&Tally::from_saved(counts.present));
+        } else {
+            let moved = counts.moved.into_iter();
+            shadow.moved = moved.map(DifferenceKey::from_words).collect();
+        }
     }
-    inside.shadow = Some(Shadow {
-        path: PathBuf::from(&saved.path),
-        by: saved.by.clone(),
-        since: saved.since,
-        texts,
-        environment: relevant(&loaded.policy, &loaded.settings, environment),
-        policy: Arc::new(loaded.policy),
-        settings: Arc::new(loaded.settings),
-        image,
-        unfit: None,
-        problem: None,
-        past,
-        present: Tally::default(),
-        live: (0, 0),
-        kept: None,
-    });
     tracing::info!(path = saved.path, "the shadow goes on");
+    inside.shadow = Some(shadow);
     Ok(())
 }
 
@@ -336,9 +390,6 @@ pub async fn keep(shared: Arc<Shared>) {
         often.tick().await;
         let shared = Arc::clone(&shared);
         let turned = if resumed {
-            if shared.shadow.lock().shadow.is_none() {
-                continue;
-            }
             spawn_blocking(move || turn(&shared)).await
         } else {
             // The first look at this host comes first.
@@ -358,23 +409,19 @@ fn turn(shared: &Shared) {
     fit(shared);
     gather(shared);
     let mut inside = shared.shadow.lock();
-    let Some(shadow) = &mut inside.shadow else {
-        return;
-    };
-    let counted = shadow.past.differing() + shadow.present.differing();
-    let due = |(at, then): (Instant, u64)| at.elapsed() >= KEPT && then != counted;
-    if shadow.kept.is_none_or(due) {
-        shadow.kept = Some((Instant::now(), counted));
-        shared.changes.save_shadow(Some(shadow.saved()));
+    if let Some(shadow) = &mut inside.shadow {
+        let (at, then) = shadow.kept;
+        if at.elapsed() >= KEPT && then != shadow.counted() {
+            shadow.save(shared);
+        }
     }
 }
 
 /// Gathers and saves what was counted, before the daemon ends.
 pub fn note(shared: &Shared) {
     gather(shared);
-    let inside = shared.shadow.lock();
-    if let Some(shadow) = &inside.shadow {
-        shared.changes.save_shadow(Some(shadow.saved()));
+    if let Some(shadow) = &mut shared.shadow.lock().shadow {
+        shadow.save(shared);
     }
 }
 
@@ -419,7 +466,7 @@ fn fit(shared: &Shared) {
     }
     let put = image.map_err(|e| e.to_string()).and_then(|image| {
         let image = image.with_generation(generation);
-        let put = kernel(shared, |kernel| kernel.set_shadow(Some(&image)));
+        let put = kernel(shared, |kernel| kernel.set_shadow(Some(&image), false));
         put.map_err(|error| error.to_string())?;
         Ok(image)
     });
@@ -434,63 +481,68 @@ fn fit(shared: &Shared) {
     }
 }
 
-/// Reads the kernel's counts; what nothing is added to any more is taken out there.
+/// Reads the kernel's counts. Those that nothing is added to any more are moved: first into what is
+/// kept, then to disk, and only then out of the kernel, so that whoever ends this process, they are
+/// counted once.
 fn gather(shared: &Shared) {
-    let counts = kernel(shared, |kernel| kernel.differences());
-    let sample = Clock::sample();
-    let live = shared.live().image.generation();
-    let on_trial = shared.note(|board| board.trial.is_some());
     let mut inside = shared.shadow.lock();
     let Some(shadow) = &mut inside.shadow else {
         return;
     };
-    let (counts, sample) = match (counts, sample) {
-        (Ok(counts), Ok(sample)) => (counts, sample),
-        (Err(error), _) => {
-            shadow.problem = Some(format!("its counts cannot be read: {error}"));
-            return;
+    let live = shared.live();
+    let on_trial = shared.note(|board| board.trial.is_some());
+    shadow.judges(live.image.generation(), &live.policy);
+    if shared.changes.has(shadow.noted) && !shadow.moved.is_empty() {
+        match kernel(shared, |kernel| kernel.forget_differences(&shadow.moved)) {
+            Ok(()) => shadow.moved.clear(),
+            Err(error) => tracing::warn!(%error, "counts stay in the kernel"),
         }
-        (_, Err(error)) => {
-            shadow.problem = Some(format!("the clock cannot be read: {error}"));
+    }
+    // Read while this is locked: a count is moved once.
+    let counts = kernel(shared, |kernel| kernel.differences());
+    let counts = counts.map_err(|error| format!("its counts cannot be read: {error}"));
+    let clock = Clock::sample().map_err(|error| format!("the clock cannot be read: {error}"));
+    let (counts, clock) = match (counts, clock) {
+        (Ok(counts), Ok(clock)) => (counts, clock),
+        (Err(error), _) | (_, Err(error)) => {
+            shadow.problem = Some(error);
             return;
         }
     };
     shadow.problem = None;
-    let seen = if shadow.live.0 == live {
-        shadow.live.1 + 1
-    } else {
-        0
-    };
-    shadow.live = (live, seen);
+    for key in counts.keys() {
+        let generation = key.live.generation;
+        if let Some(policy) = shared.generations.get(generation) {
+            shadow.names.insert(generation, policy);
+        }
+    }
     let interface = |ifindex: u32| shared.interface_name(ifindex);
     let names = Names {
-        live: &|generation| shared.generations.get(generation),
+        live: &|generation| shadow.names.get(&generation).cloned(),
         candidate: &shadow.policy,
         interface: &interface,
-        time: &|boot| sample.wall(boot),
+        time: &|boot| clock.wall(boot),
     };
-    let own = shadow.image.generation();
-    let over = |key: &DifferenceKey| {
-        *key != DifferenceKey::REST
-            && seen >= SETTLED
-            && !on_trial
-            && (key.live.generation, key.shadow.generation) != (live, own)
-    };
-    let (mut past, mut present) = (Tally::default(), Tally::default());
-    let mut gone = Vec::new();
+    let (mut past, mut present, mut moved) = (Tally::default(), Tally::default(), Vec::new());
     for (key, count) in &counts {
-        if over(key) {
+        if shadow.moved.contains(key) {
+            continue;
+        }
+        if shadow.is_over(key, live.image.generation(), on_trial) {
             past.add(key, count, &names);
-            gone.push(*key);
+            moved.push(*key);
         } else {
             present.add(key, count, &names);
         }
     }
-    if kernel(shared, |kernel| kernel.forget_differences(&gone)).is_ok() {
-        shadow.past = std::mem::take(&mut shadow.past).with(&past);
-    } else {
-        present = present.with(&past);
-    }
+    let counted = |generation: u32| counts.keys().any(|key| key.live.generation == generation);
+    shadow.names.retain(|generation, _| counted(*generation));
+    shadow.judged.retain(|_, at| at.elapsed() < FORGOTTEN);
+    shadow.past = std::mem::take(&mut shadow.past).with(&past);
     shadow.past.see(&present);
     shadow.present = present;
+    if !moved.is_empty() {
+        shadow.moved.append(&mut moved);
+        shadow.save(shared);
+    }
 }

@@ -413,8 +413,8 @@ impl Dataplane for KernelDataplane {
         self.apply_during_trial(previous, live)
     }
 
-    fn set_shadow(&mut self, image: Option<&Image>) -> Result<(), DataplaneError> {
-        self.put_shadow(image)
+    fn set_shadow(&mut self, image: Option<&Image>, anew: bool) -> Result<(), DataplaneError> {
+        self.put_shadow(image, anew)
     }
 
     fn shadow(&self) -> Result<Option<Image>, DataplaneError> {

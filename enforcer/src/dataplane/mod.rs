@@ -308,12 +308,13 @@ pub trait Dataplane: Send {
     fn apply_both(&mut self, previous: &Image, live: &Image) -> Result<(), DataplaneError>;
 
     /// Has the programs ask a candidate beside the image in force, or no more; what they drop stays
-    /// the same. Its generation must be none that ever judged. While there was none, the counts begin
-    /// anew.
+    /// the same. Its generation must be none that ever judged. The counts begin anew if they are to, or
+    /// if there was no candidate.
     ///
     /// # Errors
-    /// [`DataplaneError`]; the candidate that is asked, if any, stays.
-    fn set_shadow(&mut self, image: Option<&Image>) -> Result<(), DataplaneError>;
+    /// [`DataplaneError`]. What [`Dataplane::shadow`] says then is asked: the last candidate if the
+    /// image could not be taken, perhaps none if the kernel refused to change over.
+    fn set_shadow(&mut self, image: Option<&Image>, anew: bool) -> Result<(), DataplaneError>;
 
     /// The candidate that is asked, read back.
     ///

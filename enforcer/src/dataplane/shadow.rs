@@ -21,11 +21,14 @@ const NOTHING: Difference = Difference {
 
 impl KernelDataplane {
     /// The image is in its slot before a program looks for it, and the programs have ceased to when it
-    /// is taken out.
-    pub(super) fn put_shadow(&mut self, image: Option<&Image>) -> Result<(), DataplaneError> {
+    /// is taken out. What may well fail comes first.
+    pub(super) fn put_shadow(
+        &mut self,
+        image: Option<&Image>,
+        anew: bool,
+    ) -> Result<(), DataplaneError> {
         let Some(image) = image else {
-            self.control.flags &= !CONTROL_SHADOW;
-            self.write_control()?;
+            self.ask_candidate(false)?;
             self.empty(slot::SHADOW)?;
             self.forget_unused();
             return Ok(());
@@ -33,8 +36,9 @@ impl KernelDataplane {
         self.make_room([image].into_iter())?;
         let written = self.write_image(image)?;
         self.pin_image(&written)?;
-        if self.control.flags & CONTROL_SHADOW == 0 {
-            // What another candidate has left.
+        if anew || self.control.flags & CONTROL_SHADOW == 0 {
+            // What another candidate has left; nothing is added meanwhile.
+            self.ask_candidate(false)?;
             let keys: Vec<_> = self.shadow_counts()?.into_keys().collect();
             self.forget_counts(&keys)?;
             let mut map: HashMap<_, DifferenceKey, Difference> = self.typed_mut(SHADOWED)?;
@@ -42,11 +46,19 @@ impl KernelDataplane {
                 .map_err(map_error("write SHADOWED"))?;
         }
         self.put(slot::SHADOW, &written)?;
-        self.control.flags |= CONTROL_SHADOW;
-        self.write_control()
-            .inspect_err(|_| self.control.flags &= !CONTROL_SHADOW)?;
+        self.ask_candidate(true)?;
         self.forget_unused();
         Ok(())
+    }
+
+    fn ask_candidate(&mut self, asked: bool) -> Result<(), DataplaneError> {
+        let before = self.control.flags;
+        self.control.flags &= !CONTROL_SHADOW;
+        if asked {
+            self.control.flags |= CONTROL_SHADOW;
+        }
+        self.write_control()
+            .inspect_err(|_| self.control.flags = before)
     }
 
     /// The candidate that the programs ask.

@@ -181,26 +181,32 @@ pub struct SavedShadow {
     pub since: Time,
     policy: Vec<SavedFile>,
     settings: Option<SavedFile>,
+}
+
+/// What a candidate has seen.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct SavedCounts {
+    /// Of the candidate that began then.
+    pub since: Time,
     /// Generation of its image.
     pub generation: u32,
-    /// Counts that the kernel does not have any more.
+    /// Counts that are not asked of the kernel any more.
     pub past: SavedTally,
-    /// Those that it has while it runs.
+    /// Those that are.
     pub present: SavedTally,
+    /// Keys of those in `past` that the kernel may have still.
+    pub moved: Vec<[u32; 9]>,
 }
 
 impl SavedShadow {
-    /// Of these texts, and nothing seen.
-    pub fn new(path: String, by: Named, since: Time, texts: &Texts, generation: u32) -> Self {
+    /// Of these texts.
+    pub fn new(path: String, by: Named, since: Time, texts: &Texts) -> Self {
         Self {
             path,
             by,
             since,
             policy: texts.policy.iter().map(SavedFile::of).collect(),
             settings: texts.settings.as_ref().map(SavedFile::of),
-            generation,
-            past: SavedTally::default(),
-            present: SavedTally::default(),
         }
     }
 

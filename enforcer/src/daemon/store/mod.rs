@@ -17,13 +17,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::{sync::watch, time::timeout};
 
 use super::files::Texts;
 use crate::{api::changes::History, policy::model::Environment};
 use disk::Disk;
 
-pub use format::{Content, SavedImage, SavedShadow};
+pub use format::{Content, SavedCounts, SavedImage, SavedShadow};
 pub use journal::{Force, Journal, Kept, Material, Measure, Note, Pending};
 
 /// What a first trial goes back to, in words.
@@ -33,6 +34,7 @@ const JOURNAL: &str = "journal";
 const IMAGE: &str = "image";
 const STATE: &str = "state-";
 const SHADOW: &str = "shadow";
+const COUNTS: &str = "shadow-counts";
 /// Bytes of files that are read.
 const LARGEST: u64 = 1 << 30;
 /// Changes that nobody waits for are written after so much time, several at once.
@@ -48,7 +50,7 @@ pub struct Store {
     written: watch::Receiver<Written>,
     path: Option<PathBuf>,
     saved: Mutex<Option<Arc<SavedImage>>>,
-    shadow: Mutex<Option<SavedShadow>>,
+    shadow: Mutex<Option<(SavedShadow, Option<SavedCounts>)>>,
     /// What was wrong with the directory at the start.
     troubles: Vec<String>,
 }
@@ -67,6 +69,8 @@ struct Wanted {
     image: Option<SavedImage>,
     /// A candidate that is not on disk yet, or that is to go.
     shadow: Option<Option<Arc<SavedShadow>>>,
+    /// What it has seen, likewise.
+    counts: Option<Option<Arc<SavedCounts>>>,
     /// Counts what is to be written.
     version: u64,
     urgent: bool,
@@ -105,18 +109,10 @@ impl Store {
             .map(|disk| read(disk, &mut troubles))
             .unwrap_or_default();
         let shadow = disk.as_ref().and_then(|disk| {
-            let read = disk.read(SHADOW, LARGEST).map_err(|e| e.to_string());
-            let shadow = read.and_then(|bytes| {
-                let shadow = bytes.map(|bytes| format::from_json::<SavedShadow>(&bytes));
-                shadow.transpose()
-            });
-            shadow.unwrap_or_else(|error| {
-                let kept = disk.set_aside(SHADOW);
-                troubles.push(format!(
-                    "the state directory's {SHADOW} cannot be used: {error}; {kept}"
-                ));
-                None
-            })
+            let shadow: SavedShadow = sealed(disk, SHADOW, &mut troubles)?;
+            let counts: Option<SavedCounts> = sealed(disk, COUNTS, &mut troubles);
+            let counts = counts.filter(|counts| counts.since == shadow.since);
+            Some((shadow, counts))
         });
         for trouble in &troubles {
             tracing::error!("{trouble}");
@@ -215,21 +211,41 @@ impl Store {
         *saved = None;
     }
 
-    /// The candidate that was there when the daemon last ran; once.
-    pub fn take_shadow(&self) -> Option<SavedShadow> {
+    /// The candidate that was there when the daemon last ran, and what it had seen; once.
+    pub fn take_shadow(&self) -> Option<(SavedShadow, Option<SavedCounts>)> {
         let mut shadow = self.shadow.lock().unwrap_or_else(PoisonError::into_inner);
         shadow.take()
     }
 
-    /// What is to be there when the daemon starts again.
+    /// The candidate that is to be there when the daemon starts again.
     pub fn save_shadow(&self, shadow: Option<SavedShadow>) {
+        self.keep_shadow(|wanted| {
+            if shadow.is_none() {
+                wanted.counts = Some(None);
+            }
+            wanted.shadow = Some(shadow.map(Arc::new));
+        });
+    }
+
+    /// What it has seen; a number for [`Store::has`].
+    pub fn save_counts(&self, counts: SavedCounts) -> u64 {
+        self.keep_shadow(|wanted| wanted.counts = Some(Some(Arc::new(counts))))
+    }
+
+    fn keep_shadow(&self, change: impl FnOnce(&mut Wanted)) -> u64 {
         if self.path.is_none() {
-            return;
+            return 0;
         }
         let mut wanted = self.inner.lock();
-        wanted.shadow = Some(shadow.map(Arc::new));
+        change(&mut wanted);
         wanted.version += 1;
         self.inner.changed.notify_one();
+        wanted.version
+    }
+
+    /// Whether what was to be kept is on disk, or is not kept at all.
+    pub fn has(&self, version: u64) -> bool {
+        self.path.is_none() || self.written.borrow().version >= version
     }
 
     /// The texts of a state.
@@ -403,17 +419,21 @@ fn write_on(disk: &Disk, inner: &Inner, written: &watch::Sender<Written>) {
         if wanted.version == done {
             return;
         }
-        let (version, journal, texts, image, shadow) = (
+        let (version, journal, texts, image, shadow, counts) = (
             wanted.version,
             wanted.journal.clone(),
             wanted.texts.clone(),
             wanted.image.take(),
             wanted.shadow.take(),
+            wanted.counts.take(),
         );
         drop(wanted);
         attempts += 1;
         let written_all = write(disk, &journal, &texts, image.as_ref());
-        let error = match written_all.and_then(|()| write_shadow(disk, shadow.as_ref())) {
+        let written_all = written_all
+            .and_then(|()| put(disk, SHADOW, shadow.as_ref()))
+            .and_then(|()| put(disk, COUNTS, counts.as_ref()));
+        let error = match written_all {
             Ok(()) => {
                 (failed, done) = (None, version);
                 let mut wanted = inner.lock();
@@ -428,6 +448,7 @@ fn write_on(disk: &Disk, inner: &Inner, written: &watch::Sender<Written>) {
                 let mut wanted = inner.lock();
                 wanted.image = wanted.image.take().or(image);
                 wanted.shadow = wanted.shadow.take().or(shadow);
+                wanted.counts = wanted.counts.take().or(counts);
                 Some(error.to_string())
             }
         };
@@ -467,10 +488,31 @@ fn write(
     Ok(())
 }
 
-fn write_shadow(disk: &Disk, shadow: Option<&Option<Arc<SavedShadow>>>) -> std::io::Result<()> {
-    match shadow {
+/// Writes a file, or removes it.
+fn put<T: Serialize>(
+    disk: &Disk,
+    name: &str,
+    file: Option<&Option<Arc<T>>>,
+) -> std::io::Result<()> {
+    match file {
         None => Ok(()),
-        Some(None) => disk.remove(SHADOW),
-        Some(Some(shadow)) => disk.write(SHADOW, &format::to_json(&**shadow)),
+        Some(None) => disk.remove(name),
+        Some(Some(value)) => disk.write(name, &format::to_json(&**value)),
     }
+}
+
+/// A file that is there and whole. Another one is set aside.
+fn sealed<T: DeserializeOwned>(disk: &Disk, name: &str, troubles: &mut Vec<String>) -> Option<T> {
+    let read = disk.read(name, LARGEST).map_err(|e| e.to_string());
+    let value = read.and_then(|bytes| {
+        let value = bytes.map(|bytes| format::from_json(&bytes));
+        value.transpose()
+    });
+    value.unwrap_or_else(|error| {
+        let kept = disk.set_aside(name);
+        troubles.push(format!(
+            "the state directory's {name} cannot be used: {error}; {kept}"
+        ));
+        None
+    })
 }
