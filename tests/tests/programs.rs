@@ -7,7 +7,10 @@
     reason = "tests and their helpers"
 )]
 
-use std::net::IpAddr;
+use std::{
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 
 use enforcer::{compile::Image, dataplane::Dataplane as _};
 use enforcer_common::{
@@ -200,6 +203,25 @@ fn a_candidate_that_outgrows_the_programs_replaces_them_and_is_asked_before_and_
     let verdict = programs.judge(Hook::TcIngress, &syn(4002));
     assert_eq!(verdict.reason, Reason::Unsegmented);
     assert_eq!(counts(&programs).last(), Some(&(2, 2)));
+}
+
+#[test]
+fn a_second_has_as_many_ticks_as_the_programs_are_told() {
+    let programs = Programs::load(SIZE_CLASSES[0] as usize);
+    let look = || {
+        let (ticks, hz) = programs.dataplane.flow_reader().unwrap().jiffies();
+        (ticks, hz, Instant::now())
+    };
+    let (first, hz, begun) = look();
+    std::thread::sleep(Duration::from_secs(3));
+    let (last, _, ended) = look();
+    let told = f64::from(last.wrapping_sub(first)) / f64::from(hz);
+    let took = (ended - begun).as_secs_f64();
+    // Rates that kernels are built with are 20 % apart.
+    assert!(
+        (told / took - 1.0).abs() < 0.09,
+        "{told} s by {hz} Hz in {took} s"
+    );
 }
 
 #[test]

@@ -130,7 +130,6 @@ impl KernelDataplane {
         if before.is_none() {
             this.control = Control {
                 netns_cookie: cookie,
-                hz: load::measure_hz(this.classifier("clock")?)?,
                 deadline: NO_DEADLINE,
                 ..Control::default()
             };
@@ -138,6 +137,8 @@ impl KernelDataplane {
             let map: Array<_, Control> = this.typed(load::CONTROL)?;
             this.control = map.get(&0, 0).map_err(map_error("read the settings"))?;
         }
+        // What an earlier build found out may be wrong.
+        this.control.hz = load::ticks_a_second()?;
         this.control.flags &= !CONTROL_DEBUG;
         if options.debug {
             this.control.flags |= CONTROL_DEBUG;

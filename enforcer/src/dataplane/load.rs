@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     hash::{DefaultHasher, Hasher as _},
     os::fd::OwnedFd,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use aya::{
@@ -14,6 +14,7 @@ use aya::{
 };
 
 use enforcer_common::wire::Control;
+use nix::time::{ClockId, clock_getres};
 
 use super::{
     DataplaneError,
@@ -25,8 +26,6 @@ use super::{
     sys::objects::get,
 };
 
-/// Ticks a second that kernels are built with (`kernel/Kconfig.hz`, and 1024 on old Alpha).
-const KNOWN_HZ: [u32; 5] = [100, 250, 300, 1000, 1024];
 /// Programs for packets, and those that only the daemon runs.
 pub(super) const CLASSIFIERS: [&str; 5] = ["tc_ingress", "tc_egress", "clock", "sweep", "shut"];
 /// Programs for the socket hooks.
@@ -271,17 +270,14 @@ pub(super) fn ticks(clock: &SchedClassifier) -> Result<u64, DataplaneError> {
     Ok(u64::from_ne_bytes(*ticks))
 }
 
-/// Learns the kernel's ticks a second.
-pub(super) fn measure_hz(clock: &SchedClassifier) -> Result<u32, DataplaneError> {
-    let begin = Instant::now();
-    let first = ticks(clock)?;
-    std::thread::sleep(Duration::from_millis(120));
-    let second = ticks(clock)?;
-    let elapsed = begin.elapsed().as_micros().max(1);
-    let measured = u128::from(second.wrapping_sub(first)) * 1_000_000 / elapsed;
-    let distance = |hz: u32| u128::from(hz).abs_diff(measured);
-    Ok(KNOWN_HZ
-        .into_iter()
-        .min_by_key(|hz| distance(*hz))
-        .unwrap_or(250))
+/// The kernel's ticks a second: the coarse clocks advance with the tick, and say by how much
+/// (`LOW_RES_NSEC` in `include/linux/hrtimer.h`). To measure it takes time, and a machine that is short
+/// of it showed 300 for 250: a trial of a minute took 72 seconds.
+pub(super) fn ticks_a_second() -> Result<u32, DataplaneError> {
+    let tick = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE)
+        .map_err(|errno| syscall("ask for the length of a tick")(errno.into()))?;
+    let tick = Duration::from(tick).as_nanos().max(1);
+    // 300 and 1 024 Hz do not divide a second.
+    let hz = (1_000_000_000 + tick / 2) / tick;
+    Ok(u32::try_from(hz).unwrap_or(u32::MAX))
 }
