@@ -212,7 +212,7 @@ impl KernelDataplane {
 
     /// Filters are written anew: if one is not there, that says so.
     fn look_at_filters(&mut self, found: &mut Vec<Tamper>) {
-        for (ifindex, attached) in &self.attached {
+        for (ifindex, attached) in self.attached.iter().filter(|(_, a)| !a.going) {
             let Some(name) = interface_name(*ifindex) else {
                 continue;
             };
