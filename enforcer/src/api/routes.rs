@@ -145,9 +145,8 @@ fn bad(error: impl Into<String>) -> Response {
     refuse(StatusCode::BAD_REQUEST, RefusalCode::BadRequest, error)
 }
 
-fn parsed<T: DeserializeOwned>(body: &Bytes) -> Result<T, Response> {
-    serde_json::from_slice(body)
-        .map_err(|error| bad(format!("the body is no such request: {error}")))
+fn parsed<T: DeserializeOwned>(body: &Bytes) -> Result<T, String> {
+    serde_json::from_slice(body).map_err(|error| format!("the body is no such request: {error}"))
 }
 
 /// Work that takes a moment of a processor, or waits for the kernel, when it is its turn.
@@ -177,7 +176,7 @@ async fn status(State(context): State<Context>) -> Response {
 async fn explain(State(context): State<Context>, body: Bytes) -> Response {
     let request: ExplainRequest = match parsed(&body) {
         Ok(request) => request,
-        Err(answer) => return answer,
+        Err(error) => return bad(error),
     };
     match work(context, move |shared| shared.explain(&request)).await {
         Ok(Ok(explanation)) => Json(explanation).into_response(),
@@ -242,7 +241,7 @@ async fn apply(
 ) -> Response {
     let request: ApplyRequest = match parsed(&body) {
         Ok(request) => request,
-        Err(answer) => return answer,
+        Err(error) => return bad(error),
     };
     if !request.path.is_absolute() {
         return bad("the path must be absolute: the daemon is elsewhere");
@@ -270,7 +269,7 @@ async fn rollback(
     };
     let request = match request {
         Ok(request) => request,
-        Err(answer) => return answer,
+        Err(error) => return bad(error),
     };
     let proposal = Proposal {
         what: What::State(request.to),
@@ -353,7 +352,7 @@ async fn plan(
 ) -> Response {
     let request: PlanRequest = match parsed(&body) {
         Ok(request) => request,
-        Err(answer) => return answer,
+        Err(error) => return bad(error),
     };
     let plan = move |shared: &Shared| crate::daemon::plan::plan(shared, &request);
     match alone(&context, plan).await {
@@ -376,7 +375,7 @@ async fn begin_shadow(
 ) -> Response {
     let request: ShadowRequest = match parsed(&body) {
         Ok(request) => request,
-        Err(answer) => return answer,
+        Err(error) => return bad(error),
     };
     let (who, path) = (Arc::clone(&by), request.path.clone());
     let begin = move |shared: &Shared| crate::daemon::shadow::begin(shared, request.path, &who);
