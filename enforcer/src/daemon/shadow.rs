@@ -335,7 +335,7 @@ fn resume(shared: &Shared, environment: &Environment) {
         if let Err(error) = kernel(shared, |kernel| kernel.set_shadow(None, false)) {
             tracing::error!(%error, "the programs ask it still: they are slower than need be");
         }
-        shared.changes.save_shadow(None);
+        // What is kept of it stays: the next start tries again.
     }
     drop(inside);
     release_memory();

@@ -122,6 +122,18 @@ async fn a_shadow_goes_on_over_restarts_and_reboots() {
     site.restart().await;
     assert_eq!(resumed(&site).await.differing, 13);
 
+    // A kernel that does not take it costs no count that is kept.
+    site.kill().await;
+    site.reboot();
+    site.fake.lock().refuse_shadow = true;
+    site.start().await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(now(&site).await, None);
+    site.kill().await;
+    site.fake.lock().refuse_shadow = false;
+    site.start().await;
+    assert_eq!(resumed(&site).await.differing, 13);
+
     let last = site.client.end_shadow().await.unwrap().shadow.unwrap();
     assert_eq!(last.differing, 13);
     assert!(site.fake.lock().shadow.is_none());
