@@ -200,17 +200,23 @@ impl Case {
     #[inline(always)]
     pub fn is_in(&self, slot: &DeniedSlot) -> bool {
         let event = &slot.event;
-        slot.epoch_end != 0
-            && event.source == self.source
-            && event.destination == self.destination
-            && event.source_port == self.source_port()
-            && event.destination_port == self.destination_port()
-            && event.protocol == self.protocol()
-            && event.selector == self.selector()
-            && event.ethertype == self.ethertype()
-            && event.family == self.family()
-            && u32::from(event.hook) == self.hook
-            && event.generation == self.generation
-            && event.ifindex == self.ifindex
+        let upper = |a: &[u32; 4], b: &[u32; 4]| a[0] ^ b[0] | a[1] ^ b[1] | a[2] ^ b[2];
+        // The fields lie side by side: two loads, not six.
+        let ports = u32::from(event.source_port) | u32::from(event.destination_port) << 16;
+        let form = u32::from(event.selector) | u32::from(event.ethertype) << 16;
+        let kind = u32::from(event.protocol) | u32::from(event.family) << 8;
+        let mut differs = ports.rotate_left(16) ^ self.ports;
+        differs |= form ^ (u32::from(self.selector()) | u32::from(self.ethertype()) << 16);
+        differs |= kind ^ (u32::from(self.protocol()) | u32::from(self.family()) << 8);
+        differs |= u32::from(event.hook) ^ self.hook;
+        differs |= event.generation ^ self.generation;
+        differs |= event.ifindex ^ self.ifindex;
+        differs |= event.source[3] ^ self.source[3];
+        differs |= event.destination[3] ^ self.destination[3];
+        if self.family() != 4 {
+            differs |= upper(&event.source, &self.source);
+            differs |= upper(&event.destination, &self.destination);
+        }
+        differs == 0 && slot.epoch_end != 0
     }
 }

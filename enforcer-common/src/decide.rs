@@ -251,14 +251,27 @@ impl Ask {
 /// instructions a program instead of 3 000).
 #[inline(never)]
 pub fn answer<W: Words + ?Sized, T: Time>(image: &W, ask: &Ask, time: &T) -> u64 {
-    answer_here(image, ask, time)
+    let source = image::address_class(image, &ask.source);
+    let destination = image::address_class(image, &ask.destination);
+    answer_of(image, ask, (source, destination), time)
 }
 
 /// [`answer`] for who knows most of the question when it is compiled.
 #[inline(always)]
 pub(crate) fn answer_here<W: Words + ?Sized, T: Time>(image: &W, ask: &Ask, time: &T) -> u64 {
-    let source = image::address_class(image, &ask.source);
-    let destination = image::address_class(image, &ask.destination);
+    let source = image::address_class_here(image, &ask.source);
+    let destination = image::address_class_here(image, &ask.destination);
+    answer_of(image, ask, (source, destination), time)
+}
+
+/// The answer about addresses of these classes.
+#[inline(always)]
+fn answer_of<W: Words + ?Sized, T: Time>(
+    image: &W,
+    ask: &Ask,
+    (source, destination): (u32, u32),
+    time: &T,
+) -> u64 {
     let essential = ask.essential & image.word(header::ESSENTIALS) != 0;
     let mut observed = 0;
     if ask.screen & (NOT_OWN | NOT_MARTIAN | ARRIVAL | FAILSAFE | FAILSAFE_REPLY) != 0 {

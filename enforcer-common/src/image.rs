@@ -384,6 +384,12 @@ pub fn seed<W: Words + ?Sized>(image: &W) -> u64 {
 /// The class of an address: the set of segments (and built-ins) it is in.
 #[inline(never)]
 pub fn address_class<W: Words + ?Sized>(image: &W, address: &Address) -> u32 {
+    address_class_here(image, address)
+}
+
+/// [`address_class`] for who knows most of the address when it is compiled.
+#[inline(always)]
+pub(crate) fn address_class_here<W: Words + ?Sized>(image: &W, address: &Address) -> u32 {
     match address.kind {
         KIND_V6 => class_v6(image, address.hi, address.lo),
         KIND_CLASS => address.lo as u32,

@@ -15,7 +15,7 @@ use crate::{
     flow::{OPENER_IS_LOW, ordered},
     image::{VERDICT_SESSION, VERDICT_TIMELINE, Words},
     packet::tcp,
-    swift::{ETHERNET, Moment, Plain, Window},
+    swift::{Moment, Plain},
     verdict::{Hook, Outcome, Reason},
     wire::{FlowEntry, FlowKey},
 };
@@ -35,44 +35,6 @@ pub const fn case(packet: &Plain, moment: &Moment) -> Case {
     case.ifindex = moment.ifindex;
     case.slot = moment.slot;
     case
-}
-
-/// The addresses and the transport of a packet that [`crate::swift::read`] has called plain.
-#[inline(always)]
-pub fn glimpse<W: Window + ?Sized>(front: &W, v6: bool) -> Option<Case> {
-    let at = if v6 { ETHERNET + 40 } else { ETHERNET + 20 };
-    if !front.holds(at + 8) {
-        return None;
-    }
-    let protocol = front.byte(ETHERNET + if v6 { 6 } else { 9 });
-    let flags = if protocol != TCP {
-        0
-    } else if front.holds(at + 20) {
-        front.byte(at + 13)
-    } else {
-        return None;
-    };
-    let ports = front.word(at);
-    let mut case = Case::EMPTY;
-    case.ports = ports;
-    case.service = ports << 16 | u32::from(protocol) << 8 | u32::from(flags);
-    let address = |at: u32| {
-        let (upper, lower) = (front.long(at), front.long(at + 8));
-        [
-            (upper >> 32) as u32,
-            upper as u32,
-            (lower >> 32) as u32,
-            lower as u32,
-        ]
-    };
-    if v6 {
-        case.source = address(ETHERNET + 8);
-        case.destination = address(ETHERNET + 24);
-    } else {
-        case.source[3] = front.word(ETHERNET + 12);
-        case.destination[3] = front.word(ETHERNET + 16);
-    }
-    Some(case.plain(v6))
 }
 
 /// Asks the image about a packet that no entry speaks for. `false`: the long way.

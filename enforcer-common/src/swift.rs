@@ -57,7 +57,7 @@ impl Window for [u8] {
 }
 
 /// Bytes of its header.
-pub(crate) const ETHERNET: u32 = 14;
+const ETHERNET: u32 = 14;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 

@@ -216,6 +216,13 @@ pub const fn packet_counter(hook: Hook, outcome: Outcome, reason: Reason) -> u32
     (hook as u32 * OUTCOMES + outcome as u32) * REASONS + reason as u32
 }
 
+/// The same of a denial whose reason is a number from a record: past the last one, one of the
+/// numbers that no reason has.
+#[inline(always)]
+pub const fn denied_counter(hook: Hook, reason: u8) -> u32 {
+    (hook as u32 * OUTCOMES + Outcome::Denied as u32) * REASONS + (reason as u32 & (REASONS - 1))
+}
+
 /// Index of the counter of (hook, record).
 #[inline(always)]
 pub const fn record_counter(hook: Hook, record: Record) -> u32 {

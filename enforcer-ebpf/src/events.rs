@@ -3,18 +3,16 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
-    helpers::generated::{
-        bpf_get_smp_processor_id, bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_skb_cgroup_id,
-    },
+    helpers::generated::{bpf_get_smp_processor_id, bpf_get_socket_cookie, bpf_skb_cgroup_id},
     programs::TcContext,
 };
 use enforcer_common::{
     case::Case,
-    verdict::{Hook, Outcome, Reason, Record, packet_counter, record_counter},
+    verdict::{Hook, Outcome, Reason, Record, denied_counter, packet_counter, record_counter},
     wire::{DENIED_SLOTS, DeniedSlot},
 };
 
-use crate::maps::{self, DENIED, DENIED_TAGS, EVENTS, SOCKETS, Work};
+use crate::maps::{self, DENIED, EVENTS, SOCKETS, Work};
 
 /// Counts a judged packet and, if it was denied or would have been, records it.
 #[inline(always)]
@@ -67,6 +65,10 @@ pub fn record(ctx: &TcContext, case: &Case) {
     let judged = slot.event.outcome == case.outcome() as u8
         && slot.event.reason == case.reason() as u8
         && slot.event.rule == case.rule;
+    // Also of a slot that is in use: programs of another build may have counted it.
+    if let Some(tag) = maps::denied_tag(index) {
+        *tag = hash;
+    }
     let record = if judged && case.is_in(slot) {
         slot.event.total += 1;
         slot.pending = slot.pending.wrapping_add(1);
@@ -84,10 +86,6 @@ pub fn record(ctx: &TcContext, case: &Case) {
                 record_counter(displaced, Record::Displaced),
                 u64::from(suppressed),
             );
-        }
-        if let Some(tag) = DENIED_TAGS.get_ptr_mut(index) {
-            // SAFETY: as above.
-            unsafe { *tag = hash };
         }
         take_over(ctx, slot, index, case);
         emit(slot, case.now)
@@ -114,8 +112,7 @@ fn emit(slot: &mut DeniedSlot, now: u64) -> Record {
 /// see `enforcer::events::reader`. To be woken for each costs more than all the rest of a denial.
 #[inline(always)]
 fn output(slot: &mut DeniedSlot, now: u64) -> bool {
-    // SAFETY: a helper without arguments.
-    slot.event.time = unsafe { bpf_ktime_get_boot_ns() };
+    slot.event.time = maps::boot_time(now);
     let wake = if maps::wakes(now as u32) {
         BPF_RB_FORCE_WAKEUP
     } else {
@@ -163,16 +160,21 @@ fn take_over(ctx: &TcContext, slot: &mut DeniedSlot, index: u32, case: &Case) {
     event.reason = case.reason() as u8;
     event.tcp_flags = case.tcp_flags();
     event.lasting = u8::from(case.lasts());
-    event.reserved = [0; 5];
-    // SAFETY: the context is the program's own; 0 when the packet has no local socket.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: a load from the context, and a call with it, which is the program's own.
+    let cookie = unsafe {
+        if (*ctx.skb.skb).__bindgen_anon_2.sk.is_null() {
+            0
+        } else {
+            bpf_get_socket_cookie(ctx.as_ptr())
+        }
+    };
     event.cookie = cookie;
     maps::clear(&mut event.process);
     if cookie != 0 {
         // SAFETY: values are written once per socket by the socket hooks; a torn read could only
         // mix two writers of one socket.
         if let Some(process) = unsafe { SOCKETS.get(&cookie) } {
-            event.process = *process;
+            maps::copy(&mut event.process, process);
         } else if case.hook == Hook::TcEgress as u32 {
             // SAFETY: the context is the program's own.
             event.process.cgroup = unsafe { bpf_skb_cgroup_id(ctx.skb.skb) };
@@ -184,10 +186,10 @@ fn take_over(ctx: &TcContext, slot: &mut DeniedSlot, index: u32, case: &Case) {
 /// Counts a packet like one that was judged within the last second, and has no flow since: denied
 /// again. `false`: it must be judged.
 #[inline(always)]
-pub fn denied_again(case: &Case) -> bool {
+pub fn denied_again(case: &Case, hook: Hook) -> bool {
     let hash = case.hash();
     let index = hash & (DENIED_SLOTS - 1);
-    if DENIED_TAGS.get(index) != Some(&hash) {
+    if maps::denied_tag(index).copied() != Some(hash) {
         return false;
     }
     let Some(slot) = DENIED.get_ptr_mut(index) else {
@@ -205,9 +207,7 @@ pub fn denied_again(case: &Case) -> bool {
     }
     slot.event.total += 1;
     slot.pending = slot.pending.wrapping_add(1);
-    let hook = crate::tc_hook(case.hook);
-    let reason = Reason::from_bits(u32::from(slot.event.reason));
-    maps::count(packet_counter(hook, Outcome::Denied, reason), 1);
+    maps::count(denied_counter(hook, slot.event.reason), 1);
     maps::count(record_counter(hook, Record::Suppressed), 1);
     true
 }

@@ -78,8 +78,7 @@ pub fn shut(_ctx: TcContext) -> i32 {
 #[classifier]
 pub fn verdict(ctx: TcContext) -> i32 {
     let mut case = Case::EMPTY;
-    let skb = ctx.skb.skb;
-    if read(skb, Hook::TcIngress as u32, &raw mut case) == 0 || policy(&raw mut case) == 0 {
+    if !read(ctx.skb.skb, Hook::TcIngress as u32, &mut case) || !policy(&mut case) {
         return LONG.cast_signed();
     }
     if case.outcome().passes() {
@@ -181,74 +180,48 @@ const UNKNOWN: u32 = 0xfffe;
 /// established flow, one that was denied a moment ago, or one that opens a flow.
 #[inline(always)]
 fn short(skb: *mut __sk_buff, hook: Hook) -> u32 {
-    let hook = hook as u32;
     // SAFETY: a load from the context.
-    let (known, again) = match u16::from_be(unsafe { (*skb).protocol } as u16) {
-        0x0800 => match short4(skb, hook) {
-            UNKNOWN if maps::shadowed() => return LONG,
-            UNKNOWN => (UNKNOWN, again4(skb, hook)),
-            known => (known, 0),
-        },
-        0x86dd => match short6(skb, hook) {
-            UNKNOWN if maps::shadowed() => return LONG,
-            UNKNOWN => (UNKNOWN, again6(skb, hook)),
-            known => (known, 0),
-        },
-        _ => return LONG,
+    let ethertype = u16::from_be(unsafe { (*skb).protocol } as u16);
+    let known = match (ethertype, hook) {
+        (0x0800, Hook::TcIngress) => short4_in(skb),
+        (0x0800, _) => short4_out(skb),
+        (0x86dd, Hook::TcIngress) => short6_in(skb),
+        (0x86dd, _) => short6_out(skb),
+        _ => LONG,
     };
-    if again != 0 {
-        return TC_ACT_SHOT as u32;
-    }
     if known == UNKNOWN {
-        return unknown(skb, hook);
+        return unknown(skb, hook as u32);
     }
     known
 }
 
-/// The short way of IPv4. A function of its own for its stack, and one for each family: in one, the
-/// compiler keeps the words of both in memory.
+/// The short way of IPv4. Functions of their own for their stack, and one for each family: in one,
+/// the compiler keeps the words of both in memory.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn short4(skb: *mut __sk_buff, hook: u32) -> u32 {
-    established(skb, hook, swift::read4)
+pub extern "C" fn short4_in(skb: *mut __sk_buff) -> u32 {
+    known(skb, Hook::TcIngress, false)
+}
+
+/// The same on the way out.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn short4_out(skb: *mut __sk_buff) -> u32 {
+    known(skb, Hook::TcEgress, false)
 }
 
 /// The short way of IPv6.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn short6(skb: *mut __sk_buff, hook: u32) -> u32 {
-    established(skb, hook, swift::read6)
+pub extern "C" fn short6_in(skb: *mut __sk_buff) -> u32 {
+    known(skb, Hook::TcIngress, true)
 }
 
-/// Whether a plain IPv4 packet without a flow is like one that was denied a moment ago; then it is
-/// counted. It reads the packet anew: what established flows need stays in registers that way.
+/// The same on the way out.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn again4(skb: *mut __sk_buff, hook: u32) -> u32 {
-    again(skb, hook, false)
-}
-
-/// The same of IPv6.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn again6(skb: *mut __sk_buff, hook: u32) -> u32 {
-    again(skb, hook, true)
-}
-
-#[inline(always)]
-fn again(skb: *mut __sk_buff, hook: u32, v6: bool) -> u32 {
-    let Some(front) = ctx::Front::of(&TcContext::new(skb)) else {
-        return 0;
-    };
-    let Some(mut case) = opening::glimpse(&front, v6) else {
-        return 0;
-    };
-    case.now = now();
-    case.generation = maps::live_generation(case.now);
-    // SAFETY: a load from the context.
-    case.ifindex = unsafe { (*skb).ifindex };
-    case.hook = hook;
-    u32::from(events::denied_again(&case))
+pub extern "C" fn short6_out(skb: *mut __sk_buff) -> u32 {
+    known(skb, Hook::TcEgress, true)
 }
 
 /// Which of the two TC hooks.
@@ -284,16 +257,16 @@ fn front(skb: *mut __sk_buff, hook: Hook) -> Option<(ctx::Front, Moment)> {
 }
 
 #[inline(always)]
-fn established(
-    skb: *mut __sk_buff,
-    hook: u32,
-    read: impl FnOnce(&ctx::Front) -> Option<swift::Plain>,
-) -> u32 {
-    let hook = tc_hook(hook);
+fn known(skb: *mut __sk_buff, hook: Hook, v6: bool) -> u32 {
     let Some((front, moment)) = front(skb, hook) else {
         return LONG;
     };
-    let Some(packet) = read(&front) else {
+    let packet = if v6 {
+        swift::read6(&front)
+    } else {
+        swift::read4(&front)
+    };
+    let Some(packet) = packet else {
         return LONG;
     };
     match swift::look(&table::Flows(flows::Maps), &packet, &moment, front.length()) {
@@ -304,6 +277,10 @@ fn established(
             );
             TC_ACT_UNSPEC as u32
         }
+        Known::Nothing if maps::shadowed() => LONG,
+        Known::Nothing if events::denied_again(&opening::case(&packet, &moment), hook) => {
+            TC_ACT_SHOT as u32
+        }
         Known::Nothing => UNKNOWN,
         Known::Entry => LONG,
     }
@@ -313,66 +290,49 @@ fn established(
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn unknown(skb: *mut __sk_buff, hook: u32) -> u32 {
-    let mut case = Case::EMPTY;
-    if read(skb, hook, &raw mut case) == 0 {
+    let Some(maps::Opening { case, key, entry }) = maps::opening() else {
         return LONG;
-    }
-    if policy(&raw mut case) == 0 {
+    };
+    if !read(skb, hook, case) || !policy(case) {
         return LONG;
     }
     let (outcome, reason) = (case.outcome(), case.reason());
-    if outcome.passes() && enter(&raw const case) == 0 {
-        return LONG;
+    if outcome.passes() {
+        (*key, *entry) = opening::flow(case);
+        // The long way may make room.
+        if table::place_entry(&flows::Maps, key, entry, maps::hz()) != Taken::Yes {
+            return LONG;
+        }
     }
     maps::count(packet_counter(tc_hook(hook), outcome, reason), 1);
     if outcome.passes() {
         return TC_ACT_UNSPEC as u32;
     }
-    record(skb, &raw const case);
+    record(skb, case);
     TC_ACT_SHOT as u32
 }
 
-/// Reads a plain packet. 0: it is none.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn read(skb: *mut __sk_buff, hook: u32, case: *mut Case) -> u32 {
-    // SAFETY: the caller's, or null to the verifier.
-    let (Some(case), Some((front, moment))) = (unsafe { case.as_mut() }, front(skb, tc_hook(hook)))
-    else {
-        return 0;
+/// Reads a plain packet. `false`: it is none.
+#[inline(always)]
+fn read(skb: *mut __sk_buff, hook: u32, case: &mut Case) -> bool {
+    let Some((front, moment)) = front(skb, tc_hook(hook)) else {
+        return false;
     };
-    match swift::read(&front) {
-        Some(packet) => {
-            *case = opening::case(&packet, &moment);
-            1
-        }
-        None => 0,
-    }
+    let Some(packet) = swift::read(&front) else {
+        return false;
+    };
+    *case = opening::case(&packet, &moment);
+    true
 }
 
-/// Asks the live image about a packet without a flow. 0: the long way.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn policy(case: *mut Case) -> u32 {
-    // SAFETY: as in `read`.
-    let (Some(case), Some(image)) = (unsafe { case.as_mut() }, maps::live()) else {
-        return 0;
+/// Asks the live image about a packet without a flow. `false`: the long way.
+#[inline(always)]
+fn policy(case: &mut Case) -> bool {
+    let Some(image) = maps::live() else {
+        return false;
     };
     let time = KernelTime::new(&maps::control());
-    u32::from(opening::settle(&image, &time, case))
-}
-
-/// Enters the flow that a packet opens. 0: the table took it not; the long way may make room.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn enter(case: *const Case) -> u32 {
-    // SAFETY: as in `read`.
-    let Some(case) = (unsafe { case.as_ref() }) else {
-        return 0;
-    };
-    let (key, entry) = opening::flow(case);
-    let taken = flows::flow_insert(&raw const key, &raw const entry, maps::hz());
-    u32::from(taken == Taken::Yes as u32)
+    opening::settle(&image, &time, case)
 }
 
 /// See `events::record`.

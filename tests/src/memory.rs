@@ -6,7 +6,7 @@ use std::{
 };
 
 use enforcer_common::{
-    flow::{FlowTable, Glance, Glances as _},
+    flow::{FlowSlot as _, FlowTable, Glance, Glances as _},
     table::{self, Bucket, Flow, Flows, Held, Memory, SECRETS, SLOTS, WORDS4, WORDS6},
     wire::{FlowEntry, FlowKey, FragmentEntry, FragmentKey},
 };
@@ -264,10 +264,16 @@ impl<'a> FlowTable for HostTable<'a> {
     type Slot = Held<&'a HostMemory>;
 
     fn find(&self, key: &FlowKey) -> Option<Self::Slot> {
-        match Flows(self.memory).glance(key) {
-            Glance::Entry(slot) => Some(slot),
-            Glance::Busy | Glance::Nothing => None,
+        let flows = Flows(self.memory);
+        let found = flows.find(key);
+        // What does not wait may leave it open, but never says something else.
+        let there = found.as_ref().map(|slot| slot.load());
+        match flows.glance(key) {
+            Glance::Entry(seen) => assert_eq!(Some(seen.load()), there),
+            Glance::Nothing => assert_eq!(None, there),
+            Glance::Busy => {}
         }
+        found
     }
 
     fn insert(&self, key: &FlowKey, entry: &FlowEntry) -> bool {

@@ -5,7 +5,7 @@ use super::{
     layout::{Family, Key4, Key6, LIVE, behind, place, stripe, tag_of, word},
 };
 use crate::{
-    flow::PROTECTED,
+    flow::{Glance, PROTECTED},
     wire::{FlowEntry, FlowKey},
 };
 
@@ -112,7 +112,7 @@ fn find_key<M: Memory, F: Family>(
 
 /// Looks once; what is being written meanwhile is missed.
 #[inline(always)]
-pub(super) fn glance<M: Memory>(
+fn glance<M: Memory>(
     memory: &M,
     key: &FlowKey,
     found: &mut Found,
@@ -123,6 +123,56 @@ pub(super) fn glance<M: Memory>(
     } else {
         find_key(memory, &Key4(key), found, torn)
     }
+}
+
+/// Looks once and reads at most one slot. `Busy` if it is being written or another key has the same
+/// tag there, one look in 5 000 in a full table: then only [`find`] can tell. Half the instructions
+/// of a look into every slot, and a third of the stack.
+#[inline(always)]
+pub(super) fn peek<M: Memory, F: Family>(
+    memory: &M,
+    key: &F,
+    found: &mut Found,
+) -> Glance<M::Bucket> {
+    let place = place(memory, key);
+    let mut seen = memory.tags(F::V6, place.home);
+    let mut index = place.home;
+    let mut there = matching(seen, place.tag);
+    if there == SLOTS {
+        // What is no longer in the one is in the other already.
+        index = memory.index_after(place.second, seen);
+        seen = memory.tags(F::V6, index);
+        there = matching(seen, place.tag);
+        if there == SLOTS {
+            return Glance::Nothing;
+        }
+    }
+    let Some(bucket) = memory.bucket(F::V6, index) else {
+        return Glance::Busy;
+    };
+    found.v6 = F::V6 as u32;
+    found.bucket = index;
+    let (base, mut torn) = (there * F::WORDS, 0);
+    // An entry is there before its tag is.
+    if read(bucket.after(seen), base, key, found, &mut torn, &mut seen) {
+        Glance::Entry(bucket)
+    } else {
+        Glance::Busy
+    }
+}
+
+/// The first slot with this tag; [`SLOTS`] if none has it. Compared one by one: what comes after is
+/// predicted then, and need not wait for a number that is computed.
+#[inline(always)]
+const fn matching(tags: u64, tag: u32) -> u32 {
+    let mut slot = 0;
+    while slot < SLOTS {
+        if tag_of(tags, slot) == tag {
+            break;
+        }
+        slot += 1;
+    }
+    slot
 }
 
 /// Looks a flow up; `found` is written if it is there, whatever its age. Should the slot be

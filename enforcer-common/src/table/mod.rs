@@ -33,7 +33,7 @@ use crate::{
     flow::{Change, FlowSlot, Glance, Glances, PROTECTED, SESSION, bound, idle},
     wire::{FlowEntry, FlowKey},
 };
-use find::glance;
+use find::peek;
 use layout::{Family as _, Key4, Key6, LIVE, behind, word};
 use write::renew_in;
 
@@ -268,20 +268,40 @@ pub struct Held<M: Memory> {
     found: Found,
 }
 
+impl<M: Memory + Clone> Flows<M> {
+    /// The entry of a key, whatever its age; waits for writers.
+    pub fn find(&self, key: &FlowKey) -> Option<Held<M>> {
+        let mut found = Found::EMPTY;
+        if !find(&self.0, key, &mut found) {
+            return None;
+        }
+        Some(Held {
+            memory: self.0.clone(),
+            bucket: self.0.bucket(found.v6 != 0, found.bucket)?,
+            found,
+        })
+    }
+}
+
 impl<M: Memory + Clone> Glances for Flows<M> {
     type Slot = Held<M>;
 
     #[inline(always)]
     fn glance(&self, key: &FlowKey) -> Glance<Held<M>> {
-        let (mut found, mut torn) = (Found::EMPTY, 0);
-        match glance(&self.0, key, &mut found, &mut torn) {
-            Some(bucket) => Glance::Entry(Held {
+        let mut found = Found::EMPTY;
+        let bucket = if key.is_v6() {
+            peek(&self.0, &Key6(key), &mut found)
+        } else {
+            peek(&self.0, &Key4(key), &mut found)
+        };
+        match bucket {
+            Glance::Entry(bucket) => Glance::Entry(Held {
                 memory: self.0.clone(),
                 bucket,
                 found,
             }),
-            None if torn & 1 != 0 => Glance::Busy,
-            None => Glance::Nothing,
+            Glance::Busy => Glance::Busy,
+            Glance::Nothing => Glance::Nothing,
         }
     }
 }

@@ -36,7 +36,7 @@ pub(super) const MAPS: [&str; 20] = [
     ".bss.woken",
     "COUNTERS",
     "DENIED",
-    "DENIED_TAGS",
+    DENIED_HASHES,
     "ETHERNET",
     "EVENTS",
     "FLOWS4",
@@ -54,10 +54,12 @@ pub(super) const MAPS: [&str; 20] = [
     "VLANS",
 ];
 pub(super) const POLICY: &str = "POLICY";
+/// Tells which packets may have been denied a moment ago.
+const DENIED_HASHES: &str = "DENIED_HASHES";
 /// Counts where a candidate policy differs.
 pub(super) const SHADOWED: &str = "SHADOWED";
 /// Those that builds of this layout did not have at first: made anew beside the older ones.
-const NEWER: [&str; 1] = [SHADOWED];
+const NEWER: [&str; 2] = [DENIED_HASHES, SHADOWED];
 /// Where the programs keep [`Control`].
 pub(super) const CONTROL: &str = ".bss.control";
 

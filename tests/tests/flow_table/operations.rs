@@ -5,10 +5,10 @@ use std::collections::HashMap;
 
 use enforcer_common::{
     flow::{
-        CLOSING, Change, FlowSlot as _, FlowTable as _, OPENER_IS_LOW, REPLIED, SESSION, TIMED,
-        age, bound, idle,
+        CLOSING, Change, FlowSlot as _, FlowTable as _, Glance, Glances as _, OPENER_IS_LOW,
+        REPLIED, SESSION, TIMED, age, bound, idle,
     },
-    table::{Flow, Held, PROTECTED_SECONDS},
+    table::{self, Flow, Flows, Held, PROTECTED_SECONDS},
     wire::{FlowEntry, FlowKey},
 };
 use enforcer_tests::memory::{HostMemory, HostTable};
@@ -284,6 +284,40 @@ proptest! {
         };
         for operation in &operations {
             run.step(operation);
+        }
+    }
+}
+
+/// One tag in 32 768 is another key's: a glance must leave that open, or the flow would be missed.
+#[test]
+fn another_flow_with_the_same_tag_hides_none() {
+    for family6 in [false, true] {
+        // One bucket is everybody's.
+        let memory = HostMemory::new(1, u32::MAX, 5);
+        let table = Flows(&memory);
+        let first = key(family6, 0);
+        assert!(table::insert(
+            &table.0,
+            &first,
+            &answered(NOW),
+            TICKS as u32
+        ));
+        let number = |n: u32| {
+            if family6 {
+                v6(2, n, 1, TCP)
+            } else {
+                v4(n, 1, TCP)
+            }
+        };
+        let same = (0..0xffff).map(number).find(|key| {
+            assert!(table.find(key).is_none());
+            matches!(table.glance(key), Glance::Busy)
+        });
+        let same = same.expect("one of 65 535 keys has the tag");
+        assert!(table::insert(&table.0, &same, &opened(NOW), TICKS as u32));
+        for (key, entry) in [(first, answered(NOW)), (same, opened(NOW))] {
+            assert_eq!(table.find(&key).map(|slot| slot.load()), Some(kept(entry)));
+            assert!(!matches!(table.glance(&key), Glance::Nothing));
         }
     }
 }
