@@ -137,7 +137,12 @@ pub(super) fn peek<M: Memory, F: Family>(
     let place = place(memory, key);
     let mut seen = memory.tags(F::V6, place.home);
     let mut index = place.home;
-    let mut there = matching(seen, place.tag);
+    let mut there = place.slot;
+    // Most are where they prefer to be. A processor that has learnt this loads the slot while the
+    // tags are on their way: with many flows both lines are far, 100 ns [veth, 6.18].
+    if tag_of(seen, there) != place.tag {
+        there = matching(seen, place.tag);
+    }
     if there == SLOTS {
         // What is no longer in the one is in the other already.
         index = memory.index_after(place.second, seen);

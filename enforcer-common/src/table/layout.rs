@@ -1,6 +1,6 @@
 //! Where things are: the words of a slot, the buckets, tag and lock of a key.
 
-use super::{Bucket, Memory, STRIPES, WORDS4, WORDS6};
+use super::{Bucket, Memory, SLOTS, STRIPES, WORDS4, WORDS6};
 use crate::{flow::OPENER_IS_LOW, wire::FlowKey};
 
 /// Words of a slot, by index.
@@ -37,6 +37,9 @@ pub(super) struct Place {
     pub home: u32,
     /// The other one, whose tags are in the same line.
     pub second: u32,
+    /// The slot of either bucket that it is entered in if it may choose: a reader can load that line
+    /// before it knows the tags.
+    pub slot: u32,
     /// Sixteen bits of the hash; never 0.
     pub tag: u32,
 }
@@ -95,6 +98,7 @@ pub(super) fn place<M: Memory, F: Family>(memory: &M, key: &F) -> Place {
     Place {
         home,
         second: home ^ (other & mask),
+        slot: (hash >> 59) as u32 & (SLOTS - 1),
         tag: (hash as u32 >> 16) | 1,
     }
 }

@@ -163,7 +163,7 @@ pub struct Look {
     pub enough: u32,
     /// The best so far.
     pub best: u32,
-    /// What is added to the number of a slot in this bucket.
+    /// The slot that is preferred among equals, plus [`SLOTS`] in the bucket that is.
     pub number: u32,
 }
 

@@ -14,7 +14,7 @@
 use super::{
     Bucket, EXPIRED, Look, Memory, SLOTS,
     layout::{Family, Key4, Key6, Place, behind, key_at, place, stripe, tag_of, word},
-    write::{clear, next, release},
+    write::{clear, next, release, slot_of},
 };
 use crate::wire::FlowKey;
 
@@ -56,7 +56,8 @@ fn room_for<M: Memory, F: Family>(memory: &M, key: &F, now: u64, hz: u32) -> boo
 
 #[inline(always)]
 fn room_in<M: Memory, F: Family>(memory: &M, home: u32, second: u32, mut look: Look) -> bool {
-    // The number of the slot, the home bucket's above, and the second bucket of what is there.
+    // The number of the slot, the home bucket's above; above, what its key prefers, and in which
+    // bucket of the line.
     let mut from = 0;
     let mut number = 2 * SLOTS;
     // Under the lock: a slot whose entry speaks for nothing ends the search.
@@ -80,10 +81,11 @@ fn room_in<M: Memory, F: Family>(memory: &M, home: u32, second: u32, mut look: L
         // Not to those of the new entry: they are full.
         if own.home == index && own.second != home && own.second != second {
             look.bucket = own.second;
+            look.number = own.slot;
             let best = memory.best(&key, &look);
             if best > look.best {
                 look.best = best;
-                from = own.second << 3 | number;
+                from = (own.second & 7) << 5 | own.slot << 3 | number;
             }
         }
     }
@@ -92,13 +94,13 @@ fn room_in<M: Memory, F: Family>(memory: &M, home: u32, second: u32, mut look: L
     }
     let index = if from & SLOTS != 0 { home } else { second };
     // In the line of the others.
-    let to = home & !7 | from >> 3 & 7;
+    let to = home & !7 | from >> 5;
     let (Some(source), Some(target)) = (memory.bucket(F::V6, index), memory.bucket(F::V6, to))
     else {
         return false;
     };
     let slot = from & (SLOTS - 1);
-    let to_slot = SLOTS - 1 - (look.best & (SLOTS - 1));
+    let to_slot = slot_of(look.best, from >> 3 & (SLOTS - 1));
     let tag = tag_of(memory.tags(F::V6, index), slot);
     release::<M, F>(memory, target, to_slot * F::WORDS);
     copy::<M, F>(source, slot * F::WORDS, target, to_slot * F::WORDS);

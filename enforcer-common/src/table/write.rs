@@ -199,17 +199,17 @@ fn insert_key<M: Memory, F: Family>(
         tag: place.tag,
         enough: 0,
         best: 0,
-        number: SLOTS,
+        number: place.slot | SLOTS,
     };
     // The best of both buckets: worth above, number of the slot below. The home bucket has the
-    // higher numbers, and in each the first slot, so that of equals the one goes where readers look
-    // first.
+    // higher numbers, and in each the slot that the key prefers, so that of equals the one goes
+    // where readers look first.
     look.best = memory.best(key, &look);
     // If the home bucket has one that speaks for nothing any more, the other's are only asked
     // whether one is free.
     look.enough = u32::from(look.best / (2 * SLOTS) >= EXPIRED);
     look.bucket = place.second;
-    look.number = 0;
+    look.number = place.slot;
     let best = memory.best(key, &look);
     let mut taken = Taken::Full;
     if best >= 2 * SLOTS {
@@ -218,7 +218,7 @@ fn insert_key<M: Memory, F: Family>(
         } else {
             place.second
         };
-        let slot = SLOTS - 1 - (best & (SLOTS - 1));
+        let slot = slot_of(best, place.slot);
         if let Some(bucket) = memory.bucket(F::V6, index) {
             overwrite(memory, bucket, slot * F::WORDS, pairs, key, entry);
             memory.set_tag(F::V6, index, slot, place.tag);
@@ -270,11 +270,17 @@ fn candidates<M: Memory, F: Family>(memory: &M, key: &F, look: &Look) -> u32 {
             worth = super::worth(age, state, rest, look.hz);
         }
         // Not by a branch of its own whether it is worth anything: each doubles the verifier's ways.
-        let number = look.number + (SLOTS - 1 - slot);
+        let number = look.number ^ (SLOTS - 1 - slot);
         best = best.max(worth.wrapping_mul(2 * SLOTS) | number);
         slot += 1;
     }
     best
+}
+
+/// The slot that [`best`] means, for a key that prefers one.
+#[inline(always)]
+pub(super) const fn slot_of(best: u32, preferred: u32) -> u32 {
+    (SLOTS - 1 - (best & (SLOTS - 1))) ^ preferred
 }
 
 #[inline(always)]
