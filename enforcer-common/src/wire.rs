@@ -364,6 +364,20 @@ pub struct DeniedSlot {
 /// Slots of `DENIED` per CPU; a power of two.
 pub const DENIED_SLOTS: u32 = 4096;
 
+/// Places of `STEPS`: the programs that go on where the attached ones settle nothing.
+pub mod step {
+    /// A plain packet that no entry speaks for, coming in.
+    pub const NEW_INGRESS: u32 = 0;
+    /// The same, going out.
+    pub const NEW_EGRESS: u32 = 1;
+    /// Everything else that comes in.
+    pub const LONG_INGRESS: u32 = 2;
+    /// The same, going out.
+    pub const LONG_EGRESS: u32 = 3;
+    /// How many there are.
+    pub const COUNT: u32 = 4;
+}
+
 /// Slots of `POLICY`.
 pub mod slot {
     /// The image that judges.

@@ -2,9 +2,10 @@
 
 use aya_ebpf::{
     bindings::BPF_F_RDONLY_PROG,
-    btf_maps::{Array, ArrayOfMaps, HashMap, LruHashMap, PerCpuArray, RingBuf},
+    btf_maps::{Array, ArrayOfMaps, HashMap, LruHashMap, PerCpuArray, ProgramArray, RingBuf},
     helpers::generated::{bpf_jiffies64, bpf_ktime_get_boot_ns},
     macros::btf_map,
+    programs::TcContext,
 };
 use enforcer_common::{
     case::Case,
@@ -17,7 +18,7 @@ use enforcer_common::{
     verdict::{COUNTERS as COUNTER_COUNT, Hook},
     wire::{
         CONTROL_SHADOW, Control, DENIED_SLOTS, DeniedSlot, ETHERNET_LINKS, Event, FlowEntry,
-        FlowKey, FragmentEntry, FragmentKey, Interface, Process, VLAN_JUDGED_THERE, slot,
+        FlowKey, FragmentEntry, FragmentKey, Interface, Process, VLAN_JUDGED_THERE, slot, step,
     },
 };
 
@@ -83,6 +84,9 @@ static INTERFACES: HashMap<u32, Interface, 4096> = HashMap::new();
 /// ifindex and the slot. A look-up costs a tenth of one in `INTERFACES`.
 #[btf_map]
 static ETHERNET: Array<[u32; 2], { ETHERNET_LINKS as usize }> = Array::new();
+/// The programs that go on where the attached ones settle nothing, see [`step`].
+#[btf_map]
+static STEPS: ProgramArray<{ step::COUNT as usize }> = ProgramArray::new();
 #[btf_map]
 static SCRATCH: PerCpuArray<Work, 1> = PerCpuArray::new();
 #[btf_map]
@@ -135,6 +139,13 @@ pub fn denied_tag(slot: u32) -> Option<&'static mut u32> {
     let tags = DENIED_HASHES.get_ptr_mut(0)?;
     // SAFETY: this CPU's own element of a live array map; TC programs do not nest on a CPU.
     unsafe { (*tags).get_mut((slot & (DENIED_SLOTS - 1)) as usize) }
+}
+
+/// Goes on in the program of a step. Comes back only if there is none.
+#[inline(always)]
+pub fn go_on(ctx: &TcContext, step: u32) {
+    // SAFETY: nothing here has to be dropped.
+    unsafe { STEPS.tail_call(ctx, step) }
 }
 
 /// Whether there is a candidate to ask.

@@ -15,11 +15,11 @@ use enforcer_common::wire::{Control, NO_DEADLINE, slot};
 
 use super::{
     DataplaneError, Tamper, clsact,
-    errors::{map_error, syscall},
+    errors::{map_error, missing, syscall},
     hooks::{Hook, Seen, TC_PROGRAMS, tcx},
     images::Kept,
     kernel::KernelDataplane,
-    load::{CONTROL, MAPS, SOCKET_PROGRAMS},
+    load::{CONTROL, MAPS, SOCKET_PROGRAMS, STEP_PROGRAMS, STEPS},
     query::interface_name,
     sys::{self, objects},
 };
@@ -38,6 +38,7 @@ impl KernelDataplane {
         self.forget_previous();
         self.look_at_settings(&mut found)?;
         self.look_at_images(&mut found)?;
+        self.look_at_steps(&mut found)?;
         self.look_at_hooks(&mut found)?;
         self.look_at_socket_hooks(&mut found)?;
         if let Err(error) = self.pins.restore() {
@@ -90,6 +91,30 @@ impl KernelDataplane {
                 &format!("slot {slot} of POLICY"),
                 "had another image than the one that was put there",
                 repaired.is_ok(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Without one of them, what the attached programs do not settle is dropped.
+    fn look_at_steps(&mut self, found: &mut Vec<Tamper>) -> Result<(), DataplaneError> {
+        for (place, name) in STEP_PROGRAMS {
+            let steps = self.map_fd(STEPS).ok_or_else(|| missing(STEPS))?;
+            let mut inside = [0];
+            let inside = match sys::lookup(steps, place, &mut inside) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => None,
+                looked => Some(looked.map(|()| inside[0]).map_err(syscall("read STEPS"))?),
+            };
+            if inside == Some(self.id_of(name)?) {
+                continue;
+            }
+            let program = self.classifier(name)?.fd();
+            let program = program.map_err(|e| syscall("use a program")(io::Error::other(e)))?;
+            let back = sys::update_inner(steps, place, program.as_fd());
+            found.push(Tamper::of(
+                &format!("{name} in STEPS"),
+                "was taken out or replaced",
+                back.is_ok(),
             ));
         }
         Ok(())
@@ -328,6 +353,7 @@ impl KernelDataplane {
         | Map::HashMap(map)
         | Map::LruHashMap(map)
         | Map::PerCpuArray(map)
+        | Map::ProgramArray(map)
         | Map::RingBuf(map)) = self.map(name)?
         else {
             return None; // The programs share no others.

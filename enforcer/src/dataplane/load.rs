@@ -9,11 +9,11 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, Map, MapData, RingBuf},
+    maps::{Array, Map, MapData, ProgramArray, RingBuf},
     programs::{CgroupSockAddr, Program, SchedClassifier, TestRun as _, TestRunOptions},
 };
 
-use enforcer_common::wire::Control;
+use enforcer_common::wire::{Control, step};
 use nix::time::{ClockId, clock_getres};
 
 use super::{
@@ -27,11 +27,28 @@ use super::{
 };
 
 /// Programs for packets, and those that only the daemon runs.
-pub(super) const CLASSIFIERS: [&str; 5] = ["tc_ingress", "tc_egress", "clock", "sweep", "shut"];
+pub(super) const CLASSIFIERS: [&str; 9] = [
+    "tc_ingress",
+    "tc_egress",
+    "new_ingress",
+    "new_egress",
+    "long_ingress",
+    "long_egress",
+    "clock",
+    "sweep",
+    "shut",
+];
+/// Where `tc_ingress` and `tc_egress` go on, by their place in `STEPS`.
+pub(super) const STEP_PROGRAMS: [(u32, &str); step::COUNT as usize] = [
+    (step::NEW_INGRESS, "new_ingress"),
+    (step::NEW_EGRESS, "new_egress"),
+    (step::LONG_INGRESS, "long_ingress"),
+    (step::LONG_EGRESS, "long_egress"),
+];
 /// Programs for the socket hooks.
 pub(super) const SOCKET_PROGRAMS: [&str; 4] = ["connect4", "connect6", "sendmsg4", "sendmsg6"];
-/// What the programs of every build share. Their layouts are counted by `pins::LAYOUT`.
-pub(super) const MAPS: [&str; 20] = [
+/// What the programs of every build share, but for [`STEPS`]. Their layouts are counted by `pins::LAYOUT`.
+pub(super) const MAPS: [&str; 21] = [
     CONTROL,
     ".bss.woken",
     "COUNTERS",
@@ -51,9 +68,12 @@ pub(super) const MAPS: [&str; 20] = [
     POLICY,
     SHADOWED,
     "SOCKETS",
+    STEPS,
     "VLANS",
 ];
 pub(super) const POLICY: &str = "POLICY";
+/// The programs of one build.
+pub(super) const STEPS: &str = "STEPS";
 /// Tells which packets may have been denied a moment ago.
 const DENIED_HASHES: &str = "DENIED_HASHES";
 /// Counts where a candidate policy differs.
@@ -125,6 +145,7 @@ pub(super) fn load(
         let table = before.buckets == meta.buckets;
         let shared = MAPS
             .iter()
+            .filter(|name| **name != STEPS)
             .filter(|name| same || **name != POLICY)
             .filter(|name| table || !SIZED.contains(name))
             .filter(|name| !NEWER.contains(name) || current.map(name).exists());
@@ -141,6 +162,7 @@ pub(super) fn load(
         let program = classifier(&mut ebpf, name)?;
         program.load().map_err(|e| load_error(name, &e))?;
     }
+    connect_steps(&mut ebpf)?;
     for name in SOCKET_PROGRAMS {
         let program: &mut CgroupSockAddr = named(&mut ebpf, name)?
             .try_into()
@@ -164,6 +186,20 @@ pub(super) fn load(
         forward_messages(&mut ebpf)?;
     }
     next.describe(meta).map_err(syscall("pin the description"))
+}
+
+/// Says which programs go on. The table keeps them as long as it is pinned, or open.
+fn connect_steps(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
+    for (place, name) in STEP_PROGRAMS {
+        let program = classifier(ebpf, name)?.fd();
+        let program = program.map_err(|e| load_error(name, &e))?.try_clone();
+        let program = program.map_err(syscall("keep a program open"))?;
+        let steps = ebpf.map_mut(STEPS).ok_or_else(|| missing(STEPS))?;
+        ProgramArray::try_from(steps)
+            .and_then(|mut steps| steps.set(place, &program, 0))
+            .map_err(|e| load_error(STEPS, &e))?;
+    }
+    Ok(())
 }
 
 /// What the programs of a set are told.

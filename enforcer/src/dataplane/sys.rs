@@ -198,7 +198,7 @@ pub(super) fn write<T: aya::Pod>(map: BorrowedFd<'_>, value: &T) -> io::Result<(
     update(map, &0, std::ptr::from_ref(value).cast())
 }
 
-/// Puts the map behind `inner` into slot `index` of an array of maps.
+/// Puts the map or program behind `inner` into slot `index` of an array of maps or programs.
 ///
 /// # Errors
 /// The kernel's; EINVAL when the inner map's shape differs from the declared one.
@@ -223,10 +223,10 @@ fn update(map: BorrowedFd<'_>, index: &u32, value: *const u8) -> io::Result<()> 
 }
 
 /// Reads element `index` of an array map into `value`, which has the map's value size, in words. Of
-/// an array of maps, the element is the inner map's id.
+/// an array of maps or programs, the element is the id of what is there.
 ///
 /// # Errors
-/// The kernel's; ENOENT when an array of maps has none there.
+/// The kernel's; ENOENT when there is none.
 pub(super) fn lookup(map: BorrowedFd<'_>, index: u32, value: &mut [u32]) -> io::Result<()> {
     let mut attr = ElementAttr {
         map_fd: map.as_raw_fd().unsigned_abs(),

@@ -51,11 +51,16 @@ impl Keys {
 
     /// The bucket in which a flow is.
     fn bucket(&self, key: &FlowKey) -> u32 {
+        self.slot(key) / SLOTS
+    }
+
+    /// The slot in which a flow is.
+    pub fn slot(&self, key: &FlowKey) -> u32 {
         let slots = self.memory.dump(key.is_v6());
         let slot = slots
             .iter()
             .position(|flow| flow.is_some_and(|flow| flow.key == *key));
-        slot.expect("it is there") as u32 / SLOTS
+        slot.expect("it is there") as u32
     }
 }
 

@@ -98,6 +98,13 @@ fn what_somebody_changes_is_told_and_put_right() {
     assert_eq!(record["repaired"], true, "{record}");
     in_order("image taken out");
 
+    for (place, name) in (0..).zip(["new_ingress", "new_egress", "long_ingress", "long_egress"]) {
+        rival::empty_slot(&map(&pins, "STEPS").fd().as_fd(), place);
+        let record = told(&daemon, &format!("{name} in STEPS"), "was taken out");
+        assert_eq!(record["repaired"], true, "{record}");
+    }
+    in_order("programs taken out");
+
     // Before tcx a filter comes before ours only with our own priority.
     if !pins.links().is_empty() {
         let rival = net.gateway.enter(|| {
