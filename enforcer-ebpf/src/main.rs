@@ -220,6 +220,7 @@ fn short(ctx: &TcContext, hook: Hook) -> i32 {
     maps::go_on(ctx, step);
     // The kernel empties the table of programs when its last pin and descriptor are gone.
     maps::count(packet_counter(hook, Outcome::Denied, Reason::NoPolicy), 1);
+    maps::count(record_counter(hook, Record::Lost), 1);
     TC_ACT_SHOT
 }
 

@@ -12,11 +12,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aya::maps::ProgramArray;
 use enforcer::{compile::Image, dataplane::Dataplane as _};
 use enforcer_common::{
     image::SIZE_CLASSES,
     verdict::{Hook, Outcome, Reason},
-    wire::INTERFACE_L3,
+    wire::{INTERFACE_L3, step},
 };
 use enforcer_tests::{
     frame::{self, ACK, Extension, SYN},
@@ -127,6 +128,45 @@ fn without_a_policy_everything_is_dropped() {
     assert!(!records.is_empty());
     assert!(records.iter().all(|r| r.reason() == Reason::NoPolicy));
     programs.records(Hook::TcIngress);
+}
+
+#[test]
+fn without_the_programs_that_judge_only_what_is_known_passes() {
+    let mut programs = Programs::load(SIZE_CLASSES[0] as usize);
+    programs.apply(&image(ALLOWS));
+    let datagram = |port| between(false, 17, &frame::udp(40_000, port));
+    let answer = frame::frame(
+        "10.77.0.2".parse().unwrap(),
+        "10.77.0.1".parse().unwrap(),
+        17,
+        &frame::udp(4444, 40_000),
+    );
+    for hook in HOOKS {
+        assert!(programs.judge(hook, &datagram(4444)).passed);
+        assert!(programs.judge(hook, &answer).passed);
+        assert!(!programs.judge(hook, &datagram(4445)).passed);
+    }
+    let steps = programs.dataplane.map_mut("STEPS").unwrap();
+    let mut steps = ProgramArray::try_from(steps).unwrap();
+    for place in 0..step::COUNT {
+        steps.clear_index(&place).unwrap();
+    }
+    for hook in HOOKS {
+        assert!(programs.judge(hook, &datagram(4444)).passed, "{hook:?}");
+        assert!(programs.judge(hook, &answer).passed, "{hook:?}");
+        let before = programs.records(hook);
+        for strange in frames() {
+            let verdict = programs.judge(hook, &strange);
+            let want = Verdict {
+                passed: false,
+                outcome: Outcome::Denied,
+                reason: Reason::NoPolicy,
+            };
+            assert_eq!(verdict, want, "{hook:?}");
+        }
+        let lost = programs.records(hook).lost - before.lost;
+        assert_eq!(lost, frames().len() as u64, "each is in the books");
+    }
 }
 
 #[test]
