@@ -20,7 +20,7 @@ use crate::Options;
 const HOSPITAL: &str = include_str!("../../../../segments/hospital.yaml");
 
 /// Policies that are measured, smallest first.
-const SHAPES: [(&str, Shape); 4] = [
+const SHAPES: [(&str, Shape); 5] = [
     ("10 segments, 20 rules, 100 members", big::SMALL),
     ("100 segments, 10 000 rules, 1 000 members", big::MEDIUM),
     (
@@ -29,6 +29,15 @@ const SHAPES: [(&str, Shape); 4] = [
             segments: 200,
             rules: 2_000,
             members: 100_000,
+        },
+    ),
+    // As much as an image of 16 MiB holds.
+    (
+        "700 segments, 50 000 rules, 500 000 members",
+        Shape {
+            segments: 700,
+            rules: 50_000,
+            members: 500_000,
         },
     ),
     (
