@@ -201,14 +201,15 @@ pub fn boot_time(tick: u64) -> u64 {
     let Some(work) = SCRATCH.get_ptr_mut(0) else {
         return 0;
     };
-    // SAFETY: as in `work`; two words that nobody else looks at.
-    let (at, time) = unsafe { (&mut (*work).tick, &mut (*work).time) };
-    if *time == 0 || *at != tick {
-        *at = tick;
-        // SAFETY: a helper without arguments.
-        *time = unsafe { bpf_ktime_get_boot_ns() };
+    // SAFETY: as in `work`; two words that nobody else looks at, so no reference is made of them.
+    unsafe {
+        let (at, time) = (&raw mut (*work).tick, &raw mut (*work).time);
+        if time.read() == 0 || at.read() != tick {
+            at.write(tick);
+            time.write(bpf_ktime_get_boot_ns());
+        }
+        time.read()
     }
-    *time
 }
 
 /// Jiffies.

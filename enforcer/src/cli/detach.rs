@@ -122,8 +122,8 @@ fn say(taken: &TakenOff) -> Result<(), Failure> {
         )?;
     }
     if taken.unreached {
-        let said = "the filters are in another network namespace: if it is still there they go on \
-                    judging, until an enforcer starts there and is detached";
+        let said = "the filters are in another network namespace: if it is still there they let \
+                    established flows pass and deny everything else, until an enforcer starts there";
         writeln!(stderr, "warning: {said}")?;
     }
     Ok(())

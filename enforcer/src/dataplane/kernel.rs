@@ -112,7 +112,15 @@ impl KernelDataplane {
             }
         };
         let same = before.is_some_and(|before| before == meta);
-        let fresh = !same || options.anew || options.debug;
+        // Its programs deny what they do not know; others can take over all the same.
+        let broken = !pins.set(false).map(load::STEPS).exists();
+        let fresh = !same || broken || options.anew || options.debug;
+        if same && broken {
+            tracing::warn!(
+                "somebody has unpinned the table of the programs that judge: the ones on the hooks \
+                 let nothing new pass, and are replaced"
+            );
+        }
         if fresh {
             let control = match &before {
                 Some(_) => Some(load::control(&pins.set(false))?),
@@ -193,14 +201,6 @@ impl KernelDataplane {
     /// Replaces the programs by some for images of `words` words, which judge by the images in force
     /// from their first packet; flows and counts stay.
     pub(super) fn grow(&mut self, words: usize) -> Result<(), DataplaneError> {
-        let grown = self.take_over(words);
-        if grown.is_err() {
-            self.tidy_up();
-        }
-        grown
-    }
-
-    fn take_over(&mut self, words: usize) -> Result<(), DataplaneError> {
         let (image_words, object, hash) = load::object(words)?;
         let before = self.meta;
         let meta = before.with(hash, image_words, before.buckets);
@@ -215,14 +215,16 @@ impl KernelDataplane {
         let staging = sys::Staging::new(image_words as usize);
         let staging = staging.map_err(syscall("make room for images"))?;
         let control = self.control;
-        load::load(
-            &self.pins,
-            object,
-            &meta,
-            Some((&before, &control)),
-            &options,
-        )?;
-        let opened = load::open(&self.pins.set(true), self.extra)?;
+        let known = Some((&before, &control));
+        let loaded = load::load(&self.pins, object, &meta, known, &options)
+            .and_then(|()| load::open(&self.pins.set(true), self.extra));
+        let opened = match loaded {
+            Ok(opened) => opened,
+            Err(error) => {
+                self.tidy_up();
+                return Err(error);
+            }
+        };
         let old = std::mem::replace(&mut self.opened, opened);
         let smaller = std::mem::replace(&mut self.staging, staging);
         self.meta = meta;
@@ -240,11 +242,14 @@ impl KernelDataplane {
             self.meta = before;
             // Hooks that have changed over go back; both judge by the same images.
             let current = self.pins.set(false);
-            let back = self
-                .adopt_images(&current, &before)
-                .and_then(|()| self.replace_programs());
-            if let Err(error) = back {
-                tracing::error!(%error, "cannot put the programs back");
+            let images = self.adopt_images(&current, &before);
+            match self.replace_programs() {
+                // Nothing leads to the others any more.
+                Ok(()) => self.tidy_up(),
+                Err(error) => tracing::error!(%error, "cannot put the programs back"),
+            }
+            if let Err(error) = images {
+                tracing::error!(%error, "cannot put the images back");
             }
             return Err(error);
         }

@@ -129,10 +129,9 @@ pub(super) fn load(
     before: Option<(&Meta, &Control)>,
     options: &LoadOptions,
 ) -> Result<(), DataplaneError> {
-    let (current, next) = (pins.set(false), pins.set(true));
-    next.remove()
-        .map_err(syscall("remove what an earlier start has left"))?;
-    next.make().map_err(syscall("make directories for pins"))?;
+    let current = pins.set(false);
+    let next = pins.make_next();
+    let next = next.map_err(syscall("make directories for pins"))?;
     let shape = Shape::of(meta);
     let mut loader = EbpfLoader::new();
     shape.configure(&mut loader);

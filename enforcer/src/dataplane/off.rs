@@ -65,8 +65,9 @@ pub fn take_off(root: &Path, but: &BTreeSet<u32>) -> Result<Option<TakenOff>, Da
     };
     let unreached = !here && !tcx() && !interfaces.is_empty();
     let left = pins.strange();
-    let removed = pins.remove().map_err(syscall("remove the pins"));
-    result.and(removed)?;
+    // A filter that stays must find its programs.
+    result?;
+    pins.remove().map_err(syscall("remove the pins"))?;
     Ok(Some(TakenOff {
         interfaces: interfaces.into_iter().filter_map(name).collect(),
         left,

@@ -7,11 +7,13 @@
 //! ROOT/current/programs/NAME
 //! ROOT/current/images/GENERATION what is in the slots of POLICY
 //! ROOT/next/…                    the same, while other programs take over
+//! ROOT/aside-N/…                 a `next` that was left half-way
 //! ROOT/links/PROGRAM[-IFINDEX]   which hooks they hang on
 //! ```
 //!
-//! Every step leaves behind what the next start can go on from: `next` is thrown away, a link that
-//! names a program of `next` is led back, an image in no slot is forgotten.
+//! Every step leaves behind what the next start can go on from: a link that names a program of `next`
+//! is led back, an image in no slot is forgotten. A set of programs goes when no hook leads there any
+//! more, and not before: unpinned, they find those that go on (`STEPS`) no longer, and deny.
 
 mod ours;
 
@@ -252,6 +254,36 @@ impl Pins {
         }
     }
 
+    /// Makes room for programs that are to take over. Where an earlier start was left half-way, hooks
+    /// may lead to what it has loaded, so that is kept for now.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn make_next(&self) -> io::Result<Set> {
+        let next = self.set(true);
+        if next.described() {
+            let mut aside = (0u32..).map(|number| self.root.join(format!("{ASIDE}{number}")));
+            if let Some(path) = aside.find(|path| !path.exists()) {
+                faults::step(|| fs::rename(&next.path, path))?;
+            }
+        }
+        next.remove()?;
+        next.make()?;
+        Ok(next)
+    }
+
+    /// Removes all sets but the one in use: no hook leads there any more.
+    ///
+    /// # Errors
+    /// The first of the kernel's; the rest is attempted all the same.
+    pub(super) fn forget_others(&self) -> io::Result<()> {
+        let mut result = self.set(true).remove();
+        for path in asides(&self.root)? {
+            result = result.and(Set { path }.remove());
+        }
+        result
+    }
+
     /// Where what is pinned outlives this process.
     pub(super) fn place(&self) -> Option<&Path> {
         self.kept.then_some(&*self.root)
@@ -401,11 +433,9 @@ impl Pins {
     }
 
     fn clear(&self) -> io::Result<()> {
-        let mut result = self.remove_links();
-        for set in [self.set(true), self.set(false)] {
-            result = result.and(set.remove());
-        }
-        result
+        let links = self.remove_links();
+        let (others, current) = (self.forget_others(), self.set(false).remove());
+        links.and(others).and(current)
     }
 }
 
@@ -574,6 +604,17 @@ fn repin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
         }
         pinned => pinned,
     }
+}
+
+/// What the names of sets begin with that were left half-way.
+const ASIDE: &str = "aside-";
+
+/// Those sets.
+fn asides(root: &Path) -> io::Result<Vec<PathBuf>> {
+    let names = names(root)?.into_iter();
+    let number = |name: &str| name.strip_prefix(ASIDE)?.parse::<u32>().ok();
+    let ours = names.filter(|name| number(name).is_some());
+    Ok(ours.map(|name| root.join(name)).collect())
 }
 
 /// Names in a directory; none where there is no directory.

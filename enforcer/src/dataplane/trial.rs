@@ -196,7 +196,7 @@ impl KernelDataplane {
     /// Forgets what nobody needs: images of a trial that did not come to be, or is over, and programs
     /// that were to take over and did not.
     pub(super) fn tidy_up(&mut self) {
-        if let Err(error) = self.pins.set(true).remove() {
+        if let Err(error) = self.pins.forget_others() {
             tracing::warn!(%error, "cannot remove what was to take over");
         }
         self.forget_previous();

@@ -2,8 +2,8 @@
 //! of the programs.
 
 use enforcer_common::{
-    flow::{CLOSING, Change, OPENER_IS_LOW, REPLIED, TIMED},
-    table::{self, Bucket as _, Found, Memory as _, SLOTS, WORDS4},
+    flow::{CLOSING, Change, FlowSlot as _, Glance, Glances as _, OPENER_IS_LOW, REPLIED, TIMED},
+    table::{self, Bucket as _, Flows, Found, Memory as _, SLOTS, WORDS4},
     wire::{FlowEntry, FlowKey},
 };
 use enforcer_tests::{host::HZ, memory::HostMemory};
@@ -76,6 +76,20 @@ fn look(handle: Handle, number: u16, flags: &[u32]) -> bool {
     true
 }
 
+/// The same for who does not wait.
+fn glance(handle: Handle, number: u16) {
+    let (key, entry) = flow(number, handle.1);
+    if let Glance::Entry(slot) = Flows(handle).glance(&key) {
+        let seen = slot.load();
+        let last_seen = if handle.1.contains(&SEEN) {
+            entry.last_seen
+        } else {
+            seen.last_seen
+        };
+        assert_eq!(seen, FlowEntry { last_seen, ..entry }, "torn");
+    }
+}
+
 fn enter(handle: Handle, number: u16) -> bool {
     let (key, entry) = flow(number, handle.1);
     table::insert(&handle, &key, &entry, HZ)
@@ -112,27 +126,34 @@ fn a_reader_sees_an_entry_whole_and_never_another_flows() {
         replaced(Fault::None, words, &|handle| {
             look(handle, 2, &[OPENER_IS_LOW]);
         });
+        replaced(Fault::None, words, &|handle| glance(handle, 1));
+        replaced(Fault::None, words, &|handle| glance(handle, 2));
     }
 }
 
 /// The same with a part of the protocol missing: what the model would say.
 #[test]
 fn the_model_finds_what_is_missing() {
-    for fault in [Fault::NoAfter, Fault::NoPublish, Fault::NoSecondLook] {
+    let looks: [[&'static (dyn Fn(Handle) + Sync); 2]; 2] = [
+        [
+            &|handle| {
+                look(handle, 1, &[OPENER_IS_LOW]);
+            },
+            &|handle| {
+                look(handle, 2, &[OPENER_IS_LOW]);
+            },
+        ],
+        [&|handle| glance(handle, 1), &|handle| glance(handle, 2)],
+    ];
+    let faults = [Fault::NoAfter, Fault::NoPublish, Fault::NoSecondLook];
+    for (fault, looks) in faults
+        .into_iter()
+        .flat_map(|f| looks.map(|looks| (f, looks)))
+    {
         let found = PARTS.into_iter().any(|words| {
-            [1, 2].into_iter().any(|number| {
+            looks.into_iter().any(|look| {
                 // A thread of its own: the model's state is the thread's.
-                let model = std::thread::spawn(move || {
-                    if number == 1 {
-                        replaced(fault, words, &|handle| {
-                            look(handle, 1, &[OPENER_IS_LOW]);
-                        });
-                    } else {
-                        replaced(fault, words, &|handle| {
-                            look(handle, 2, &[OPENER_IS_LOW]);
-                        });
-                    }
-                });
+                let model = std::thread::spawn(move || replaced(fault, words, look));
                 let panic = model.join().err();
                 panic.is_some_and(|panic| {
                     let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();

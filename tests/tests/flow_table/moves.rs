@@ -1,8 +1,8 @@
 //! Every interleaving of a reader, or of somebody who changes a flow, with the writer that moves it.
 
 use enforcer_common::{
-    flow::{Change, REPLIED, TIMED},
-    table::{self, Found, SLOTS},
+    flow::{Change, FlowSlot as _, Glance, Glances as _, REPLIED, TIMED},
+    table::{self, Flows, Found, SLOTS},
     wire::{FlowEntry, FlowKey},
 };
 use enforcer_tests::{host::HZ, memory::HostMemory};
@@ -77,6 +77,15 @@ fn is_there(handle: Handle) {
     assert_eq!(entry, kept(answered(NOW)), "torn");
 }
 
+/// The same for who does not wait, and leaves it open where somebody writes.
+fn is_seen(handle: Handle) {
+    match Flows(handle).glance(&moves()) {
+        Glance::Entry(slot) => assert_eq!(slot.load(), kept(answered(NOW)), "torn"),
+        Glance::Busy => {}
+        Glance::Nothing => panic!("missed"),
+    }
+}
+
 /// What differs between the keys, and whether there is an entry, in each.
 const PARTS: [&[u32]; 3] = [
     &[PORTS, STATE, SEEN],
@@ -104,6 +113,7 @@ fn moved(fault: Fault, words: &'static [u32], other: &'static (dyn Fn(Handle) + 
 fn a_flow_that_moves_is_found_all_the_time() {
     for words in PARTS {
         moved(Fault::None, words, &is_there);
+        moved(Fault::None, words, &is_seen);
         moved(Fault::None, words, &|handle| {
             assert!(table::known(&handle, &moves()), "missed");
         });
@@ -123,10 +133,12 @@ fn what_takes_its_place_is_seen_whole() {
 /// The same with a part of the protocol missing: what the model would say.
 #[test]
 fn the_model_finds_a_flow_that_is_missed() {
-    for fault in [Fault::NoAfter, Fault::NoIndexAfter, Fault::NoPublish] {
+    let looks: [&'static (dyn Fn(Handle) + Sync); 2] = [&is_there, &is_seen];
+    let faults = [Fault::NoAfter, Fault::NoIndexAfter, Fault::NoPublish];
+    for (fault, look) in faults.into_iter().flat_map(|f| looks.map(|look| (f, look))) {
         let found = PARTS.into_iter().any(|words| {
             // A thread of its own: the model's state is the thread's.
-            let model = std::thread::spawn(move || moved(fault, words, &is_there));
+            let model = std::thread::spawn(move || moved(fault, words, look));
             let text = model.join().err().map(|panic| {
                 let text = panic.downcast_ref::<String>().cloned();
                 text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))

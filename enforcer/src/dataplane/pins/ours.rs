@@ -15,7 +15,7 @@ use super::{
         load::SOCKET_PROGRAMS,
         sys::{self, objects},
     },
-    META_WORDS, Meta, Pins, gone, names, unlink,
+    META_WORDS, Meta, Pins, asides, gone, names, unlink,
 };
 
 /// A link of ours: the program's name, the ifindex if it is on an interface, and the link.
@@ -55,8 +55,10 @@ fn meant(name: &str) -> Option<(&'static str, Option<u32>)> {
 /// Ids of the programs that are pinned in a directory of pins, in use or about to be.
 pub(in crate::dataplane) fn programs(root: &Path) -> BTreeSet<u32> {
     let mut ids = BTreeSet::new();
-    for set in ["current", "next"] {
-        let programs = root.join(set).join("programs");
+    let mut sets = asides(root).unwrap_or_default();
+    sets.extend(["current", "next"].map(|set| root.join(set)));
+    for set in sets {
+        let programs = set.join("programs");
         for name in names(&programs).unwrap_or_default() {
             let program = objects::get(&programs.join(name));
             ids.extend(program.and_then(|program| objects::id(program.as_fd())));
