@@ -45,6 +45,8 @@ pub enum News {
     Booted(String),
     /// It asks what to run next.
     Asks,
+    /// It did not understand the answer.
+    AsksAgain,
     /// A test binary was started.
     Started(String),
     /// A test binary ended with this exit status.
@@ -110,6 +112,7 @@ impl Transcript {
                 Some(News::Booted(rest.to_owned()))
             }
             "next" => Some(News::Asks),
+            "again" => Some(News::AsksAgain),
             "run" => {
                 self.binary = Some(rest.to_owned());
                 self.running.clear();

@@ -169,6 +169,7 @@ impl Guest {
         let start = Instant::now();
         let mut heard = start;
         let mut transcript = Transcript::default();
+        let mut answer = String::new();
         loop {
             let left = self.total.saturating_sub(start.elapsed());
             match lines.recv_timeout(left.min(self.silence)) {
@@ -176,8 +177,11 @@ impl Guest {
                     if let Some(new) = transcript.read(&line) {
                         heard = Instant::now();
                         if new == News::Asks {
+                            answer = next().unwrap_or_default();
+                        }
+                        if matches!(new, News::Asks | News::AsksAgain) {
                             // A guest that is gone shows below.
-                            let _ = writeln!(stdin, "{}", next().unwrap_or_default());
+                            let _ = writeln!(stdin, "{answer}");
                         }
                         news(&new, &transcript);
                     }

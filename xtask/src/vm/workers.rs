@@ -274,7 +274,7 @@ impl Progress {
                 }
                 self.tests = transcript.tests.len();
             }
-            News::Asks | News::Done => {}
+            News::Asks | News::AsksAgain | News::Done => {}
         }
     }
 }
