@@ -213,10 +213,23 @@ fn short(ctx: &TcContext, hook: Hook) -> i32 {
     let step = match (known, hook) {
         (UNKNOWN, Hook::TcIngress) => step::NEW_INGRESS,
         (UNKNOWN, _) => step::NEW_EGRESS,
-        (LONG, Hook::TcIngress) => step::LONG_INGRESS,
-        (LONG, _) => step::LONG_EGRESS,
+        (LONG, _) => return go_long(ctx, hook),
         _ => return known.cast_signed(),
     };
+    go_on(ctx, hook, step)
+}
+
+#[inline(always)]
+fn go_long(ctx: &TcContext, hook: Hook) -> i32 {
+    let step = match hook {
+        Hook::TcIngress => step::LONG_INGRESS,
+        _ => step::LONG_EGRESS,
+    };
+    go_on(ctx, hook, step)
+}
+
+#[inline(always)]
+fn go_on(ctx: &TcContext, hook: Hook, step: u32) -> i32 {
     maps::go_on(ctx, step);
     // The kernel empties the table of programs when its last pin and descriptor are gone.
     maps::count(packet_counter(hook, Outcome::Denied, Reason::NoPolicy), 1);
@@ -229,7 +242,7 @@ fn short(ctx: &TcContext, hook: Hook) -> i32 {
 fn open(ctx: &TcContext, hook: Hook) -> i32 {
     let known = unknown(ctx.skb.skb, hook as u32);
     if known == LONG {
-        return long(ctx, hook);
+        return go_long(ctx, hook);
     }
     known.cast_signed()
 }
